@@ -1,0 +1,1 @@
+"""primerisk: margin and risk for AI trading agents."""

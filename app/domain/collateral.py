@@ -1,0 +1,108 @@
+"""What backs an account: assets held and assets owed, valued after haircut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.domain.black76 import Floats
+from app.domain.parameters import MarketParameters
+from app.domain.portfolio import Flags, Rows, Underlyings, sums
+from app.domain.prices import PriceFinder
+
+
+@dataclass(frozen=True, slots=True)
+class CollateralTerms:
+    """One holding (or one debt): units of an asset, of which `lent` are out on loan; its own price if given."""
+
+    asset: str
+    amount: float
+    price: float | None = None
+    lent: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Collateral:
+    """Holdings and debts as columns, each (K,); `amount` is negative for a debt, `value` signed, after haircut.
+
+    Value of a holding: amount x price x (1 - haircut), less lent x price x recall haircut; of a debt: amount x
+    price, no haircut.
+    """
+
+    assets: tuple[str, ...]
+    amount: Floats
+    lent: Floats
+    price: Floats
+    haircut: Floats
+    value: Floats
+    stable: Flags
+
+    @property
+    def collateral_value(self) -> float:
+        """Value of all holdings after haircut, USD."""
+        return float(self.value[self.amount > 0].sum())
+
+    @property
+    def liabilities(self) -> float:
+        """Value of all debts, USD, >= 0."""
+        return -float(self.value[self.amount < 0].sum())
+
+    def split(self, underlyings: Underlyings) -> CollateralSplit:
+        """Return how the value moves with prices: with which underlying, with other coins, or not at all."""
+        row = {name: j for j, name in enumerate(underlyings.names)}
+        at: Rows = np.array([row.get(a, -1) for a in self.assets], dtype=np.intp)
+        own = at >= 0
+        on = sums(at[own], self.value[own], len(row))
+        return CollateralSplit(
+            on_underlying=on,
+            other=float(self.value[~own & ~self.stable].sum()),
+            stable=float(self.value[~own & self.stable].sum()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CollateralSplit:
+    """Collateral value less debts in USD, by what moves it; `on_underlying` (J,)."""
+
+    on_underlying: Floats
+    other: float
+    stable: float
+
+
+def value_collateral(
+    held: Sequence[CollateralTerms],
+    owed: Sequence[CollateralTerms],
+    parameters: MarketParameters,
+    prices: PriceFinder,
+) -> Collateral:
+    """Return the holdings and debts at their prices. Raises InvalidError `missing_price`."""
+    terms = [*held, *owed]
+    sign = np.array([1.0] * len(held) + [-1.0] * len(owed))
+    price = np.array(
+        [
+            t.price if t.price is not None else prices.asset(t.asset, _pointer(i, len(held)))
+            for i, t in enumerate(terms)
+        ],
+        dtype=np.float64,
+    )
+    assets = [parameters.asset(t.asset) for t in terms]
+    haircut = np.where(sign > 0, np.array([a.haircut for a in assets], dtype=np.float64), 0.0)
+    amount = sign * np.array([t.amount for t in terms], dtype=np.float64)
+    lent = np.array([t.lent for t in terms], dtype=np.float64)
+    return Collateral(
+        assets=tuple(t.asset for t in terms),
+        amount=amount,
+        lent=lent,
+        price=price,
+        haircut=haircut,
+        value=price * (amount * (1.0 - haircut) - lent * parameters.models.recall_haircut),
+        stable=np.array([a.kind == "stable" for a in assets], dtype=np.bool_),
+    )
+
+
+def _pointer(index: int, held: int) -> str:
+    if index < held:
+        return f"/collateral/{index}/price"
+    return f"/liabilities/{index - held}/price"

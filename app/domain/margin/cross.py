@@ -1,0 +1,55 @@
+"""Cross margin: positions on one underlying net, underlyings do not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from app.domain.black76 import Floats
+from app.domain.margin.isolated import position_margin
+from app.domain.margin.result import MarginResult, MarginTerms
+from app.domain.portfolio import Portfolio
+
+
+def underlying_rates(portfolio: Portfolio, rate: Floats) -> Floats:
+    """Return the highest rate (J,) among the open linear and greeks positions of each underlying."""
+    highest = np.zeros(len(portfolio.underlyings.names))
+    open_rate = np.where(portfolio.is_option | (portfolio.notional == 0.0), 0.0, rate)
+    np.maximum.at(highest, portfolio.underlying, open_rate)
+    return highest
+
+
+def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
+    """Return Σ over underlyings of the highest rate x |net exposure|, options one by one as in `isolated`.
+
+    A position's share of its underlying's margin is signed: one that reduces the net exposure has a negative
+    share, and the shares sum to the requirement.
+    """
+    del terms
+    initial_rate = underlying_rates(portfolio, portfolio.initial_rate)
+    maintenance_rate = underlying_rates(portfolio, portfolio.maintenance_rate)
+    initial = _shares(portfolio, initial_rate, portfolio.initial_rate)
+    maintenance = _shares(portfolio, maintenance_rate, portfolio.maintenance_rate)
+    return MarginResult(
+        model="cross",
+        initial_margin=float(initial.sum()),
+        maintenance_margin=float(maintenance.sum()),
+        position_initial=initial,
+        position_maintenance=maintenance,
+        per_underlying={
+            "net_exposure": portfolio.net,
+            "gross_exposure": portfolio.gross,
+            "initial_rate": initial_rate,
+            "maintenance_rate": maintenance_rate,
+            "initial_margin": portfolio.by_underlying(initial),
+            "maintenance_margin": portfolio.by_underlying(maintenance),
+        },
+        parameters={},
+    )
+
+
+def _shares(portfolio: Portfolio, by_underlying: Floats, own_rate: Floats) -> Floats:
+    direction = np.sign(portfolio.taylor_delta)
+    shares = (by_underlying * direction)[portfolio.underlying] * portfolio.exposure
+    if not len(portfolio.options):
+        return shares
+    return np.where(portfolio.is_option, position_margin(portfolio, own_rate), shares)

@@ -1,0 +1,307 @@
+"""The service's own portfolio margin: scans by underlying, joined by stress and hedge correlations.
+
+Shocks by underlying give directional losses d (down less up) and two-sided losses n; they are joined with one
+correlation where two directional losses add up and a lower one where they offset, so that a hedge earns less
+credit than a concentration is charged. The same-cell scan over all underlyings is a second, parallel measure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from app.domain.black76 import Floats
+from app.domain.correlation import (
+    REPAIR_SIZE_MAX,
+    is_positive_semidefinite,
+    nearest_correlation,
+)
+from app.domain.margin.result import (
+    Indices,
+    MarginResult,
+    MarginTerms,
+    ScenarioTable,
+    Worst,
+    worst_scenarios,
+)
+from app.domain.parameters import MarketParameters, ModelParameters
+from app.domain.portfolio import Portfolio, Underlyings
+from app.domain.revalue import pnl_by_underlying, position_pnl
+from app.domain.scenarios import ScenarioGrid, scan
+from app.errors import invalid
+
+_THIRDS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
+_PRICES = np.array([price for price in _THIRDS for _ in range(3)] + [-1.0, 1.0])
+_VOLS = np.array([vol for _ in _THIRDS for vol in (-1.0, 0.0, 1.0)] + [1.0, 1.0])
+_TAIL = np.array([False] * 21 + [True, True])
+_DOWN = _PRICES <= 0.0
+_UP = _PRICES >= 0.0
+
+
+def cells(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
+    """Return the 23 cells over each underlying's ranges: 7 prices x 3 volatilities, then two tails."""
+    multiples = np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES
+    weights = np.where(_TAIL, models.portfolio_tail_weight, 1.0)
+    return scan(table.price_range, table.volatility_range, multiples, _VOLS, weights, term_scaled=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Losses by underlying (J,), USD >= 0: the worst with the price down and with it up, and their cells."""
+
+    down: Floats
+    up: Floats
+    down_cell: Indices
+    up_cell: Indices
+
+    @property
+    def directional(self) -> Floats:
+        """D = D - U."""
+        return self.down - self.up
+
+    @property
+    def two_sided(self) -> Floats:
+        """N = min(D, U)."""
+        return cast("Floats", np.minimum(self.down, self.up))
+
+
+def sides(pnl: Floats) -> Sides:
+    """Return the two-sided losses of weighted profit and loss by cell, (J, 23)."""
+    down, up = pnl[:, _DOWN], pnl[:, _UP]
+    down_cell, up_cell = worst_scenarios(down), worst_scenarios(up)
+    return Sides(
+        down=np.maximum(0.0, -down.min(axis=1)),
+        up=np.maximum(0.0, -up.min(axis=1)),
+        down_cell=np.flatnonzero(_DOWN)[down_cell],
+        up_cell=np.flatnonzero(_UP)[up_cell],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """joint = √(d'ρ'd) + √(n'ρn), USD, with its gradients (J,) by d and by n, and the repair if there was one."""
+
+    value: float
+    by_directional: Floats
+    by_two_sided: Floats
+    repair_distance: float
+
+
+def signed_correlation(directional: Floats, stress: Floats, hedge: Floats) -> Floats:
+    """Return ρ': the stress correlation where d_i d_j >= 0, the hedge correlation where they offset."""
+    offset = np.outer(directional, directional) < 0.0
+    return np.where(offset, hedge, stress)
+
+
+def join(losses: Sides, stress: Floats, hedge: Floats) -> Joint:
+    """Return the joined loss; a ρ' (or ρ) that is no correlation matrix is replaced by the nearest one."""
+    directional, two_sided = losses.directional, losses.two_sided
+    signed = signed_correlation(directional, stress, hedge)
+    first, by_directional, signed_distance = _norm(directional, signed)
+    second, by_two_sided, stress_distance = _norm(two_sided, stress)
+    return Joint(first + second, by_directional, by_two_sided, max(signed_distance, stress_distance))
+
+
+def _norm(vector: Floats, matrix: Floats) -> tuple[float, Floats, float]:
+    """Return √(x'Mx), its gradient and the distance of the repair; zeros of x need no correlation."""
+    gradient = np.zeros_like(vector)
+    live = np.flatnonzero(vector)
+    if not live.size:
+        return 0.0, gradient, 0.0
+    x = vector[live]
+    part, distance = _repaired(matrix[np.ix_(live, live)])
+    product = part @ x
+    norm = float(np.sqrt(max(0.0, float(x @ product))))
+    if norm > 0.0:
+        gradient[live] = product / norm
+    return norm, gradient, distance
+
+
+def _repaired(matrix: Floats) -> tuple[Floats, float]:
+    if is_positive_semidefinite(matrix):
+        return matrix, 0.0
+    if len(matrix) > REPAIR_SIZE_MAX:
+        raise invalid(
+            "/market/correlation",
+            "correlation_not_repairable",
+            f"the correlation matrix is not positive semidefinite and has over {REPAIR_SIZE_MAX} underlyings",
+        )
+    nearest = nearest_correlation(matrix)
+    return nearest, float(np.linalg.norm(nearest - matrix))
+
+
+def floor_by_underlying(gross: Floats, net: Floats, models: ModelParameters) -> Floats:
+    """Return 1 % of gross + 1 % of hedged notional (gross - |net|), USD, the shape of its inputs."""
+    hedged = gross - np.abs(net)
+    return models.portfolio_floor_gross * gross + models.portfolio_floor_hedged * hedged
+
+
+def concentration(gross: Floats, table: Underlyings, rate: float) -> Floats:
+    """Return rate·R·notional·(√(size/limit) - 1) above the limit, USD; no limit, no add-on.
+
+    `gross` (..., J) is exposure in USD; size is gross / price, in units as the limit is.
+    """
+    if np.isnan(table.concentration_limit).all():
+        return np.zeros_like(gross)
+    size = gross / table.price
+    ratio = np.fmax(np.where(np.isnan(table.concentration_limit), 1.0, size / table.concentration_limit), 1.0)
+    return rate * table.price_range * gross * (np.sqrt(ratio) - 1.0)
+
+
+def _check_priced(portfolio: Portfolio) -> None:
+    table = portfolio.underlyings
+    unpriced = ~np.isnan(table.concentration_limit) & np.isnan(table.price)
+    if unpriced.any():
+        name = table.names[int(np.argmax(unpriced))]
+        raise invalid("/market/prices", "missing_price", f"{name} has a concentration limit in units and no price")
+
+
+def long_option_cap(portfolio: Portfolio) -> float:
+    """Return the book's value where every open position is a long option, else infinity."""
+    held = portfolio.notional > 0.0
+    only_options = bool(portfolio.is_option[held].all())
+    if not only_options or not len(portfolio.options) or (portfolio.options.quantity < 0.0).any():
+        return float("inf")
+    return portfolio.options_value
+
+
+def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
+    """Return IM = factor x max(risk, floor) + add-ons and MM = fraction x IM.
+
+    risk = max(joint, parallel) x regime multiplier. A position's share is its marginal contribution (Euler): the
+    shares sum to the requirement, a hedge's is negative. Raises InvalidError for a matrix past repair.
+    """
+    _check_priced(portfolio)
+    models, table = terms.parameters.models, portfolio.underlyings
+    grid = cells(table, models)
+    pnl, each_option = pnl_by_underlying(portfolio, grid)
+    pnl = pnl * grid.weights
+    total = pnl.sum(axis=0)
+    losses = sides(pnl)
+    joint = join(losses, *table.correlations(terms.parameters))
+    worst_cell = int(worst_scenarios(total))
+    parallel = max(0.0, -float(total[worst_cell]))
+    multiplier = models.regime_multiplier(terms.regime)
+    floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
+    risk, floor = max(joint.value, parallel) * multiplier, float(floors.sum())
+    add_on = concentration(portfolio.gross, table, models.concentration_rate)
+    uncapped = models.portfolio_factor * max(risk, floor) + float(add_on.sum())
+    cap = long_option_cap(portfolio)
+    initial = min(uncapped, cap)
+    rule = _rule(joint.value, parallel, risk, floor)
+    share = _shares(portfolio, models, rule, grid, each_option, losses, joint, worst_cell) * (
+        1.0 if rule == "floor" else multiplier
+    )
+    share = models.portfolio_factor * share + _spread(portfolio, add_on)
+    share = share * (initial / uncapped if uncapped > 0.0 else 1.0)
+    return MarginResult(
+        model="portfolio",
+        initial_margin=initial,
+        maintenance_margin=models.maintenance_fraction * initial,
+        position_initial=share,
+        position_maintenance=models.maintenance_fraction * share,
+        per_underlying={
+            "net_exposure": portfolio.net,
+            "gross_exposure": portfolio.gross,
+            "price_range": table.price_range,
+            "volatility_range": table.volatility_range,
+            "loss_down": losses.down,
+            "loss_up": losses.up,
+            "directional": losses.directional,
+            "two_sided": losses.two_sided,
+            "worst_loss": np.maximum(losses.down, losses.up),
+            "floor": floors,
+            "concentration_add_on": add_on,
+            "concentration_limit": table.concentration_limit,
+            "scenario_pnl": pnl,
+        },
+        parameters=_parameters(models, terms),
+        add_ons={"concentration": float(add_on.sum())},
+        worst=Worst(rule, worst_cell if rule == "parallel" else None, -max(risk, floor)),
+        scenarios=ScenarioTable(
+            price_move=(np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES).tolist(),
+            vol_move=_VOLS.tolist(),
+            weight=grid.weights.tolist(),
+            pnl=total,
+            in_ranges=[True] * len(_PRICES),
+        ),
+        notes={
+            "joint": joint.value,
+            "parallel": parallel,
+            "risk": risk,
+            "floor": floor,
+            "long_option_cap": None if cap == float("inf") else cap,
+            "correlation_repaired": joint.repair_distance > 0.0,
+            "correlation_repair_distance": joint.repair_distance,
+        },
+    )
+
+
+def _rule(joint: float, parallel: float, risk: float, floor: float) -> str:
+    if floor > risk:
+        return "floor"
+    return "joint" if joint >= parallel else "parallel"
+
+
+def _shares(
+    portfolio: Portfolio,
+    models: ModelParameters,
+    rule: str,
+    grid: ScenarioGrid,
+    each_option: Floats,
+    losses: Sides,
+    joint: Joint,
+    worst_cell: int,
+) -> Floats:
+    """Return each position's part (n,) of what binds, before the regime multiplier and the factor."""
+    if rule == "floor":
+        gross = np.abs(portfolio.exposure)
+        offset = np.sign(portfolio.net)[portfolio.underlying] * portfolio.exposure
+        return models.portfolio_floor_gross * gross + models.portfolio_floor_hedged * (gross - offset)
+    chosen = np.zeros_like(grid.moves)
+    if rule == "parallel":
+        chosen[:, worst_cell] = grid.weights[worst_cell]
+    else:
+        lanes = np.arange(len(chosen))
+        # n = min(D, U) belongs to the smaller side, d = D - U to both
+        smaller_is_down = losses.down <= losses.up
+        by_down = joint.by_directional + np.where(smaller_is_down, joint.by_two_sided, 0.0)
+        by_up = np.where(smaller_is_down, 0.0, joint.by_two_sided) - joint.by_directional
+        by_down, by_up = np.where(losses.down > 0.0, by_down, 0.0), np.where(losses.up > 0.0, by_up, 0.0)
+        np.add.at(chosen, (lanes, losses.down_cell), by_down * grid.weights[losses.down_cell])
+        np.add.at(chosen, (lanes, losses.up_cell), by_up * grid.weights[losses.up_cell])
+    return -position_pnl(portfolio, grid, each_option, chosen)
+
+
+def _spread(portfolio: Portfolio, add_on: Floats) -> Floats:
+    """Return each position's part (n,) of its underlying's add-on, by gross exposure."""
+    gross = portfolio.gross
+    per_dollar = np.divide(add_on, gross, out=np.zeros_like(gross), where=gross > 0.0)
+    return cast("Floats", per_dollar[portfolio.underlying] * np.abs(portfolio.exposure))
+
+
+def _parameters(models: ModelParameters, terms: MarginTerms) -> dict[str, float | str | bool | None]:
+    return {
+        "regime": terms.regime,
+        "regime_multiplier": models.regime_multiplier(terms.regime),
+        "factor": models.portfolio_factor,
+        "maintenance_fraction": models.maintenance_fraction,
+        "tail_multiple": models.portfolio_tail_multiple,
+        "tail_weight": models.portfolio_tail_weight,
+        "floor_gross": models.portfolio_floor_gross,
+        "floor_hedged": models.portfolio_floor_hedged,
+        "concentration_rate": models.concentration_rate,
+        "term_days": models.term_days,
+        "term_power_short": models.term_power_short,
+        "term_power_long": models.term_power_long,
+        "stress_correlation_other": terms.parameters.stress.other,
+        "hedge_correlation_other": terms.parameters.hedge.other,
+    }
+
+
+def correlations_used(table: Underlyings, parameters: MarketParameters) -> dict[str, Floats]:
+    """Return the stress and hedge matrices over the book's underlyings, for the reply."""
+    stress, hedge = table.correlations(parameters)
+    return {"stress": stress, "hedge": hedge}

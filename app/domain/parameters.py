@@ -1,0 +1,221 @@
+"""Every parameter of the risk core as frozen values, with the defaults that a new database is seeded with.
+
+Rates, shocks, haircuts and ratios are fractions; volatility is annualised; limits are in units of the asset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+AssetKind = Literal["stable", "coin"]
+InstrumentKind = Literal["spot", "perpetual", "future"]
+Regime = Literal["normal", "sideways", "sell_off", "liquidity_crisis"]
+MarginMode = Literal["cross", "isolated", "portfolio"]
+
+DEFAULT_ASSET = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class AssetParameters:
+    """What the risk core knows of one asset, as collateral and as an underlying.
+
+    `kind` stable is left out of common price moves. `price_range` is the R of the scans, `volatility_range`
+    their relative volatility move. `concentration_limit` is in units of the asset; None: no add-on.
+    """
+
+    asset: str
+    kind: AssetKind = "coin"
+    haircut: float = 0.50
+    initial_margin_rate: float = 0.30
+    maintenance_margin_rate: float = 0.15
+    price_range: float = 0.30
+    volatility_range: float = 0.25
+    volatility: float | None = None
+    concentration_limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstrumentParameters:
+    """One market on an underlying; a rate left None is the underlying asset's."""
+
+    symbol: str
+    underlying: str
+    kind: InstrumentKind = "perpetual"
+    contract_size: float = 1.0
+    initial_margin_rate: float | None = None
+    maintenance_margin_rate: float | None = None
+    price_range: float | None = None
+    volatility: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MarketFigures:
+    """What the margin models need of one market, every rate resolved."""
+
+    contract_size: float
+    initial_margin_rate: float
+    maintenance_margin_rate: float
+    price_range: float
+
+
+@dataclass(frozen=True, slots=True)
+class CorrelationTable:
+    """Pairwise correlations; a pair that is not listed takes `other`. Keys are sorted pairs."""
+
+    pairs: Mapping[tuple[str, str], float]
+    other: float
+
+    def between(self, a: str, b: str) -> float:
+        """Return the correlation of two assets, 1 with itself."""
+        if a == b:
+            return 1.0
+        return self.pairs.get((a, b) if a < b else (b, a), self.other)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParameters:
+    """The factors of the margin models (README, "Margin models")."""
+
+    maintenance_fraction: float = 0.80
+    scenario_factor: float = 1.20
+    portfolio_factor: float = 1.20
+    portfolio_tail_multiple: float = 2.0
+    portfolio_tail_weight: float = 0.50
+    portfolio_floor_gross: float = 0.01
+    portfolio_floor_hedged: float = 0.01
+    portfolio_minimum_equity: float = 10_000.0
+    concentration_rate: float = 0.10
+    term_days: float = 30.0
+    term_power_short: float = 0.30
+    term_power_long: float = 0.13
+    span_initial_factor: float = 1.10
+    span_tail_multiple: float = 2.0
+    span_tail_weight: float = 0.35
+    recall_haircut: float = 0.05
+    regime_normal: float = 1.0
+    regime_sideways: float = 0.85
+    regime_sell_off: float = 1.5
+    regime_liquidity_crisis: float = 2.0
+
+    def regime_multiplier(self, regime: Regime) -> float:
+        """Return the margin multiplier of a regime."""
+        return {
+            "normal": self.regime_normal,
+            "sideways": self.regime_sideways,
+            "sell_off": self.regime_sell_off,
+            "liquidity_crisis": self.regime_liquidity_crisis,
+        }[regime]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPolicy:
+    """Gates, targets and scales of an account. The lower bound of each band is inclusive."""
+
+    target_utilization: float = 0.60
+    gate_utilization: float = 0.80
+    breach_utilization: float = 0.85
+    cure_utilization: float = 0.80
+    stop_utilization: float = 0.75
+    shortfall_utilization: float = 0.75
+    leverage_cap: float = 3.5
+    zone_yellow: float = 0.60
+    zone_orange: float = 0.75
+    zone_red: float = 0.85
+    alert_warning: float = 0.50
+    alert_danger: float = 0.70
+    alert_emergency: float = 0.85
+    status_warning: float = 0.80
+    status_danger: float = 0.90
+    status_liquidation: float = 1.0
+    band_margin_ratio_warning: float = 0.50
+    band_margin_ratio_critical: float = 0.80
+    band_utilization_warning: float = 0.60
+    band_utilization_critical: float = 0.80
+    band_buffer_safe: float = 0.40
+    band_buffer_warning: float = 0.20
+    band_net_exposure_warning: float = 2.0
+    band_net_exposure_critical: float = 3.5
+    band_survival_safe: float = 1.10
+    band_survival_warning: float = 1.00
+    survival_move: float = 0.20
+    stable_share_min: float = 0.50
+    asset_share_max: float = 0.50
+    lent_share_max: float = 0.40
+
+
+STRESS_CORRELATIONS = CorrelationTable(
+    MappingProxyType(
+        {
+            ("BTC", "ETH"): 0.95,
+            ("BTC", "SOL"): 0.90,
+            ("ETH", "SOL"): 0.92,
+            ("BNB", "BTC"): 0.88,
+            ("BNB", "ETH"): 0.87,
+            ("BNB", "SOL"): 0.85,
+        }
+    ),
+    other=0.80,
+)
+HEDGE_CORRELATIONS = CorrelationTable(
+    MappingProxyType({("BTC", "ETH"): 0.60, ("BTC", "SOL"): 0.50, ("ETH", "SOL"): 0.55}), other=0.40
+)
+
+_ASSETS = (
+    AssetParameters("BTC", haircut=0.10, price_range=0.15, volatility=0.65),
+    AssetParameters("ETH", haircut=0.12, price_range=0.15, volatility=0.80),
+    AssetParameters("SOL", haircut=0.15, price_range=0.20, volatility=1.20),
+    AssetParameters("BNB", haircut=0.20, price_range=0.20),
+    AssetParameters("USDC", kind="stable", haircut=0.0),
+    AssetParameters("USDT", kind="stable", haircut=0.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MarketParameters:
+    """One version of every parameter. `version` 0 is what the package ships, before any database."""
+
+    version: int = 0
+    assets: Mapping[str, AssetParameters] = field(
+        default_factory=lambda: MappingProxyType({a.asset: a for a in _ASSETS})
+    )
+    default_asset: AssetParameters = field(default_factory=lambda: AssetParameters(DEFAULT_ASSET))
+    instruments: Mapping[str, InstrumentParameters] = field(
+        default_factory=lambda: MappingProxyType(
+            {f"{a}-PERP": InstrumentParameters(f"{a}-PERP", a) for a in ("BTC", "ETH", "SOL", "BNB")}
+        )
+    )
+    stress: CorrelationTable = STRESS_CORRELATIONS
+    hedge: CorrelationTable = HEDGE_CORRELATIONS
+    models: ModelParameters = field(default_factory=ModelParameters)
+    policy: HealthPolicy = field(default_factory=HealthPolicy)
+
+    def asset(self, name: str) -> AssetParameters:
+        """Return an asset's parameters, or the default's for an asset that is not listed."""
+        return self.assets.get(name, self.default_asset)
+
+    def underlying_of(self, symbol: str) -> str:
+        """Return the underlying of a symbol: the instrument's, else what stands before the first - or /."""
+        instrument = self.instruments.get(symbol)
+        if instrument is not None:
+            return instrument.underlying
+        return symbol.partition("-")[0].partition("/")[0]
+
+    def market(self, symbol: str, underlying: str) -> MarketFigures:
+        """Return the figures of a market: the instrument's own, else its underlying asset's."""
+        asset = self.asset(underlying)
+        listed = self.instruments.get(symbol)
+        if listed is None:
+            return MarketFigures(1.0, asset.initial_margin_rate, asset.maintenance_margin_rate, asset.price_range)
+        return MarketFigures(
+            listed.contract_size,
+            _first_of(listed.initial_margin_rate, asset.initial_margin_rate),
+            _first_of(listed.maintenance_margin_rate, asset.maintenance_margin_rate),
+            _first_of(listed.price_range, asset.price_range),
+        )
+
+
+def _first_of(own: float | None, inherited: float) -> float:
+    return inherited if own is None else own

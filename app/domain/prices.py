@@ -1,0 +1,82 @@
+"""Which price a quote uses for each symbol, and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from app.domain.parameters import MarketParameters
+from app.errors import invalid
+
+PriceSource = Literal["request", "position", "stored", "par"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrice:
+    """A price as last posted: USD, and the time it is dated."""
+
+    value: float
+    as_of: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """A price as used. `as_of` only where it is a stored one."""
+
+    value: float
+    source: PriceSource
+    as_of: datetime | None = None
+
+
+@dataclass(slots=True)
+class PriceFinder:
+    """Finds prices in a fixed order and remembers each one used, for the reply.
+
+    Of an asset: the request's own, a mark that the request gives for the asset or its perpetual, the stored
+    one, 1 for a stablecoin. Nothing found is an error, never zero.
+    """
+
+    parameters: MarketParameters
+    requested: Mapping[str, float]
+    stored: Mapping[str, StoredPrice]
+    marks: Mapping[str, float] = field(default_factory=dict)
+    used: dict[str, Price] = field(default_factory=dict)
+
+    def asset(self, name: str, pointer: str) -> float:
+        """Return the USD price of an asset. Raises InvalidError `missing_price` at `pointer`."""
+        price = self.used.get(name) or self._asset(name)
+        if price is None:
+            raise invalid(pointer, "missing_price", f"no price for {name}: give one, or post it to the market")
+        self.used[name] = price
+        return price.value
+
+    def mark(self, symbol: str, underlying: str, pointer: str) -> float:
+        """Return the mark of a symbol: its own, else its underlying's. Raises as `asset` does."""
+        price = self.used.get(symbol) or self._mark(symbol, underlying)
+        if price is None:
+            return self.asset(underlying, pointer)
+        self.used[symbol] = price
+        return price.value
+
+    def known(self, name: str) -> float | None:
+        """Return an asset's price where there is one, without an error."""
+        price = self._asset(name)
+        return None if price is None else self.asset(name, "")
+
+    def _asset(self, name: str) -> Price | None:
+        if name in self.requested:
+            return Price(self.requested[name], "request")
+        if name in self.marks:
+            return Price(self.marks[name], "position")
+        if name in self.stored:
+            return Price(self.stored[name].value, "stored", self.stored[name].as_of)
+        return Price(1.0, "par") if self.parameters.asset(name).kind == "stable" else None
+
+    def _mark(self, symbol: str, underlying: str) -> Price | None:
+        if symbol in self.requested:
+            return Price(self.requested[symbol], "request")
+        if underlying in self.requested or symbol not in self.stored:
+            return None
+        return Price(self.stored[symbol].value, "stored", self.stored[symbol].as_of)

@@ -1,0 +1,120 @@
+"""The one error tree: each class carries the code, status and title that a caller sees.
+
+PrimeriskError
+├── BadRequestError         400  the body is not JSON
+├── UnauthorizedError       401  no key, or not a valid one
+├── ForbiddenError          403  the key lacks the scope
+├── NotFoundError           404  no such thing, or not yours
+├── RequestTimeoutError     408  the body came too slowly
+├── ConflictError           409  state or version conflict
+├── PayloadTooLargeError    413  over a named limit of bytes
+├── InvalidError            422  well-formed, but refused: `errors` points at the fields
+├── RateLimitedError        429  too many requests for this key
+├── OverloadedError         503  too many requests under way in this process
+└── DatabaseUnavailableError 503 the database is away
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One refused field: a JSON pointer (RFC 6901), a code and a sentence."""
+
+    pointer: str
+    code: str
+    detail: str
+
+
+@dataclass(eq=False)
+class PrimeriskError(Exception):
+    """Base of every error that a caller is meant to see; `detail` never carries a secret or SQL."""
+
+    detail: str
+    code: str = "error"
+    errors: tuple[FieldError, ...] = ()
+    headers: dict[str, str] = field(default_factory=dict)
+
+    status = 500
+    title = "Error"
+
+    def __str__(self) -> str:
+        """Return the detail, so that logs and the command line read well."""
+        return self.detail
+
+
+class BadRequestError(PrimeriskError):
+    """The request is not JSON, or not HTTP as this service speaks it."""
+
+    status, title = 400, "Bad request"
+
+
+class UnauthorizedError(PrimeriskError):
+    """No API key, or not a valid one."""
+
+    status, title = 401, "Unauthorized"
+
+
+class ForbiddenError(PrimeriskError):
+    """The key is valid but lacks the scope."""
+
+    status, title = 403, "Forbidden"
+
+
+class NotFoundError(PrimeriskError):
+    """No such resource, or one of another agent."""
+
+    status, title = 404, "Not found"
+
+
+class RequestTimeoutError(PrimeriskError):
+    """The body did not arrive in time."""
+
+    status, title = 408, "Request timeout"
+
+
+class ConflictError(PrimeriskError):
+    """The state, or an earlier request, stands against it."""
+
+    status, title = 409, "Conflict"
+
+
+class PayloadTooLargeError(PrimeriskError):
+    """More bytes than the limit that `detail` names."""
+
+    status, title = 413, "Payload too large"
+
+
+class InvalidError(PrimeriskError):
+    """The payload is well-formed but refused; `errors` points at the fields."""
+
+    status, title = 422, "Unprocessable content"
+
+
+class RateLimitedError(PrimeriskError):
+    """Too many requests for this key."""
+
+    status, title = 429, "Too many requests"
+
+
+class OverloadedError(PrimeriskError):
+    """Too many requests under way in this process."""
+
+    status, title = 503, "Overloaded"
+
+
+class DatabaseUnavailableError(PrimeriskError):
+    """The database does not answer."""
+
+    status, title = 503, "Database unavailable"
+
+
+class StartupError(Exception):
+    """The service can't start; the message is one clear line for the operator."""
+
+
+def invalid(pointer: str, code: str, detail: str) -> InvalidError:
+    """Return the 422 of one field."""
+    return InvalidError(detail=detail, code=code, errors=(FieldError(pointer, code, detail),))

@@ -1,0 +1,60 @@
+"""Every setting, read once from the environment (prefix PRIMERISK_) or a .env file, and passed down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import platformdirs
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One frozen value; the descriptions are the README's table."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PRIMERISK_", env_file=".env", frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    database_url: Annotated[
+        SecretStr | None, Field(description="postgresql://… of a server; unset: an embedded Postgres")
+    ] = None
+    data_dir: Annotated[Path, Field(description="where the embedded Postgres and the first key live")] = Path(
+        platformdirs.user_data_dir("primerisk")
+    )
+    admin_key: Annotated[SecretStr | None, Field(min_length=16, description="a key with every scope, when set")] = None
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="least severe line that is logged")
+    ] = "info"
+    log_format: Annotated[Literal["json", "text"], Field(description="json, or text for people")] = "text"
+    database_pool_size: Annotated[int, Field(ge=1, le=200, description="connections a process")] = 10
+    database_connect_seconds: Annotated[
+        float, Field(gt=0, le=60, description="longest wait for a connection before 503")
+    ] = 5.0
+    body_bytes_max: Annotated[int, Field(ge=1024, description="largest request body")] = 2_000_000
+    body_seconds_max: Annotated[float, Field(gt=0, description="longest time that a body may take")] = 10.0
+    requests_under_way_max: Annotated[int, Field(ge=1, description="requests under way in one process before 503")] = (
+        256
+    )
+    requests_per_second: Annotated[
+        float, Field(ge=0, description="sustained requests a second per key before 429; 0 turns it off")
+    ] = 2_000.0
+    requests_burst: Annotated[int, Field(ge=1, description="requests a key may make at once")] = 4_000
+    positions_max: Annotated[int, Field(ge=1, description="positions a portfolio")] = 5_000
+    scenarios_max: Annotated[int, Field(ge=1, description="scenarios a request")] = 1_000
+    underlyings_max: Annotated[int, Field(ge=1, description="different underlyings a portfolio")] = 500
+    market_refresh_seconds: Annotated[
+        float, Field(gt=0, le=60, description="how often a process reads new prices and parameters")
+    ] = 0.5
+    key_cache_seconds: Annotated[
+        float, Field(ge=0, le=60, description="how long a checked key is trusted before it is read again")
+    ] = 2.0
+    price_age_seconds_max: Annotated[
+        float, Field(gt=0, description="age past which a stored price is called stale")
+    ] = 60.0
+    price_skew_seconds_max: Annotated[
+        float, Field(ge=0, description="how far in the future a posted price may be dated")
+    ] = 5.0
