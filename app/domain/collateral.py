@@ -47,7 +47,7 @@ class Collateral:
     @property
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
-        return -float(self.value[self.amount < 0].sum())
+        return abs(float(self.value[self.amount < 0].sum()))
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""

@@ -50,6 +50,7 @@ class MarginQuote:
     options_value: float
     allocated: float
     models: Mapping[str, MarginResult]
+    isolated: MarginResult
     capital_freed: Mapping[str, float]
     health: Health
     distances: Distances
@@ -84,6 +85,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         options_value=portfolio.options_value,
         allocated=float(portfolio.allocated.sum()),
         models={name: results[name] for name in terms.models},
+        isolated=results["isolated"],
         capital_freed=_capital_freed(results, terms.models),
         health=health,
         distances=distance,

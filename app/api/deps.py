@@ -1,0 +1,114 @@
+"""What routes share: the service's parts, the caller behind a key, the body."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from fastapi import Request
+
+from app.api.body import Body
+from app.db.session import Database
+from app.errors import ForbiddenError, RateLimitedError, UnauthorizedError
+from app.services.accounts import Caller, KeyRing, Scope
+from app.services.market_cache import MarketCache
+from app.settings import Settings
+from app.telemetry import Metrics
+
+T = TypeVar("T")
+
+BUCKETS_MAX = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a request may need, made once at start."""
+
+    settings: Settings
+    metrics: Metrics
+    database: Database
+    keys: KeyRing
+    market: MarketCache
+    limiter: RateLimiter
+
+
+@dataclass(slots=True)
+class RateLimiter:
+    """A token bucket per key: `rate` a second, `burst` at once. Rate 0 lets everything pass."""
+
+    rate: float
+    burst: int
+    _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+
+    def spend(self, key_id: str) -> None:
+        """Take one token. Raises RateLimitedError with Retry-After and RateLimit headers."""
+        if self.rate <= 0.0:
+            return
+        now = time.monotonic()
+        tokens, then = self._buckets.get(key_id, (float(self.burst), now))
+        tokens = min(float(self.burst), tokens + (now - then) * self.rate)
+        if tokens < 1.0:
+            raise self._refusal((1.0 - tokens) / self.rate)
+        self._buckets[key_id] = (tokens - 1.0, now)
+        if len(self._buckets) > BUCKETS_MAX:
+            self._buckets.popitem(last=False)
+
+    def _refusal(self, seconds: float) -> RateLimitedError:
+        wait = str(max(1, int(seconds + 0.999)))
+        return RateLimitedError(
+            f"more than {self.rate:g} requests a second",
+            code="rate_limited",
+            headers={"Retry-After": wait, "RateLimit": f'"key";r=0;t={wait}', "RateLimit-Policy": self._policy()},
+        )
+
+    def _policy(self) -> str:
+        return f'"key";q={self.burst};w={max(1, round(self.burst / self.rate))}'
+
+
+def parts_of(request: Request) -> Parts:
+    """Return the parts of the app that the request came to."""
+    return cast("Parts", request.app.state.parts)
+
+
+async def caller_of(request: Request, scope: Scope | None = None) -> Caller:
+    """Return who calls. Raises UnauthorizedError, ForbiddenError without the scope, RateLimitedError."""
+    parts = parts_of(request)
+    caller = await parts.keys.authenticate(_bearer(request))
+    parts.limiter.spend(caller.key_id)
+    if scope is not None and not caller.may(scope):
+        raise ForbiddenError(f"the key lacks the scope {scope}", code="scope_missing")
+    return caller
+
+
+def _bearer(request: Request) -> str:
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not key:
+        detail = "send the header Authorization: Bearer <key>"
+        raise UnauthorizedError(detail, code="no_key", headers={"WWW-Authenticate": "Bearer"})
+    return key.strip()
+
+
+async def body_of(request: Request, body: Body[T]) -> T:
+    """Return the request's body, decoded. Raises BadRequestError, InvalidError, PayloadTooLargeError."""
+    return body.decode(await request.body())
+
+
+def document(summary: str, *, request: Any = None, scope: str = "any key", status: int = 200) -> dict[str, Any]:
+    """Return the OpenAPI entry of a route: its body's schema, its scope and its errors by reference."""
+    entry: dict[str, Any] = {
+        "summary": summary,
+        "description": f"Scope: {scope}.",
+        "responses": {
+            str(status): {"description": "OK", "content": {"application/json": {"schema": {}}}},
+            "default": {
+                "description": "An RFC 9457 problem document",
+                "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            },
+        },
+    }
+    if request is not None:
+        schema = {"$ref": f"#/components/schemas/{request.__name__}"}
+        entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return entry

@@ -1,0 +1,235 @@
+"""The market: prices, and the versioned parameters of assets, instruments and models."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import APIRouter, Query, Request
+from msgspec import UNSET, Meta, UnsetType
+from starlette.responses import Response
+
+from app.api import body as wire
+from app.api.deps import Parts, body_of, caller_of, document, parts_of
+from app.api.quote_reply import market_parameters_reply
+from app.api.quote_request import AssetIn, InstrumentIn, fields_given
+from app.domain.parameters import MarketParameters
+from app.errors import invalid
+from app.services import market
+
+router = APIRouter(prefix="/api/market", tags=["market"])
+
+PAGE_MAX = 200
+
+Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
+Cursor = Annotated[str, Query(max_length=64, description="next_cursor of the page before")]
+Version = Annotated[int | None, Query(ge=1, description="as of this version of the parameters")]
+
+
+class AssetPut(AssetIn):
+    """PUT /api/market/assets/{asset}; `version`, when given, must be the stored one."""
+
+    version: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
+
+
+class InstrumentPut(InstrumentIn):
+    """PUT /api/market/instruments/{symbol}; `version`, when given, must be the stored one."""
+
+    version: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
+
+
+class PricesPost(wire.Request):
+    """POST /api/market/prices: USD prices of assets, marks of instruments, all of one moment (now if left out)."""
+
+    prices: dict[str, Decimal]
+    as_of: Annotated[datetime, Meta(tz=True)] | None = None
+
+
+class ParametersPut(wire.Request):
+    """PUT /api/market/parameters: factors of the models and thresholds by name."""
+
+    parameters: dict[str, float]
+    version: Annotated[int, Meta(ge=0)] | None = None
+
+
+class CorrelationPut(wire.Request):
+    """PUT /api/market/correlations: one pair of a matrix, or (pair left out) what every other pair has."""
+
+    matrix: Literal["stress", "hedge"]
+    value: float
+    pair: Annotated[list[str], Meta(min_length=2, max_length=2)] | None = None
+    version: Annotated[int, Meta(ge=0)] | None = None
+
+
+_ASSET = wire.Body(AssetPut)
+_INSTRUMENT = wire.Body(InstrumentPut)
+_PRICES = wire.Body(PricesPost)
+_PARAMETERS = wire.Body(ParametersPut)
+_CORRELATION = wire.Body(CorrelationPut)
+
+
+@router.get("/assets", openapi_extra=document("Parameters of assets"))
+async def list_assets(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+    """List the assets by name; `default` holds for every asset that is not listed."""
+    await caller_of(request)
+    view = parts_of(request).market.view.parameters
+    assets = {**view.assets, view.default_asset.asset: view.default_asset}
+    return _page("assets", {name: _resource(name, asdict(a)) for name, a in assets.items()}, limit, cursor)
+
+
+@router.get("/assets/{asset}", openapi_extra=document("Parameters of an asset"))
+async def get_asset(request: Request, asset: str, version: Version = None) -> Response:
+    """Show one listed asset, now or as of a version."""
+    caller = await caller_of(request)
+    async with parts_of(request).database.transaction(caller.key_id) as tx:
+        found = await market.get_asset(tx, asset, version)
+    return wire.JsonResponse(_resource(asset, asdict(found.value), found.version))
+
+
+@router.put("/assets/{asset}", openapi_extra=document("Set parameters of an asset", request=AssetPut, scope="admin"))
+async def put_asset(request: Request, asset: str) -> Response:
+    """Set the fields given; the others keep their values, or the default's for a new asset."""
+    caller = await caller_of(request, "admin")
+    asked = await body_of(request, _ASSET)
+    change = fields_given(asked)
+    expected = change.pop("version", None)
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        stored = await market.put_asset(tx, asset, cast("market.AssetChange", change), expected)
+    await parts.market.refresh()
+    return wire.JsonResponse(_resource(asset, asdict(stored.value), stored.version))
+
+
+@router.get("/instruments", openapi_extra=document("Parameters of instruments"))
+async def list_instruments(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+    """List the instruments by symbol; a rate that is null is the underlying asset's."""
+    await caller_of(request)
+    view = parts_of(request).market.view.parameters
+    items = {symbol: _resource(symbol, asdict(i)) for symbol, i in view.instruments.items()}
+    return _page("instruments", items, limit, cursor)
+
+
+@router.get("/instruments/{symbol:path}", openapi_extra=document("Parameters of an instrument"))
+async def get_instrument(request: Request, symbol: str, version: Version = None) -> Response:
+    """Show one listed instrument, now or as of a version."""
+    caller = await caller_of(request)
+    async with parts_of(request).database.transaction(caller.key_id) as tx:
+        found = await market.get_instrument(tx, symbol, version)
+    return wire.JsonResponse(_resource(symbol, asdict(found.value), found.version))
+
+
+@router.put(
+    "/instruments/{symbol:path}",
+    openapi_extra=document("Set parameters of an instrument", request=InstrumentPut, scope="admin"),
+)
+async def put_instrument(request: Request, symbol: str) -> Response:
+    """Set the fields given; underlying and kind are fixed once the instrument is listed."""
+    caller = await caller_of(request, "admin")
+    asked = await body_of(request, _INSTRUMENT)
+    change = fields_given(asked)
+    expected = change.pop("version", None)
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        stored = await market.put_instrument(tx, symbol, cast("market.InstrumentChange", change), expected)
+    await parts.market.refresh()
+    return wire.JsonResponse(_resource(symbol, asdict(stored.value), stored.version))
+
+
+@router.post("/prices", openapi_extra=document("Post prices", request=PricesPost, scope="market", status=202))
+async def post_prices(request: Request) -> Response:
+    """Store prices of one moment; per symbol the newer moment wins."""
+    caller = await caller_of(request, "market")
+    posted = await body_of(request, _PRICES)
+    parts = parts_of(request)
+    skew = timedelta(seconds=parts.settings.price_skew_seconds_max)
+    async with parts.database.transaction(caller.key_id) as tx:
+        result = await market.post_prices(tx, posted.prices, posted.as_of, skew)
+        as_of = posted.as_of or tx.now
+    await parts.market.refresh()
+    return wire.JsonResponse({"accepted": result.accepted, "ignored": result.ignored, "as_of": as_of}, 202)
+
+
+@router.get("/prices", openapi_extra=document("Latest prices"))
+async def list_prices(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+    """List the latest prices by symbol, as this process last read them."""
+    await caller_of(request)
+    parts = parts_of(request)
+    now = parts.database.clock.now()
+    items = {
+        symbol: {
+            "id": symbol,
+            "price": price.value,
+            "as_of": price.as_of,
+            "age_seconds": max(0.0, (now - price.as_of).total_seconds()),
+        }
+        for symbol, price in parts.market.view.prices.items()
+    }
+    return _page("prices", items, limit, cursor)
+
+
+@router.get("/parameters", openapi_extra=document("Factors, thresholds and correlations"))
+async def get_parameters(request: Request, version: Version = None) -> Response:
+    """Show every factor, threshold and correlation, now or as of a version."""
+    caller = await caller_of(request)
+    return wire.JsonResponse(market_parameters_reply(await _parameters(parts_of(request), caller.key_id, version)))
+
+
+@router.put("/parameters", openapi_extra=document("Set factors and thresholds", request=ParametersPut, scope="admin"))
+async def put_parameters(request: Request) -> Response:
+    """Set the factors and thresholds given, all under one new version."""
+    caller = await caller_of(request, "admin")
+    change = await body_of(request, _PARAMETERS)
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        await market.put_model_parameters(tx, change.parameters, change.version)
+    return wire.JsonResponse(market_parameters_reply((await parts.market.refresh()).parameters))
+
+
+@router.put("/correlations", openapi_extra=document("Set a correlation", request=CorrelationPut, scope="admin"))
+async def put_correlation(request: Request) -> Response:
+    """Set one pair's correlation in the stress or the hedge matrix."""
+    caller = await caller_of(request, "admin")
+    change = await body_of(request, _CORRELATION)
+    pair = None if change.pair is None else (change.pair[0], change.pair[1])
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        await market.put_correlation(tx, change.matrix, pair, change.value, change.version)
+    return wire.JsonResponse(market_parameters_reply((await parts.market.refresh()).parameters))
+
+
+@router.get("/changes", openapi_extra=document("Who changed which parameter"))
+async def list_changes(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+    """List the versions, newest first, with who made each."""
+    caller = await caller_of(request)
+    if cursor and not cursor.isdecimal():
+        raise invalid("/cursor", "invalid_cursor", "not a cursor of this list")
+    async with parts_of(request).database.transaction(caller.key_id) as tx:
+        changes = await market.list_changes(tx, limit, int(cursor) if cursor else None)
+    last = str(changes[-1].version) if len(changes) == limit else None
+    items = [{"id": str(c.version), **asdict(c)} for c in changes]
+    return wire.JsonResponse({"changes": items, "next_cursor": last})
+
+
+async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketParameters:
+    if version is None:
+        return parts.market.view.parameters
+    async with parts.database.transaction(actor) as tx:
+        return await market.load_parameters(tx, version)
+
+
+def _resource(name: str, fields: Mapping[str, Any], version: int | None = None) -> dict[str, Any]:
+    known = {"id": name, **fields}
+    return known if version is None else {**known, "version": version}
+
+
+def _page(noun: str, items: Mapping[str, Any], limit: int, cursor: str) -> Response:
+    """Return the page of the items, by name, that follow the cursor (the last name of the page before)."""
+    names = sorted(items)
+    start = bisect_right(names, cursor) if cursor else 0
+    page = names[start : start + limit]
+    more = start + limit < len(names)
+    return wire.JsonResponse({noun: [items[name] for name in page], "next_cursor": page[-1] if more else None})

@@ -1,0 +1,151 @@
+"""What every request passes: id, limits, metrics, and the last line of defence. Plain ASGI, for speed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import telemetry
+from app.api.problems import internal_error, problem_response
+from app.errors import OverloadedError, PayloadTooLargeError, PrimeriskError, RequestTimeoutError
+from app.settings import Settings
+from app.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNLIMITED = ("/healthz", "/readyz", "/metrics")
+"""Answered also when the process is full: they are how an operator finds out."""
+
+
+class Guard:
+    """Gives each request an id, bounds its body in bytes and time, counts it, and hides our faults."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app = app
+        self.bytes_max = settings.body_bytes_max
+        self.seconds_max = settings.body_seconds_max
+        self.under_way_max = settings.requests_under_way_max
+        self.metrics = metrics
+        self.under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request; pass everything else through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        token = telemetry.request_id.set(_identifier(scope))
+        exchange = _Exchange(scope, send, telemetry.request_id.get())
+        started = time.perf_counter()
+        self.under_way += 1
+        try:
+            await self._answer(scope, receive, exchange)
+        finally:
+            self.under_way -= 1
+            self._count(scope, exchange.status, time.perf_counter() - started)
+            telemetry.request_id.reset(token)
+
+    async def _answer(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        try:
+            self._check_room(scope["path"])
+            self._check_length(scope)
+            await self.app(scope, self._bounded(receive), exchange.send)
+        except PrimeriskError as error:
+            await exchange.refuse(error)
+        except Exception:
+            log.exception("unhandled error on %s", scope["path"])
+            await exchange.refuse(internal_error())
+
+    def _check_room(self, path: str) -> None:
+        if self.under_way > self.under_way_max and path not in _UNLIMITED:
+            detail = f"{self.under_way_max} requests are under way"
+            raise OverloadedError(detail, code="overloaded", headers={"Retry-After": "1"})
+
+    def _check_length(self, scope: Scope) -> None:
+        """Refuse a declared length past the limit before a byte of the body is read."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self.bytes_max:
+                raise self._too_large()
+
+    def _too_large(self) -> PayloadTooLargeError:
+        detail = f"a request body has at most {self.bytes_max} bytes"
+        return PayloadTooLargeError(detail, code="body_too_large", headers={"Connection": "close"})
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Return a `receive` that counts bytes and stops a body that trickles in."""
+        received = 0
+        deadline: float | None = None
+
+        async def bounded() -> Message:
+            nonlocal received, deadline
+            loop = asyncio.get_running_loop()
+            deadline = deadline or loop.time() + self.seconds_max
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"the body did not arrive within {self.seconds_max:g} seconds"
+                raise RequestTimeoutError(detail, code="body_too_slow", headers={"Connection": "close"}) from None
+            received += len(message.get("body", b""))
+            if received > self.bytes_max:
+                raise self._too_large()
+            if not message.get("more_body"):
+                deadline = float("inf")
+            return message
+
+        return bounded
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = _template(scope)
+        self.metrics.requests.labels(scope["method"] if route != _NO_ROUTE else "-", route, str(status)).inc()
+        self.metrics.request_seconds.labels(route).observe(seconds)
+
+
+class _Exchange:
+    """The way out of one request: adds the id, remembers the status, refuses only what has not begun."""
+
+    def __init__(self, scope: Scope, send: Send, identifier: str) -> None:
+        self._send = send
+        self._scope = scope
+        self._header = (b"x-request-id", identifier.encode())
+        self.status = 500
+        self.begun = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun, self.status = True, message["status"]
+            message["headers"] = [*message["headers"], self._header]
+        await self._send(message)
+
+    async def refuse(self, error: PrimeriskError) -> None:
+        if self.begun:  # too late for another answer: cutting the connection tells the caller
+            raise error
+        await problem_response(error)(self._scope, _nothing_more, self.send)
+
+
+async def _nothing_more() -> Message:
+    return {"type": "http.disconnect"}
+
+
+def _identifier(scope: Scope) -> str:
+    """Return the caller's own X-Request-Id where it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
+            return str(text)
+    return secrets.token_hex(8)
+
+
+_NO_ROUTE = "none"
+
+
+def _template(scope: MutableMapping[str, Any]) -> str:
+    """Return the route's template, so that ids in paths make no series of their own."""
+    route = scope.get("route")
+    return getattr(route, "path", _NO_ROUTE)

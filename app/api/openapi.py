@@ -1,0 +1,46 @@
+"""The OpenAPI document: FastAPI's routes with the schemas of the msgspec structs that they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut, PricesPost
+from app.api.quote_request import MarginQuoteIn
+from app.errors import FieldError
+
+BODIES = (MarginQuoteIn, AssetPut, InstrumentPut, PricesPost, ParametersPut, CorrelationPut)
+_OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
+
+
+class Problem(msgspec.Struct):
+    """An RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[FieldError]
+
+
+def openapi_document(app: FastAPI) -> dict[str, Any]:
+    """Return the document, made once and kept on the app."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+    _, schemas = msgspec.json.schema_components((*BODIES, Problem), ref_template="#/components/schemas/{name}")
+    components = document.setdefault("components", {})
+    components["schemas"] = schemas
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if path not in _OPEN_PATHS:
+                operation["security"] = [{"key": []}]
+    app.openapi_schema = document
+    return document

@@ -1,0 +1,377 @@
+"""The body of a margin quote, and the terms that it asks for. Knows no HTTP: the command line reads it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from app.api.body import Body, Request
+from app.domain.collateral import CollateralTerms
+from app.domain.margin.registry import MODELS
+from app.domain.margin.result import MarginTerms, SpanCharges
+from app.domain.parameters import (
+    AssetKind,
+    CorrelationTable,
+    HealthPolicy,
+    InstrumentKind,
+    InstrumentParameters,
+    MarginMode,
+    MarketParameters,
+    ModelParameters,
+    Regime,
+)
+from app.domain.quote import QuoteTerms
+from app.domain.scenarios import NAMED, Scenario
+from app.domain.terms import PositionTerms
+from app.errors import FieldError, InvalidError, invalid
+from app.services import market_rules
+from app.settings import Settings
+
+YEARS_TO_EXPIRY_MAX = 50
+
+Symbol = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}$")]
+Positive = Annotated[float, Meta(gt=0, le=1e15)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e15)]
+Signed = Annotated[float, Meta(ge=-1e15, le=1e15)]
+Move = Annotated[float, Meta(ge=-1, le=100)]
+Correlation = Annotated[float, Meta(ge=-1, le=1)]
+Text = Annotated[str, Meta(max_length=128)]
+MarginModelName = Literal["isolated", "cross", "scenario", "portfolio", "span"]
+
+
+class PositionIn(Request, kw_only=True):
+    """One position: linear (symbol, side, size), greeks (symbol, notional, delta) or option (underlying, strike, …).
+
+    The fields stand in the order of `PositionTerms`, so that rows turn into columns in one pass.
+    """
+
+    symbol: Symbol | None = None
+    side: Literal["long", "short"] | None = None
+    size: NonNegative | None = None
+    entry_price: Positive | None = None
+    mark_price: Positive | None = None
+    leverage: Annotated[float, Meta(gt=0, le=1_000)] | None = None
+    margin_mode: MarginMode | None = None
+    allocated_collateral: NonNegative | None = None
+    contract_size: Positive | None = None
+    notional: NonNegative | None = None
+    delta: Annotated[float, Meta(ge=-1_000, le=1_000)] | None = None
+    gamma: Signed | None = None
+    vega: Signed | None = None
+    underlying: Symbol | None = None
+    type: Literal["call", "put"] | None = None
+    strike: Positive | None = None
+    expiry: Annotated[datetime, Meta(tz=True)] | None = None
+    iv: Annotated[float, Meta(gt=0, le=50)] | None = None
+    rate: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    forward: Positive | None = None
+    id: Text | None = None
+
+
+class HoldingIn(Request):
+    """Units of an asset held (or owed); `lent` of them are out on loan; the price is the market's if left out."""
+
+    asset: Symbol
+    amount: NonNegative
+    price: Positive | None = None
+    lent: NonNegative | None = None
+
+
+class ReservationIn(Request):
+    """USD that another service holds in reserve on the account."""
+
+    service: Text
+    amount: NonNegative
+
+
+class ScenarioIn(Request):
+    """A joint move; `shocks` are the own moves of single underlyings, `price_move` is everyone else's."""
+
+    price_move: Move | None = None
+    vol_move: Annotated[float, Meta(ge=-1, le=100)] | None = None
+    shocks: dict[Symbol, Move] | None = None
+    weight: Annotated[float, Meta(gt=0, le=1)] | None = None
+
+
+class AssetIn(Request):
+    """Parameters of an asset; those left out stay as they are."""
+
+    kind: AssetKind | UnsetType = UNSET
+    haircut: float | UnsetType = UNSET
+    initial_margin_rate: float | UnsetType = UNSET
+    maintenance_margin_rate: float | UnsetType = UNSET
+    price_range: float | UnsetType = UNSET
+    volatility_range: float | UnsetType = UNSET
+    volatility: float | UnsetType | None = UNSET
+    concentration_limit: float | UnsetType | None = UNSET
+
+
+class InstrumentIn(Request):
+    """Parameters of an instrument; those left out stay as they are, a rate set to null is its underlying's."""
+
+    underlying: Symbol | UnsetType = UNSET
+    kind: InstrumentKind | UnsetType = UNSET
+    contract_size: float | UnsetType = UNSET
+    initial_margin_rate: float | UnsetType | None = UNSET
+    maintenance_margin_rate: float | UnsetType | None = UNSET
+    price_range: float | UnsetType | None = UNSET
+    volatility: float | UnsetType | None = UNSET
+
+
+class SpanChargesIn(Request):
+    """USD charges of one underlying in the SPAN model."""
+
+    intra_commodity: NonNegative | None = None
+    delivery: NonNegative | None = None
+    inter_commodity_credit: NonNegative | None = None
+    short_option_minimum: NonNegative | None = None
+
+
+class MarketIn(Request):
+    """What this quote takes in place of the stored market."""
+
+    prices: dict[Symbol, Positive] | None = None
+    assets: dict[Symbol, AssetIn] | None = None
+    instruments: dict[Symbol, InstrumentIn] | None = None
+    correlation: dict[Symbol, dict[Symbol, Correlation]] | None = None
+    hedge_correlation: dict[Symbol, dict[Symbol, Correlation]] | None = None
+    span_charges: dict[Symbol, SpanChargesIn] | None = None
+
+
+_FACTORS = tuple(f.name for cls in (ModelParameters, HealthPolicy) for f in fields(cls))
+SettingsIn = msgspec.defstruct(
+    "SettingsIn",
+    [("margin_mode", MarginMode | None, None), *((name, float | None, None) for name in _FACTORS)],
+    bases=(Request,),
+)
+
+
+class MarginQuoteIn(Request):
+    """POST /api/quotes/margin."""
+
+    positions: list[PositionIn]
+    collateral: list[HoldingIn] | None = None
+    liabilities: list[HoldingIn] | None = None
+    reservations: list[ReservationIn] | None = None
+    models: list[MarginModelName] | None = None
+    scenarios: str | list[ScenarioIn] | None = None
+    regime: Regime | None = None
+    market: MarketIn | None = None
+    settings: SettingsIn | None = None  # type: ignore[valid-type]
+    as_of: Annotated[datetime, Meta(tz=True)] | None = None
+    name: Text | None = None
+
+
+MARGIN_QUOTE = Body(MarginQuoteIn)
+
+_FIELDS = tuple(f.name for f in fields(PositionTerms))
+_NO_ROWS: Mapping[str, Sequence[Any]] = MappingProxyType(dict.fromkeys(_FIELDS, ()))
+_DEFAULT_MODELS = ("isolated", "cross", "portfolio")
+_DEFAULT_SCENARIOS = "moderate"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The named limits on one portfolio."""
+
+    positions_max: int
+    scenarios_max: int
+    underlyings_max: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        """Return the limits of the settings."""
+        return cls(settings.positions_max, settings.scenarios_max, settings.underlyings_max)
+
+
+def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
+    """Return what the body asks for, over the given parameters. Raises InvalidError with pointers."""
+    _check_limits(body, limits, now)
+    # the struct is made from the parameter classes, so the type checker can't follow it
+    own = cast("Struct | None", body.settings)
+    settings = {} if own is None else fields_given(own)
+    mode = settings.pop("margin_mode", "cross")
+    market = body.market
+    if market is not None or settings:
+        parameters = _overridden(parameters, market or MarketIn(), settings)
+    scenario_set, scenarios = _scenarios(body.scenarios)
+    return QuoteTerms(
+        positions=position_terms(body.positions),
+        collateral=_holdings(body.collateral, "/collateral"),
+        liabilities=_holdings(body.liabilities, "/liabilities"),
+        reserved=sum(r.amount for r in body.reservations or ()),
+        models=tuple(dict.fromkeys(body.models or _DEFAULT_MODELS)),
+        margin_mode=mode,
+        prices={} if market is None else market.prices or {},
+        margin=MarginTerms(
+            parameters=parameters,
+            scenarios=scenarios,
+            scenario_set=scenario_set,
+            regime=body.regime or "normal",
+            span_charges=_span_charges(market),
+        ),
+    )
+
+
+def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
+    """Return the positions as columns."""
+    if not positions:
+        return PositionTerms(**_NO_ROWS)
+    columns = zip(*map(msgspec.structs.astuple, positions), strict=True)
+    return PositionTerms(*list(columns)[: len(_FIELDS)])
+
+
+def fields_given(struct: Struct) -> dict[str, Any]:
+    """Return the fields that the caller set."""
+    defaults = zip(struct.__struct_fields__, struct.__struct_defaults__, strict=True)
+    return {name: value for name, default in defaults if (value := getattr(struct, name)) is not default}
+
+
+def _check_limits(body: MarginQuoteIn, limits: Limits, now: datetime) -> None:
+    _check_length("/positions", body.positions, limits.positions_max)
+    _check_length("/collateral", body.collateral, limits.positions_max)
+    _check_length("/liabilities", body.liabilities, limits.positions_max)
+    if isinstance(body.scenarios, list):
+        _check_length("/scenarios", body.scenarios, limits.scenarios_max)
+    names = {(p.symbol, p.underlying) for p in body.positions}
+    if len(names) > limits.underlyings_max:
+        detail = f"at most {limits.underlyings_max} different markets a portfolio, not {len(names)}"
+        raise invalid("/positions", "too_many_underlyings", detail)
+    latest = (body.as_of or now) + timedelta(days=365 * YEARS_TO_EXPIRY_MAX)
+    for index, position in enumerate(body.positions):
+        if position.expiry is not None and position.expiry > latest:
+            pointer = f"/positions/{index}/expiry"
+            raise invalid(pointer, "expiry_too_far", f"an expiry lies within {YEARS_TO_EXPIRY_MAX} years")
+
+
+def _check_length(pointer: str, items: Sequence[object] | None, most: int) -> None:
+    if items is not None and len(items) > most:
+        raise invalid(pointer, "too_many_items", f"at most {most} items, not {len(items)}")
+
+
+def _holdings(items: Sequence[HoldingIn] | None, pointer: str) -> tuple[CollateralTerms, ...]:
+    found = []
+    for index, item in enumerate(items or ()):
+        lent = item.lent or 0.0
+        if lent > item.amount:
+            raise invalid(f"{pointer}/{index}/lent", "lent_above_amount", "no more can be lent than is held")
+        found.append(CollateralTerms(item.asset, item.amount, item.price, lent))
+    return tuple(found)
+
+
+def _scenarios(given: str | list[ScenarioIn] | None) -> tuple[str, Sequence[Scenario]]:
+    if given is None:
+        return _DEFAULT_SCENARIOS, NAMED[_DEFAULT_SCENARIOS]
+    if isinstance(given, str):
+        if given not in NAMED:
+            raise invalid("/scenarios", "unknown_scenario_set", f"the named sets are {', '.join(NAMED)}")
+        return given, NAMED[given]
+    if not given:
+        raise invalid("/scenarios", "no_scenarios", "give at least one scenario")
+    return "own", tuple(_scenario(index, item) for index, item in enumerate(given))
+
+
+def _scenario(index: int, item: ScenarioIn) -> Scenario:
+    if item.price_move is None and not item.shocks and item.vol_move is None:
+        raise invalid(f"/scenarios/{index}", "empty_scenario", "a scenario moves a price or the volatility")
+    weight = 1.0 if item.weight is None else item.weight
+    return Scenario(item.price_move or 0.0, item.vol_move or 0.0, item.shocks or {}, weight)
+
+
+def _span_charges(market: MarketIn | None) -> dict[str, SpanCharges]:
+    if market is None or market.span_charges is None:
+        return {}
+    return {name: SpanCharges(**fields_given(charges)) for name, charges in market.span_charges.items()}
+
+
+def _overridden(parameters: MarketParameters, market: MarketIn, settings: Mapping[str, float]) -> MarketParameters:
+    """Return the parameters with the request's own, held to the rules that stored ones are held to."""
+    assets = dict(parameters.assets)
+    for name, asset in (market.assets or {}).items():
+        assets[name] = replace(parameters.asset(name), asset=name, **fields_given(asset))
+    changed = replace(parameters, assets=assets)
+    for name in market.assets or {}:
+        with _Under(f"/market/assets/{name}"):
+            market_rules.check_asset(assets[name], changed)
+    changed = replace(changed, instruments=_instruments(changed, market.instruments or {}))
+    models, policy = _factors(changed, settings)
+    return replace(
+        changed,
+        models=models,
+        policy=policy,
+        stress=_table(changed.stress, market.correlation, "/market/correlation"),
+        hedge=_table(changed.hedge, market.hedge_correlation, "/market/hedge_correlation"),
+    )
+
+
+def _instruments(parameters: MarketParameters, given: Mapping[str, InstrumentIn]) -> Mapping[str, InstrumentParameters]:
+    instruments = dict(parameters.instruments)
+    for symbol, change in given.items():
+        known = instruments.get(symbol) or InstrumentParameters(symbol, parameters.underlying_of(symbol))
+        instruments[symbol] = replace(known, **fields_given(change))
+        with _Under(f"/market/instruments/{symbol}"):
+            market_rules.check_instrument(instruments[symbol], parameters.asset(instruments[symbol].underlying))
+    return instruments
+
+
+def _factors(parameters: MarketParameters, settings: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy]:
+    if not settings:
+        return parameters.models, parameters.policy
+    own = {f.name for f in fields(ModelParameters)}
+    models = replace(parameters.models, **{k: v for k, v in settings.items() if k in own})
+    policy = replace(parameters.policy, **{k: v for k, v in settings.items() if k not in own})
+    with _Under("/settings"):
+        market_rules.check_models(models, policy)
+    return models, policy
+
+
+def _table(table: CorrelationTable, given: Mapping[str, Mapping[str, float]] | None, pointer: str) -> CorrelationTable:
+    if given is None:
+        return table
+    pairs = dict(table.pairs)
+    seen: dict[tuple[str, str], float] = {}
+    for a, b, rho in chain.from_iterable(((a, b, rho) for b, rho in row.items()) for a, row in given.items()):
+        key = (a, b) if a < b else (b, a)
+        if a == b and rho != 1.0:
+            raise invalid(f"{pointer}/{a}/{b}", "not_a_correlation", "an asset's correlation with itself is 1")
+        if seen.setdefault(key, rho) != rho:
+            raise invalid(f"{pointer}/{a}/{b}", "not_symmetric", f"{a} with {b} is given twice, differently")
+    pairs.update({key: rho for key, rho in seen.items() if key[0] != key[1]})
+    return replace(table, pairs=pairs)
+
+
+class _Under:
+    """Puts a prefix before the pointers of an InvalidError raised inside."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, InvalidError):
+            errors = tuple(FieldError(self.prefix + e.pointer, e.code, e.detail) for e in error.errors)
+            raise InvalidError(detail=error.detail, code=error.code, errors=errors) from None
+
+
+def quote_time(body: MarginQuoteIn, now: datetime) -> datetime:
+    """Return the moment that the quote is for: the request's own, else now."""
+    return now if body.as_of is None else body.as_of.astimezone(UTC)
+
+
+def known_models() -> tuple[str, ...]:
+    """Return the names of the margin models, in the order of their registry."""
+    return tuple(MODELS)
+
+
+def factors_of(parameters: MarketParameters) -> dict[str, float]:
+    """Return every factor and threshold by its flat name, as `settings` takes them."""
+    return asdict(parameters.models) | asdict(parameters.policy)

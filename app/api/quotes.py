@@ -1,0 +1,51 @@
+"""Stateless quotes: a portfolio in, its risk out, without the database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import datetime
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.body import encoder
+from app.api.deps import Parts, body_of, caller_of, document, parts_of
+from app.api.quote_reply import margin_reply
+from app.api.quote_request import MARGIN_QUOTE, Limits, MarginQuoteIn, quote_terms, quote_time
+from app.domain.quote import margin_quote
+
+router = APIRouter(prefix="/api/quotes", tags=["quotes"])
+
+INLINE_COST_MAX = 1_500
+"""Position x model cells below which handing a quote to a thread costs more than it frees the loop."""
+OPTION_COST = 40
+
+
+@router.post("/margin", openapi_extra=document("A margin quote under several models", request=MarginQuoteIn))
+async def quote_margin(request: Request) -> Response:
+    """Margin, health and liquidation prices of a portfolio."""
+    parts = parts_of(request)
+    await caller_of(request)
+    body = await body_of(request, MARGIN_QUOTE)
+    now = parts.database.clock.now()
+    if _cost(body) <= INLINE_COST_MAX:
+        reply = _quote(parts, body, now)
+    else:
+        reply = await asyncio.to_thread(_quote, parts, body, now)
+    return Response(reply, media_type="application/json")
+
+
+def _cost(body: MarginQuoteIn) -> int:
+    options = sum(p.strike is not None for p in body.positions)
+    return (len(body.positions) + OPTION_COST * options) * len(body.models or (1, 2, 3))
+
+
+def _quote(parts: Parts, body: MarginQuoteIn, now: datetime) -> bytes:
+    view = parts.market.view
+    started = time.perf_counter()
+    terms = quote_terms(body, view.parameters, Limits.of(parts.settings), now)
+    quote = margin_quote(terms, view.prices, quote_time(body, now))
+    parts.metrics.quote_seconds.labels("margin").observe(time.perf_counter() - started)
+    parts.metrics.quote_positions.labels("margin").observe(len(body.positions))
+    return encoder.encode(margin_reply(quote, body.positions, terms.margin, parts.settings.price_age_seconds_max))

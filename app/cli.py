@@ -1,0 +1,118 @@
+"""The command line: serve, migrate, key, settings, quote."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr, ValidationError
+
+from app.errors import PrimeriskError, StartupError
+from app.settings import Settings
+from app.telemetry import configure_logging
+
+# What serves imports the web framework, what quotes imports the risk core: each command imports its own,
+# so that `primerisk settings` answers at once.
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Margin and risk for AI trading agents.",
+)
+
+Host = Annotated[str | None, typer.Option(help="address to listen on [PRIMERISK_HOST]")]
+Port = Annotated[int | None, typer.Option(help="port to listen on [PRIMERISK_PORT]")]
+
+
+def main() -> None:
+    """Run the command line; a failure that we know is one line on standard error and exit code 1."""
+    try:
+        cli(standalone_mode=True)
+    except (StartupError, PrimeriskError) as error:
+        sys.stderr.write(f"primerisk: {error}\n")
+        raise SystemExit(1) from None
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """Return the settings of the environment and .env with the command line's over them."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]).upper()
+        raise StartupError(f"PRIMERISK_{name}: {first['msg']}") from None
+
+
+@cli.command()
+def serve(host: Host = None, port: Port = None) -> None:
+    """Run the service, with an embedded Postgres where PRIMERISK_DATABASE_URL is not set."""
+    from app import server  # noqa: PLC0415
+
+    settings = read_settings(host=host, port=port)
+    configure_logging(settings.log_level, settings.log_format)
+    server.serve(settings)
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database to the schema of this release."""
+    import asyncio  # noqa: PLC0415
+
+    from app import server  # noqa: PLC0415
+    from app.db.migrate import head  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        asyncio.run(server.prepare(settings))
+    typer.echo(f"the database is at revision {head()}")
+
+
+@cli.command()
+def key(
+    name: Annotated[str, typer.Argument(help="what the key is for")],
+    scope: Annotated[list[str] | None, typer.Option(help="agent, coordinator, market or admin; may repeat")] = None,
+) -> None:
+    """Make an API key of the service and print it; it is not shown again."""
+    import asyncio  # noqa: PLC0415
+
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        typer.echo(asyncio.run(server.make_key(settings, name, scope or ["agent"])))
+
+
+@cli.command()
+def settings() -> None:
+    """List every setting with its value; secrets are masked."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    current = read_settings()
+    table = Table("setting", "value", "meaning", box=None)
+    for name, field in Settings.model_fields.items():
+        value = getattr(current, name)
+        shown = "********" if isinstance(value, SecretStr) else "" if value is None else str(value)
+        table.add_row(f"PRIMERISK_{name.upper()}", shown, field.description or "")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@cli.command()
+def quote(
+    file: Annotated[Path, typer.Argument(help="a portfolio as the API takes it; - for standard input")],
+    as_json: Annotated[bool, typer.Option("--json", help="the reply as the API gives it")] = False,
+) -> None:
+    """Quote the margin of a portfolio, offline, with the parameters that the package ships."""
+    from app import console  # noqa: PLC0415
+
+    raw = sys.stdin.buffer.read() if str(file) == "-" else _read(file)
+    console.print_quote(raw, read_settings(), as_json=as_json)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StartupError(f"{file}: {error.strerror}") from None

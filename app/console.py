@@ -1,0 +1,155 @@
+"""A margin quote for people: tables on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from app.api.body import encoder
+from app.api.quote_reply import margin_reply
+from app.api.quote_request import MARGIN_QUOTE, Limits, quote_terms, quote_time
+from app.db.session import system_now
+from app.domain.parameters import MarketParameters
+from app.domain.quote import margin_quote
+from app.errors import PrimeriskError, StartupError
+from app.settings import Settings
+
+POSITIONS_SHOWN_MAX = 40
+
+_STYLE = {
+    "safe": "green", "warning": "yellow", "critical": "bold red",
+    "GREEN": "green", "YELLOW": "yellow", "ORANGE": "dark_orange", "RED": "bold red",
+    "OK": "green", "WARNING": "yellow", "DANGER": "dark_orange", "EMERGENCY": "bold red",
+    "SAFE": "green", "LIQUIDATION": "bold red",
+}  # fmt: skip
+
+
+def offline_quote(raw: bytes, settings: Settings) -> bytes:
+    """Return the API's reply to a request body, with the package's own parameters and no stored prices."""
+    now = system_now()
+    body = MARGIN_QUOTE.decode(raw)
+    terms = quote_terms(body, MarketParameters(), Limits.of(settings), now)
+    quote = margin_quote(terms, {}, quote_time(body, now))
+    return encoder.encode(margin_reply(quote, body.positions, terms.margin, settings.price_age_seconds_max))
+
+
+def print_quote(raw: bytes, settings: Settings, *, as_json: bool) -> None:
+    """Print the quote of a request body. Raises StartupError, one line, for a body that is refused."""
+    try:
+        reply = offline_quote(raw, settings)
+    except PrimeriskError as error:
+        where = ", ".join(e.pointer for e in error.errors if e.pointer)
+        raise StartupError(f"{where}: {error}" if where else str(error)) from None
+    if as_json:
+        sys.stdout.write(msgspec.json.format(reply, indent=2).decode() + "\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for part in quote_tables(msgspec.json.decode(reply)):
+        console.print(part)
+
+
+def quote_tables(reply: dict[str, Any]) -> list[Table | Text | str]:
+    """Return the parts of a readable quote, in the order in which an owner asks."""
+    return [
+        _summary(reply),
+        _models(reply),
+        _health(reply["health"]),
+        _positions(reply),
+        _liquidation(reply),
+        *[Text(f"! {a['detail']}", "yellow") for a in reply["advisories"]],
+        Text(f"parameters: version {reply['parameters']['version']}, regime {reply['parameters']['regime']}", "dim"),
+    ]
+
+
+def _summary(reply: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    for name in ("equity", "collateral_value", "liabilities", "unrealized_pnl", "options_value"):
+        table.add_row(name.replace("_", " "), _usd(reply[name]))
+    return table
+
+
+def _models(reply: dict[str, Any]) -> Table:
+    table = Table(title="margin by model, USD", title_justify="left")
+    table.add_column("model")
+    for name in ("initial", "maintenance", "capital freed"):
+        table.add_column(name, justify="right")
+    table.add_column("binding")
+    for name, model in reply["models"].items():
+        freed = f"{reply['capital_freed'][name]:.1%}"
+        table.add_row(name, _usd(model["initial_margin"]), _usd(model["maintenance_margin"]), freed, _binding(model))
+    return table
+
+
+def _binding(model: dict[str, Any]) -> str:
+    worst = model["worst"]
+    if worst is None:
+        return ""
+    if worst["index"] is None or not model["scenarios"]:
+        return f"{worst['rule']}, {_usd(worst['pnl'])}"
+    scenario = model["scenarios"][worst["index"]]
+    unit = " R" if scenario["price_move_unit"] == "price_range" else ""
+    move = f"{scenario['price_move']:+.2f}{unit}" if unit else f"{scenario['price_move']:+.1%}"
+    return f"{worst['rule']}: price {move}, vol {scenario['vol_move']:+.0%}, {_usd(worst['pnl'])}"
+
+
+def _health(health: dict[str, Any]) -> Table:
+    table = Table(title=f"health ({health['model']} margin)", title_justify="left")
+    for name in ("figure", "value", "band"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for name, band in health["bands"].items():
+        table.add_row(name.replace("_", " "), _number(band["value"]), Text(band["band"], _STYLE[band["band"]]))
+    for name in ("zone", "alert_level", "status"):
+        table.add_row(name.replace("_", " "), "", Text(health[name], _STYLE[health[name]]))
+    for name in ("required_initial", "required_maintenance", "free_margin", "headroom", "shortfall"):
+        table.add_row(name.replace("_", " "), _usd(health[name]), "")
+    table.add_row("health score", f"{health['health_score']:.1f}", "")
+    return table
+
+
+def _positions(reply: dict[str, Any]) -> Table:
+    shown = reply["positions"][:POSITIONS_SHOWN_MAX]
+    left = len(reply["positions"]) - len(shown)
+    title = f"positions ({left} more with --json)" if left else "positions"
+    table = Table(title=title, title_justify="left")
+    table.add_column("symbol")
+    for name in ("exposure", "mark", "pnl", "initial", "maintenance", "liquidation at"):
+        table.add_column(name, justify="right")
+    for p in shown:
+        table.add_row(
+            p["symbol"],
+            _usd(p["exposure"]),
+            _usd(p["mark_price"]),
+            _usd(p["unrealized_pnl"]),
+            _usd(p["initial_margin"]),
+            _usd(p["maintenance_margin"]),
+            _at(p),
+        )
+    return table
+
+
+def _at(position: dict[str, Any]) -> str:
+    if position["breached"]:
+        return "breached"
+    if position["liquidation_price"] is None:
+        return "none"
+    return f"{_usd(position['liquidation_price'])} ({position['liquidation_distance']:+.1%})"
+
+
+def _liquidation(reply: dict[str, Any]) -> Text:
+    far = reply["liquidation"]
+    breach = "never" if far["to_breach"] is None else f"{far['to_breach']:+.1%}"
+    end = "never" if far["to_liquidation"] is None else f"{far['to_liquidation']:+.1%}"
+    return Text(f"if all coins move together: breach at {breach}, liquidation at {end}")
+
+
+def _usd(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

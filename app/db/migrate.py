@@ -1,0 +1,80 @@
+"""Bring a database to the schema of this release. Safe to run from several processes at once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from app.errors import StartupError
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL, Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+LOCK_SECONDS_MAX = 5
+"""A migration that waits longer for a table gives up, since every query behind it waits as well."""
+
+_TURN_SECONDS_MAX = 120
+_TURN_POLL_SECONDS = 0.1
+_ADVISORY_LOCK = 0x7072_696D_6572_6973  # "primeris"
+_SCRIPTS = Path(__file__).resolve().parents[2] / "migrations"  # beside `app`, in the repository and installed
+
+
+async def upgrade(url: URL) -> None:
+    """Run every migration that the database lacks; StartupError when another process takes too long at it."""
+    engine = create_async_engine(url, poolclass=NullPool)
+    try:
+        async with engine.connect() as connection:  # closing it gives the advisory lock back
+            await _take_turn(connection)
+            await connection.execute(text(f"SET lock_timeout = '{LOCK_SECONDS_MAX}s'"))
+            await connection.commit()
+            await connection.run_sync(_upgrade)
+    finally:
+        await engine.dispose()
+
+
+def head() -> str:
+    """Return the revision that this release needs."""
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    if revision is None:
+        raise StartupError(f"no migrations in {_SCRIPTS}")
+    return revision
+
+
+async def current(connection: AsyncConnection) -> str | None:
+    """Return the revision of the database, or None for one that was never migrated."""
+    return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+
+
+async def _take_turn(connection: AsyncConnection) -> None:
+    """Take the advisory lock by polling: a waiting query's snapshot would block CREATE INDEX CONCURRENTLY."""
+    query = select(func.pg_try_advisory_lock(_ADVISORY_LOCK))
+    for _ in range(int(_TURN_SECONDS_MAX / _TURN_POLL_SECONDS)):
+        taken = (await connection.execute(query)).scalar_one()
+        await connection.commit()
+        if taken:
+            return
+        await asyncio.sleep(_TURN_POLL_SECONDS)
+    raise StartupError(f"another process has been migrating this database for {_TURN_SECONDS_MAX} s")
+
+
+def _upgrade(connection: Connection) -> None:
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config

@@ -1,0 +1,211 @@
+"""The database: connections, the only commit, the only clock, and the one place that names an outage."""
+
+from __future__ import annotations
+
+import time
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import URL, func, make_url, select, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from app.errors import DatabaseUnavailableError, StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from app.settings import Settings
+
+POSTGRES_VERSION_MIN = 150_000
+STATEMENT_SECONDS_MAX = 15
+LOCK_SECONDS_MAX = 5
+IDLE_IN_TRANSACTION_SECONDS_MAX = 30
+
+_DRIVER = "postgresql+asyncpg"
+_SCHEMES = ("postgresql", "postgres", _DRIVER)
+_QUERY_NAMES = {"ssl": "ssl", "sslmode": "ssl", "host": "host", "port": "port"}
+"""What may follow the `?`, under its name in asyncpg; root certificates come from PGSSLROOTCERT."""
+
+# SQLSTATEs: the classes that mean no usable server, and the codes that mean a busy one.
+_AWAY_CLASSES = ("08", "28", "3D", "53", "57", "58")
+_BUSY_CODES = {
+    "25P03": "idle in transaction",
+    "40001": "serialization failure",
+    "40P01": "deadlock",
+    "55P03": "lock timeout",
+    "57014": "statement timeout",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tx:
+    """One open transaction: its connection, the database's time at its start (UTC), and who acts."""
+
+    connection: AsyncConnection
+    now: datetime
+    actor: str
+
+
+class Clock:
+    """The database's clock between two readings, carried on by the monotonic clock of this process.
+
+    It costs no round trip, and lags the database by at most the round trip of the last reading.
+    """
+
+    def __init__(self) -> None:
+        self._reading: tuple[datetime, float] | None = None
+
+    def set(self, now: datetime) -> None:
+        """Take a reading that has just arrived."""
+        self._reading = now, time.monotonic()
+
+    def now(self) -> datetime:
+        """Return the database's time; DatabaseUnavailableError before the first reading."""
+        if self._reading is None:
+            raise _away()
+        read, at = self._reading
+        return read + timedelta(seconds=time.monotonic() - at)
+
+
+class Database:
+    """A pool of connections to one Postgres database."""
+
+    def __init__(self, url: URL, settings: Settings) -> None:
+        self.url = url
+        self.clock = Clock()
+        self.engine = _engine(url, settings)
+
+    @asynccontextmanager
+    async def transaction(self, actor: str) -> AsyncIterator[Tx]:
+        """Open a transaction that commits when the block ends, and rolls back when it raises.
+
+        Raises DatabaseUnavailableError when the server is away, or too busy to answer in time.
+        """
+        with _outages_named():
+            async with self.engine.begin() as connection:
+                now: datetime = (await connection.execute(select(func.now()))).scalar_one()
+                self.clock.set(now)
+                yield Tx(connection, now, actor)
+
+    async def ping(self) -> None:
+        """Return once the server has answered a query; DatabaseUnavailableError when it does not."""
+        async with self.transaction("ping"):
+            return
+
+    async def require(self) -> None:
+        """Check at start that the server answers and is recent enough; StartupError in one line."""
+        try:
+            async with self.engine.connect() as connection:
+                number = (await connection.execute(text("SHOW server_version_num"))).scalar_one()
+        except (OSError, SQLAlchemyError) as error:
+            raise StartupError(f"{_shown(self.url)}: {_reason(error, self.url)}") from error
+        if int(number) < POSTGRES_VERSION_MIN:
+            raise StartupError(f"{_shown(self.url)}: Postgres 15 or later is needed, this is {number}")
+
+    async def close(self) -> None:
+        """Close every connection of the pool."""
+        await self.engine.dispose()
+
+
+def system_now() -> datetime:
+    """Return this machine's time in UTC, for the command line where no database is at hand."""
+    return datetime.now(UTC)  # noqa: TID251  this module is where the clock lives
+
+
+def parse_database_url(value: str) -> URL:
+    """Return a Postgres server's URL as SQLAlchemy takes it; StartupError in one line, without the secret."""
+    try:
+        url = make_url(value.strip())
+    except (ArgumentError, ValueError):  # not chained: their text may hold the password
+        raise StartupError("database URL: not like postgresql://user:password@host:port/name") from None
+    if url.drivername not in _SCHEMES:
+        raise StartupError(f"database URL: the scheme is {url.drivername}, not postgresql")
+    if not url.database:
+        raise StartupError(f"{_shown(url)}: the database URL names no database")
+    unknown = sorted(set(url.query) - set(_QUERY_NAMES))
+    if unknown:
+        raise StartupError(f"database URL: unknown option {unknown[0]} (known: {', '.join(_QUERY_NAMES)})")
+    query = {_QUERY_NAMES[name]: value for name, value in url.query.items()}
+    return url.set(drivername=_DRIVER, query=query)
+
+
+def _engine(url: URL, settings: Settings) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        pool_size=settings.database_pool_size,
+        max_overflow=0,
+        pool_timeout=settings.database_connect_seconds,
+        pool_pre_ping=True,
+        pool_use_lifo=True,
+        connect_args={
+            "timeout": settings.database_connect_seconds,
+            # The server's own limit answers first; this one is for a server that has gone silent.
+            "command_timeout": STATEMENT_SECONDS_MAX + 5,
+            "server_settings": {
+                "application_name": "primerisk",
+                "timezone": "UTC",
+                "jit": "off",  # it costs short queries more than it saves
+                "statement_timeout": f"{STATEMENT_SECONDS_MAX}s",
+                "lock_timeout": f"{LOCK_SECONDS_MAX}s",
+                "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS_MAX}s",
+            },
+        },
+    )
+
+
+@contextmanager
+def _outages_named() -> Iterator[None]:
+    """Turn what the driver, the pool and the socket raise for an outage into the one error for it."""
+    try:
+        yield
+    except (OSError, PoolTimeoutError) as error:  # a transaction does no other I/O (house rule 2)
+        raise _away() from error
+    except DBAPIError as error:
+        state = _sqlstate(error)
+        if state in _BUSY_CODES:
+            raise _busy(_BUSY_CODES[state]) from error
+        if error.connection_invalidated or state.startswith(_AWAY_CLASSES) or _is_closed(error):
+            raise _away() from error
+        raise
+
+
+def _away() -> DatabaseUnavailableError:
+    return DatabaseUnavailableError(
+        "The database does not answer.", code="database_unavailable", headers={"Retry-After": "1"}
+    )
+
+
+def _busy(why: str) -> DatabaseUnavailableError:
+    return DatabaseUnavailableError(
+        f"The database is busy ({why}): try again.", code="database_busy", headers={"Retry-After": "1"}
+    )
+
+
+def _sqlstate(error: BaseException) -> str:
+    return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+
+
+def _is_closed(error: DBAPIError) -> bool:
+    """Tell whether the driver refused because the connection is gone, for which it has no SQLSTATE."""
+    return "connection is closed" in str(error.orig) or "connection was closed" in str(error.orig)
+
+
+def _shown(url: URL) -> str:
+    return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
+
+
+def _reason(error: BaseException, url: URL) -> str:
+    state = _sqlstate(error)
+    if state.startswith("28"):
+        return "the server refused the user or the password"
+    if state == "3D000":
+        return f"the server has no database named {url.database}"
+    if isinstance(error, TimeoutError):
+        return "the server did not answer in time"
+    if isinstance(error, OSError):
+        return f"the server can't be reached ({error.strerror or error})"
+    return f"the server can't be used ({getattr(error, 'orig', None) or error})"

@@ -1,0 +1,81 @@
+"""The web application: its parts, routes, error handlers and life cycle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.api import market, ops, problems, quotes
+from app.api.deps import Parts, RateLimiter
+from app.api.middleware import Guard
+from app.api.openapi import openapi_document
+from app.db.session import Database, parse_database_url
+from app.errors import DatabaseUnavailableError, FieldError, InvalidError, StartupError
+from app.services.accounts import KeyRing
+from app.services.market_cache import MarketCache
+from app.settings import Settings
+from app.telemetry import Metrics, package_version
+
+_REFRESH_SECONDS_AT_START = 10.0
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the app; `settings.database_url` must be set. Connections are made when it starts."""
+    if settings.database_url is None:
+        raise StartupError("no database: set PRIMERISK_DATABASE_URL, or use `primerisk serve`")
+    database = Database(parse_database_url(settings.database_url.get_secret_value()), settings)
+    metrics = Metrics()
+    parts = Parts(
+        settings=settings,
+        metrics=metrics,
+        database=database,
+        keys=KeyRing(database, settings),
+        market=MarketCache(database),
+        limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
+    )
+    app = FastAPI(
+        title="primerisk",
+        version=package_version(),
+        summary="Margin and risk for AI trading agents",
+        lifespan=_lifespan,
+    )
+    app.state.parts = parts
+    for router in (quotes.router, market.router, ops.router):
+        app.include_router(router)
+    problems.install(app)
+    app.add_exception_handler(RequestValidationError, _refused_parameters)
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Keep the market in memory fresh while the app runs; start also without the database, and say 503."""
+    parts: Parts = app.state.parts
+    with contextlib.suppress(DatabaseUnavailableError, TimeoutError):
+        async with asyncio.timeout(_REFRESH_SECONDS_AT_START):
+            await parts.market.refresh()
+    refresher = asyncio.create_task(parts.market.run(parts.settings.market_refresh_seconds))
+    try:
+        yield
+    finally:
+        refresher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await refresher
+        await parts.database.close()
+
+
+async def _refused_parameters(_: Request, error: Exception) -> Response:
+    """Answer a refused query parameter as a refused field of a body is answered."""
+    raised: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
+    errors = tuple(FieldError("/" + str(e["loc"][-1]), str(e["type"]), str(e["msg"])) for e in raised)
+    detail = errors[0].detail if errors else "refused"
+    return problems.problem_response(InvalidError(detail=detail, code="invalid_parameter", errors=errors))

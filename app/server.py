@@ -1,0 +1,173 @@
+"""Run the service in this process: a database, its migrations, a first key, and uvicorn until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import uvicorn
+from pydantic import SecretStr
+from sqlalchemy import URL
+
+from app.db import embedded, migrate
+from app.db.session import Database, parse_database_url
+from app.errors import StartupError
+from app.main import create_app
+from app.services.accounts import Scope, create_first_key, create_key
+from app.settings import Settings
+
+GRACE_SECONDS_AT_STOP = 10
+_FIRST_KEY_FILE = "first_key"
+
+CURL_BODY = (
+    '{"positions":[{"symbol":"BTC-PERP","side":"long","size":1,"entry_price":60000,"mark_price":61000,'
+    '"leverage":3}],"collateral":[{"asset":"USDC","amount":20000},{"asset":"BTC","amount":0.5}]}'
+)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM, then stop everything that was started. Raises StartupError."""
+    with _terminable(), _listener(settings) as listener, running_database(settings) as ready:
+        asyncio.run(_run(ready, listener, embedded_in=None if settings.database_url else settings.data_dir))
+
+
+@contextlib.contextmanager
+def running_database(settings: Settings) -> Iterator[Settings]:
+    """Give settings whose database URL is that of a running server: the given one, else an embedded one."""
+    if settings.database_url is not None:
+        parse_database_url(settings.database_url.get_secret_value())
+        yield settings
+        return
+    with embedded.start(settings.data_dir) as server:
+        yield settings.model_copy(update={"database_url": SecretStr(server.url)})
+
+
+def _url(settings: Settings) -> URL:
+    if settings.database_url is None:
+        raise StartupError("no database: set PRIMERISK_DATABASE_URL")
+    return parse_database_url(settings.database_url.get_secret_value())
+
+
+async def prepare(settings: Settings) -> None:
+    """Check the server and bring the schema to this release. Raises StartupError."""
+    url = _url(settings)
+    database = Database(url, settings)
+    try:
+        await database.require()
+    finally:
+        await database.close()
+    await migrate.upgrade(url)
+
+
+async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | None) -> None:
+    await prepare(settings)
+    app = create_app(settings)
+    key = await _first_key(app.state.parts.database, settings, embedded_in)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS_AT_STOP,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=65_536,
+    )
+    server = _Server(config)
+    server.greeting = greeting(_address(listener), key)
+    await server.serve(sockets=[listener])
+
+
+async def _first_key(database: Database, settings: Settings, embedded_in: Path | None) -> str | None:
+    """Return the key to show: none where the operator brought a database or a key of their own."""
+    if settings.admin_key is not None or embedded_in is None:
+        return None
+    return await create_first_key(database, embedded_in / _FIRST_KEY_FILE)
+
+
+class _Server(uvicorn.Server):
+    """Greets once it really listens, so that the line it prints works when it is pasted."""
+
+    greeting = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            sys.stdout.write(self.greeting)
+            sys.stdout.flush()
+
+
+def greeting(address: str, key: str | None) -> str:
+    """Return what a newcomer needs: the address, the key, and a line to paste."""
+    shown = key or "$PRIMERISK_ADMIN_KEY"
+    curl = (
+        f"curl -sS {address}/api/quotes/margin -H {shlex.quote('Authorization: Bearer ' + key) if key else _KEY_HEADER}"
+        f" -d {shlex.quote(CURL_BODY)}"
+    )
+    return f"\nprimerisk is at {address}  (docs: {address}/docs)\nkey:  {shown}\ntry:  {curl}\n\n"
+
+
+_KEY_HEADER = '"Authorization: Bearer $PRIMERISK_ADMIN_KEY"'
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
+@contextlib.contextmanager
+def _listener(settings: Settings) -> Iterator[socket.socket]:
+    """Listen first: a port that is taken is found before anything else is started."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise StartupError(_why_not(settings, error)) from error
+        listener.set_inheritable(False)
+        yield listener
+
+
+def _why_not(settings: Settings, error: OSError) -> str:
+    where = f"{settings.host}:{settings.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is taken: stop what listens there, or choose another with PRIMERISK_PORT or --port"
+    return f"can't listen on {where}: {error.strerror or error}"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an orderly exit, so that what was started is stopped."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:
+    """Return a new key of the service. Raises InvalidError for an unknown scope."""
+    await prepare(settings)
+    database = Database(_url(settings), settings)
+    try:
+        async with database.transaction("command-line") as tx:
+            return (await create_key(tx, None, cast("list[Scope]", scopes), name)).text
+    finally:
+        await database.close()

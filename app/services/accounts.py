@@ -1,0 +1,267 @@
+"""Agents and their API keys: `pr_<id>_<secret>`, of which only the secret's SHA-256 is stored."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
+
+from sqlalchemy import func, insert, select, update
+
+from app.db.tables import agents, api_keys
+from app.errors import NotFoundError, UnauthorizedError, invalid
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from datetime import datetime
+    from pathlib import Path
+
+    from sqlalchemy import RowMapping
+
+    from app.db.session import Database, Tx
+    from app.settings import Settings
+
+Scope = Literal["agent", "coordinator", "market", "admin"]
+
+ALL_SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
+KEYS_CACHED_MAX = 10_000
+KEYS_A_PAGE_MAX = 200
+NAME_CHARACTERS_MAX = 200
+
+_KEY = re.compile(r"pr_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+_NO_SECRET = bytes(32)  # stands in for an unknown key's hash, so that it costs the same work
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who a request comes from. `agent_id` is None for a key of the service itself."""
+
+    key_id: str
+    agent_id: str | None
+    scopes: frozenset[Scope]
+
+    def may(self, scope: Scope) -> bool:
+        """Tell whether the key has a scope; `admin` has them all."""
+        return scope in self.scopes or "admin" in self.scopes
+
+
+class NewKey(NamedTuple):
+    """A key that was just made; `text` is the only time that its secret is seen."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A stored key, without its secret."""
+
+    id: str
+    agent_id: str | None
+    name: str
+    scopes: frozenset[Scope]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+# --- agents
+
+
+async def create_agent(tx: Tx, name: str) -> str:
+    """Add an agent and return its id."""
+    _check_name(name, least=1)
+    agent_id = f"agent_{secrets.token_hex(10)}"
+    await tx.connection.execute(insert(agents).values(id=agent_id, name=name, created_at=tx.now))
+    return agent_id
+
+
+async def require_agent(tx: Tx, agent_id: str) -> None:
+    """Raise NotFoundError when there is no such agent."""
+    found = await tx.connection.execute(select(agents.c.id).where(agents.c.id == agent_id))
+    if found.first() is None:
+        raise NotFoundError("There is no such agent.", code="agent_not_found")
+
+
+# --- keys
+
+
+async def create_key(
+    tx: Tx,
+    agent_id: str | None,
+    scopes: Collection[Scope],
+    name: str = "",
+    expires_at: datetime | None = None,
+) -> NewKey:
+    """Add a key of an agent, or of the service, and return it with its secret."""
+    _check_name(name, least=0)
+    _check_scopes(scopes)
+    _check_expiry(tx, expires_at)
+    if agent_id is not None:
+        await require_agent(tx, agent_id)
+    key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    await tx.connection.execute(
+        insert(api_keys).values(
+            id=key_id,
+            agent_id=agent_id,
+            name=name,
+            secret_sha256=_digest(secret),
+            scopes=sorted(scopes),
+            created_at=tx.now,
+            expires_at=expires_at,
+        )
+    )
+    return NewKey(key_id, f"pr_{key_id}_{secret}")
+
+
+async def list_keys(tx: Tx, agent_id: str | None = None, limit: int = KEYS_A_PAGE_MAX, after: str = "") -> list[Key]:
+    """Return keys by id, past the id `after`; of one agent, or (None) all of them."""
+    columns = [column for column in api_keys.c if column.name != "secret_sha256"]
+    query = select(*columns).where(api_keys.c.id > after).order_by(api_keys.c.id)
+    if agent_id is not None:
+        query = query.where(api_keys.c.agent_id == agent_id)
+    rows = await tx.connection.execute(query.limit(min(limit, KEYS_A_PAGE_MAX)))
+    return [Key(**(dict(row) | {"scopes": frozenset(row["scopes"])})) for row in rows.mappings()]
+
+
+async def revoke_key(tx: Tx, key_id: str, agent_id: str | None = None) -> None:
+    """Revoke a key (again, with no effect); given an agent, only one of its own, else NotFoundError."""
+    statement = update(api_keys).where(api_keys.c.id == key_id)
+    if agent_id is not None:
+        statement = statement.where(api_keys.c.agent_id == agent_id)
+    revoked = func.coalesce(api_keys.c.revoked_at, tx.now)
+    done = await tx.connection.execute(statement.values(revoked_at=revoked).returning(api_keys.c.id))
+    if done.first() is None:
+        raise NotFoundError("There is no such key.", code="key_not_found")
+
+
+async def authenticate(tx: Tx, key: str) -> tuple[Caller, datetime | None]:
+    """Return whose key this is and when it expires; UnauthorizedError, without a why, when it is not good."""
+    parts = _KEY.fullmatch(key)
+    if parts is None:
+        _refuse()
+    key_id, secret = parts.groups()
+    query = select(api_keys).where(api_keys.c.id == key_id)
+    row = (await tx.connection.execute(query)).mappings().first()
+    same = hmac.compare_digest(_digest(secret), row["secret_sha256"] if row else _NO_SECRET)
+    if row is None or not same or not _is_live(row, tx.now):
+        _refuse()
+    return Caller(key_id, row["agent_id"], frozenset(row["scopes"])), row["expires_at"]
+
+
+async def create_first_key(database: Database, path: Path) -> str:
+    """Return the admin key kept in a file (mode 0600), made anew when it is missing or no longer good."""
+    kept = _read_private(path)
+    async with database.transaction("first-key") as tx:
+        if await _is_admin(tx, kept):
+            return kept
+        key = await create_key(tx, None, {"admin"}, "first key")
+    _write_private(path, key.text)
+    return key.text
+
+
+class KeyRing:
+    """Checks keys, and trusts a good one for `key_cache_seconds`, so that a hot path needs no query.
+
+    A revoked key works for that long in other processes. Refused keys are not remembered.
+    """
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._seconds = settings.key_cache_seconds
+        self._admin = _digest(settings.admin_key.get_secret_value()) if settings.admin_key else None
+        # By the key's hash: good callers, and until when (monotonic) they are trusted.
+        self._trusted: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
+
+    async def authenticate(self, key: str) -> Caller:
+        """Return the caller; UnauthorizedError for no good key, or DatabaseUnavailableError."""
+        digest = _digest(key)
+        if self._admin is not None and hmac.compare_digest(digest, self._admin):
+            return Caller("admin", None, ALL_SCOPES)
+        caller, until = self._trusted.get(digest, (None, 0.0))
+        if caller is not None and time.monotonic() < until:
+            return caller
+        return await self._check(key, digest)
+
+    def forget(self, key_id: str) -> None:
+        """Stop trusting a key at once in this process; for whoever revokes it, after the commit."""
+        for digest in [d for d, (caller, _) in self._trusted.items() if caller.key_id == key_id]:
+            del self._trusted[digest]
+
+    async def _check(self, key: str, digest: bytes) -> Caller:
+        if _KEY.fullmatch(key) is None:
+            _refuse()  # without a connection
+        asked = time.monotonic()
+        async with self._database.transaction("key-ring") as tx:
+            caller, expires_at = await authenticate(tx, key)
+        seconds = self._seconds
+        if expires_at is not None:
+            seconds = min(seconds, (expires_at - tx.now).total_seconds())
+        self._trust(digest, caller, asked + seconds)
+        return caller
+
+    def _trust(self, digest: bytes, caller: Caller, until: float) -> None:
+        self._trusted[digest] = caller, until
+        self._trusted.move_to_end(digest)
+        if len(self._trusted) > KEYS_CACHED_MAX:
+            self._trusted.popitem(last=False)
+
+
+def _digest(secret: str) -> bytes:
+    return sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _refuse() -> NoReturn:
+    raise UnauthorizedError("No valid API key.", code="invalid_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _is_live(row: RowMapping, now: datetime) -> bool:
+    if row["revoked_at"] is not None:
+        return False
+    return row["expires_at"] is None or now < row["expires_at"]
+
+
+async def _is_admin(tx: Tx, key: str) -> bool:
+    try:
+        caller, _ = await authenticate(tx, key)
+    except UnauthorizedError:
+        return False
+    return "admin" in caller.scopes
+
+
+def _read_private(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _write_private(path: Path, key: str) -> None:
+    """Replace the file in one step, never readable by others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    fresh.touch(mode=0o600, exist_ok=False)
+    fresh.write_text(key + "\n")
+    fresh.replace(path)
+
+
+def _check_name(name: str, least: int) -> None:
+    if not least <= len(name) <= NAME_CHARACTERS_MAX or "\0" in name:
+        detail = f"A name has {least} to {NAME_CHARACTERS_MAX} characters, and no NUL."
+        raise invalid("/name", "invalid_name", detail)
+
+
+def _check_scopes(scopes: Collection[Scope]) -> None:
+    if not scopes or not ALL_SCOPES.issuperset(scopes):
+        raise invalid("/scopes", "invalid_scopes", f"Scopes are one or more of {', '.join(sorted(ALL_SCOPES))}.")
+
+
+def _check_expiry(tx: Tx, expires_at: datetime | None) -> None:
+    if expires_at is None:
+        return
+    if expires_at.tzinfo is None:
+        raise invalid("/expires_at", "no_zone", "expires_at needs a time zone, such as Z.")
+    if expires_at <= tx.now:
+        raise invalid("/expires_at", "in_the_past", "expires_at is not in the future.")

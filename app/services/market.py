@@ -1,0 +1,457 @@
+"""The market's tables: versioned parameters with their audit trail, and the latest prices.
+
+Whoever writes holds a row of `market_state` to the end of the transaction, so that writers go one by one,
+no change is lost, and the versions that readers see only ever grow. A parameter row is never rewritten:
+each change appends one under the next version, and the greatest version of a key counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from decimal import Decimal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    DateTime,
+    Numeric,
+    Text,
+    bindparam,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import distinct_on
+
+from app.db.tables import (
+    OTHER_PAIR,
+    PARAMETERS,
+    PRICES,
+    asset_parameters,
+    correlation_parameters,
+    instrument_parameters,
+    market_changes,
+    market_prices,
+    market_state,
+    model_parameters,
+)
+from app.domain.money import to_decimal, to_float
+from app.domain.parameters import (
+    DEFAULT_ASSET,
+    AssetKind,
+    AssetParameters,
+    CorrelationTable,
+    HealthPolicy,
+    InstrumentKind,
+    InstrumentParameters,
+    MarketParameters,
+    ModelParameters,
+)
+from app.domain.prices import StoredPrice
+from app.errors import ConflictError, FieldError, NotFoundError, invalid
+from app.services import market_rules as rules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from datetime import datetime, timedelta
+
+    from sqlalchemy import Column, ColumnElement, RowMapping, Table
+
+    from app.db.session import Tx
+
+PRICES_A_POST_MAX = 10_000
+CHANGES_A_PAGE_MAX = 200
+
+Matrix = Literal["stress", "hedge"]
+ChangeKind = Literal["seed", "asset", "instrument", "model", "correlation"]
+T = TypeVar("T")
+
+_MODEL_NAMES = tuple(field.name for field in fields(ModelParameters))
+_POLICY_NAMES = tuple(field.name for field in fields(HealthPolicy))
+
+
+class AssetChange(TypedDict, total=False):
+    """The fields of an asset to set; one left out keeps its value."""
+
+    kind: AssetKind
+    haircut: float
+    initial_margin_rate: float
+    maintenance_margin_rate: float
+    price_range: float
+    volatility_range: float
+    volatility: float | None
+    concentration_limit: float | None
+
+
+class InstrumentChange(TypedDict, total=False):
+    """The fields of an instrument to set; a rate set to None is the underlying's again."""
+
+    underlying: str
+    kind: InstrumentKind
+    contract_size: float
+    initial_margin_rate: float | None
+    maintenance_margin_rate: float | None
+    price_range: float | None
+    volatility: float | None
+
+
+class Versions(NamedTuple):
+    """How far the two sides of the market have come."""
+
+    parameters: int
+    prices: int
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[T]):
+    """A stored value, and the version under which it was last changed."""
+
+    value: T
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of the audit trail."""
+
+    version: int
+    changed_at: datetime
+    changed_by: str
+    kind: ChangeKind
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PostedPrices:
+    """How many posted prices now stand, and how many gave way to one as new or newer."""
+
+    accepted: int
+    ignored: int
+
+
+# --- reading
+
+
+async def load_versions(tx: Tx) -> Versions:
+    """Return the latest committed versions."""
+    rows = await tx.connection.execute(select(market_state.c.name, market_state.c.version))
+    versions = {row.name: row.version for row in rows}
+    return Versions(versions[PARAMETERS], versions[PRICES])
+
+
+async def load_parameters(tx: Tx, at: int | None = None) -> MarketParameters:
+    """Return every parameter, current or as of a version; NotFoundError for a version that never was."""
+    latest = (await load_versions(tx)).parameters
+    version = latest if at is None else at
+    if not 1 <= version <= latest:
+        raise NotFoundError(f"There is no version {version} of the parameters.", code="version_not_found")
+    return await _parameters(tx, version)
+
+
+async def load_prices(tx: Tx, after: int = 0) -> dict[str, StoredPrice]:
+    """Return the prices that were posted past a price version; all of them past 0."""
+    columns = market_prices.c
+    query = select(columns.symbol, columns.price, columns.as_of).where(columns.version > after)
+    rows = await tx.connection.execute(query)
+    return {symbol: StoredPrice(to_float(price), as_of) for symbol, price, as_of in rows}
+
+
+async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
+    """Return a listed asset, current or as of a version; NotFoundError when it is not listed."""
+    row = await _row_at(tx, asset_parameters, asset_parameters.c.asset == asset, at)
+    if row is None:
+        raise NotFoundError(f"There is no asset {asset}.", code="asset_not_found")
+    return Versioned(_asset(row), row["version"])
+
+
+async def get_instrument(tx: Tx, symbol: str, at: int | None = None) -> Versioned[InstrumentParameters]:
+    """Return a listed instrument, current or as of a version; NotFoundError when it is not listed."""
+    row = await _row_at(tx, instrument_parameters, instrument_parameters.c.symbol == symbol, at)
+    if row is None:
+        raise NotFoundError(f"There is no instrument {symbol}.", code="instrument_not_found")
+    return Versioned(_instrument(row), row["version"])
+
+
+async def list_changes(tx: Tx, limit: int, before: int | None = None) -> list[Change]:
+    """Return the audit trail, newest first, from below the version `before`."""
+    query = select(market_changes).order_by(market_changes.c.version.desc())
+    if before is not None:
+        query = query.where(market_changes.c.version < before)
+    rows = await tx.connection.execute(query.limit(min(limit, CHANGES_A_PAGE_MAX)))
+    return [Change(**row) for row in rows.mappings()]
+
+
+# --- writing parameters
+
+
+async def put_asset(tx: Tx, asset: str, change: AssetChange, expected: int | None = None) -> Versioned[AssetParameters]:
+    """Set fields of an asset; a new one starts from the default's. A change of nothing writes nothing.
+
+    Raises ConflictError when the stored version is not the expected one (0: not listed), InvalidError when
+    the merged asset, or an instrument that inherits from it, would be out of range.
+    """
+    rules.check_symbol("/asset", asset)
+    parameters = await _locked_parameters(tx)
+    stored = await _version_of(tx, asset_parameters, asset_parameters.c.asset == asset)
+    _check_expected(asset, stored, expected)
+    merged = replace(parameters.asset(asset), asset=asset, **change)
+    if stored and merged == parameters.asset(asset):
+        return Versioned(merged, stored)
+    rules.check_asset(merged, parameters)
+    version = await _next_version(tx, "asset", asset)
+    await tx.connection.execute(insert(asset_parameters), _stored(merged, version))
+    return Versioned(merged, version)
+
+
+async def put_instrument(
+    tx: Tx, symbol: str, change: InstrumentChange, expected: int | None = None
+) -> Versioned[InstrumentParameters]:
+    """Set fields of an instrument; as `put_asset`. A new one may take its underlying from the symbol.
+
+    Underlying and kind say what the contract is, and open positions hold it: they never change
+    (ConflictError). Another contract is another symbol.
+    """
+    rules.check_symbol("/symbol", symbol)
+    parameters = await _locked_parameters(tx)
+    current = parameters.instruments.get(symbol)
+    stored = await _version_of(tx, instrument_parameters, instrument_parameters.c.symbol == symbol)
+    _check_expected(symbol, stored, expected)
+    new = InstrumentParameters(symbol, parameters.underlying_of(symbol))
+    merged = replace(current or new, **change)
+    if merged == current:
+        return Versioned(merged, stored)
+    if current is not None:
+        _check_same_contract(current, merged)
+    rules.check_instrument(merged, parameters.asset(merged.underlying))
+    version = await _next_version(tx, "instrument", symbol)
+    await tx.connection.execute(insert(instrument_parameters), _stored(merged, version))
+    return Versioned(merged, version)
+
+
+async def put_model_parameters(
+    tx: Tx, changes: Mapping[str, float], expected: int | None = None
+) -> Versioned[Mapping[str, float]]:
+    """Set factors of the models and thresholds of the policy by name, all under one version.
+
+    Returns every value. `expected` is the version of the latest change to any of them.
+    """
+    unknown = changes.keys() - {*_MODEL_NAMES, *_POLICY_NAMES}
+    rules.refuse(FieldError(f"/{n}", "unknown_parameter", f"There is no {n}.") for n in sorted(unknown))
+    parameters = await _locked_parameters(tx)
+    stored = await _version_of(tx, model_parameters)
+    _check_expected("models", stored, expected)
+    current: dict[str, float] = asdict(parameters.models) | asdict(parameters.policy)
+    merged = current | dict(changes)
+    written = {name: value for name, value in merged.items() if value != current[name]}
+    if not written:
+        return Versioned(merged, stored)
+    rules.check_models(*_models(merged))
+    version = await _next_version(tx, "model", ",".join(written))
+    rows = [{"name": n, "version": version, "value": to_decimal(v)} for n, v in written.items()]
+    await tx.connection.execute(insert(model_parameters), rows)
+    return Versioned(merged, version)
+
+
+async def put_correlation(
+    tx: Tx, matrix: Matrix, pair: tuple[str, str] | None, value: float, expected: int | None = None
+) -> Versioned[float]:
+    """Set one pair's correlation, in either order, or (pair None) that of every pair that is not listed."""
+    a, b = _sorted_pair(pair)
+    if value not in rules.CORRELATION:
+        raise invalid("/value", "out_of_range", f"A correlation must be {rules.CORRELATION}.")
+    await _locked_parameters(tx)
+    columns = correlation_parameters.c
+    key = (columns.matrix == matrix) & (columns.a == a) & (columns.b == b)
+    row = await _row_at(tx, correlation_parameters, key)
+    stored = row["version"] if row else 0
+    _check_expected(f"{matrix} {a}-{b}", stored, expected)
+    if row and to_float(row["value"]) == value:
+        return Versioned(value, stored)
+    version = await _next_version(tx, "correlation", f"{matrix}:{a}:{b}")
+    values = {"matrix": matrix, "a": a, "b": b, "version": version, "value": to_decimal(value)}
+    await tx.connection.execute(insert(correlation_parameters), values)
+    return Versioned(value, version)
+
+
+# --- writing prices
+
+# A price gives way to a newer one alone. The same price of the same time is written again, so that a post
+# that is sent twice is answered alike.
+_UPSERT_PRICES = text(
+    """
+    INSERT INTO market_prices AS stored (symbol, price, as_of, received_at, version)
+    SELECT symbol, price, :as_of, :now, :version
+    FROM unnest(:symbols, :prices) AS posted (symbol, price)
+    ON CONFLICT (symbol) DO UPDATE
+    SET price = excluded.price, as_of = excluded.as_of,
+        received_at = excluded.received_at, version = excluded.version
+    WHERE stored.as_of < excluded.as_of
+       OR stored.as_of = excluded.as_of AND stored.price = excluded.price
+    """
+).bindparams(
+    bindparam("as_of", type_=DateTime(timezone=True)),
+    bindparam("now", type_=DateTime(timezone=True)),
+    bindparam("version", type_=BigInteger),
+    bindparam("symbols", type_=ARRAY(Text)),
+    bindparam("prices", type_=ARRAY(Numeric)),
+)
+
+
+async def post_prices(tx: Tx, prices: Mapping[str, Decimal], as_of: datetime | None, skew: timedelta) -> PostedPrices:
+    """Store the prices of one moment (the transaction's, when None); the newer `as_of` wins, per symbol.
+
+    Raises InvalidError for a name, a price or a number of them out of bounds, and for a moment without a
+    zone or further ahead of the database's clock than `skew`.
+    """
+    if len(prices) > PRICES_A_POST_MAX:
+        raise invalid("/prices", "too_many", f"At most {PRICES_A_POST_MAX} prices a post.")
+    rules.check_prices(prices)
+    moment = _checked_moment(tx, as_of, skew)
+    if not prices:
+        return PostedPrices(0, 0)
+    symbols = sorted(prices)  # one order of row locks, whoever else writes them
+    values = {
+        "symbols": symbols,
+        "prices": [prices[symbol] for symbol in symbols],
+        "as_of": moment,
+        "now": tx.now,
+        "version": await _bump(tx, PRICES),
+    }
+    accepted = (await tx.connection.execute(_UPSERT_PRICES, values)).rowcount
+    return PostedPrices(accepted, len(symbols) - accepted)
+
+
+def _checked_moment(tx: Tx, as_of: datetime | None, skew: timedelta) -> datetime:
+    if as_of is None:
+        return tx.now
+    if as_of.tzinfo is None:
+        raise invalid("/as_of", "no_zone", "as_of needs a time zone, such as Z.")
+    if as_of > tx.now + skew:
+        raise invalid("/as_of", "in_the_future", f"as_of is over {skew.total_seconds():g} s ahead of now.")
+    return as_of
+
+
+# --- versions and rows
+
+
+async def _locked_parameters(tx: Tx) -> MarketParameters:
+    """Take the writers' lock, then read what the last writer left: nothing changes until this one commits."""
+    state = market_state.c
+    query = select(state.version).where(state.name == PARAMETERS).with_for_update()
+    version: int = (await tx.connection.execute(query)).scalar_one()
+    return await _parameters(tx, version)
+
+
+async def _next_version(tx: Tx, kind: ChangeKind, name: str) -> int:
+    version = await _bump(tx, PARAMETERS)
+    change = Change(version, tx.now, tx.actor, kind, name)
+    await tx.connection.execute(insert(market_changes), asdict(change))
+    return version
+
+
+async def _bump(tx: Tx, name: str) -> int:
+    state = market_state.c
+    statement = update(market_state).where(state.name == name).values(version=state.version + 1)
+    version: int = (await tx.connection.execute(statement.returning(state.version))).scalar_one()
+    return version
+
+
+def _check_expected(name: str, stored: int, expected: int | None) -> None:
+    if expected is not None and expected != stored:
+        detail = f"{name} is at version {stored}, not {expected}."
+        raise ConflictError(detail, code="version_conflict")
+
+
+def _check_same_contract(current: InstrumentParameters, merged: InstrumentParameters) -> None:
+    for name in ("underlying", "kind"):
+        if getattr(current, name) != getattr(merged, name):
+            detail = f"The {name} of {current.symbol} never changes: positions hold it. Use another symbol."
+            raise ConflictError(detail, "contract_fixed", (FieldError(f"/{name}", "contract_fixed", detail),))
+
+
+def _sorted_pair(pair: tuple[str, str] | None) -> tuple[str, str]:
+    if pair is None:
+        return OTHER_PAIR, OTHER_PAIR
+    a, b = min(pair), max(pair)
+    rules.check_symbol("/a", a)
+    rules.check_symbol("/b", b)
+    if a == b:
+        raise invalid("/b", "same_asset", "The correlation of an asset with itself is 1.")
+    return a, b
+
+
+async def _version_of(tx: Tx, table: Table, *where: ColumnElement[bool]) -> int:
+    query = select(func.coalesce(func.max(table.c.version), 0)).where(*where)
+    version: int = (await tx.connection.execute(query)).scalar_one()
+    return version
+
+
+async def _row_at(tx: Tx, table: Table, where: ColumnElement[bool], at: int | None = None) -> RowMapping | None:
+    query = select(table).where(where).order_by(table.c.version.desc()).limit(1)
+    if at is not None:
+        query = query.where(table.c.version <= at)
+    return (await tx.connection.execute(query)).mappings().first()
+
+
+async def _parameters(tx: Tx, version: int) -> MarketParameters:
+    """Return the parameters as of a version; no lock is needed, since rows under it never change."""
+    assets = {a.asset: a for a in map(_asset, await _latest(tx, asset_parameters, ("asset",), version))}
+    instruments = map(_instrument, await _latest(tx, instrument_parameters, ("symbol",), version))
+    values = await _latest(tx, model_parameters, ("name",), version)
+    correlations = await _latest(tx, correlation_parameters, ("matrix", "a", "b"), version)
+    models, policy = _models({row["name"]: to_float(row["value"]) for row in values})
+    return MarketParameters(
+        version=version,
+        default_asset=assets.pop(DEFAULT_ASSET),
+        assets=MappingProxyType(assets),
+        instruments=MappingProxyType({i.symbol: i for i in instruments}),
+        stress=_correlations(correlations, "stress"),
+        hedge=_correlations(correlations, "hedge"),
+        models=models,
+        policy=policy,
+    )
+
+
+async def _latest(tx: Tx, table: Table, key: tuple[str, ...], version: int) -> Sequence[RowMapping]:
+    columns: list[Column[Any]] = [table.c[name] for name in key]
+    query = (
+        select(table)
+        .ext(distinct_on(*columns))
+        .where(table.c.version <= version)
+        .order_by(*columns, table.c.version.desc())
+    )
+    return (await tx.connection.execute(query)).mappings().all()
+
+
+def _models(values: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy]:
+    """Return the two groups; a name that the database does not hold yet has its default."""
+    models = {name: values[name] for name in _MODEL_NAMES if name in values}
+    policy = {name: values[name] for name in _POLICY_NAMES if name in values}
+    return ModelParameters(**models), HealthPolicy(**policy)
+
+
+def _correlations(rows: Iterable[RowMapping], matrix: Matrix) -> CorrelationTable:
+    pairs = {(r["a"], r["b"]): to_float(r["value"]) for r in rows if r["matrix"] == matrix}
+    other = pairs.pop((OTHER_PAIR, OTHER_PAIR))
+    return CorrelationTable(MappingProxyType(pairs), other)
+
+
+def _asset(row: RowMapping) -> AssetParameters:
+    return AssetParameters(**_plain(row))
+
+
+def _instrument(row: RowMapping) -> InstrumentParameters:
+    return InstrumentParameters(**_plain(row))
+
+
+def _plain(row: RowMapping) -> dict[str, Any]:
+    return {k: to_float(v) if isinstance(v, Decimal) else v for k, v in row.items() if k != "version"}
+
+
+def _stored(value: AssetParameters | InstrumentParameters, version: int) -> dict[str, object]:
+    row = {k: to_decimal(v) if isinstance(v, int | float) else v for k, v in asdict(value).items()}
+    return row | {"version": version}

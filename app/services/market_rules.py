@@ -1,0 +1,211 @@
+"""What a market parameter may be: ranges of single fields, and the orders between fields.
+
+The tables' CHECKs hold the same ranges; these refuse first, with a pointer at the field.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from app.db.tables import SYMBOL_PATTERN
+from app.domain.money import AMOUNT_MAX, DECIMALS_MAX
+from app.errors import FieldError, InvalidError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from decimal import Decimal
+
+    from app.domain.parameters import (
+        AssetParameters,
+        HealthPolicy,
+        InstrumentParameters,
+        MarketParameters,
+        ModelParameters,
+    )
+
+_SYMBOL = re.compile(SYMBOL_PATTERN)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval that takes in its ends unless they are open; it never holds NaN."""
+
+    low: float
+    high: float
+    low_open: bool = True
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        low, high = ">" if self.low_open else ">=", "<" if self.high_open else "<="
+        return f"{low} {self.low:g} and {high} {self.high:g}"
+
+
+_POSITIVE = Range(0, 1e15, high_open=True)
+_ZERO_OR_MORE = Range(0, 1e15, low_open=False, high_open=True)
+_FRACTION = Range(0, 1, low_open=False)
+_FRACTION_ABOVE_0 = Range(0, 1)
+_MOVE = Range(0, 1, high_open=True)
+_MARGIN_RATE = Range(0, 10)
+_VOLATILITY = Range(0, 100)
+CORRELATION = Range(-1, 1, low_open=False)
+
+_ASSET_RANGES = {
+    "haircut": _FRACTION,
+    "initial_margin_rate": _MARGIN_RATE,
+    "maintenance_margin_rate": _MARGIN_RATE,
+    "price_range": _MOVE,
+    "volatility_range": Range(0, 10),
+    "volatility": _VOLATILITY,
+    "concentration_limit": _POSITIVE,
+}
+_INSTRUMENT_RANGES = {
+    "contract_size": _POSITIVE,
+    "initial_margin_rate": _MARGIN_RATE,
+    "maintenance_margin_rate": _MARGIN_RATE,
+    "price_range": _MOVE,
+    "volatility": _VOLATILITY,
+}
+# A factor or threshold that is not named here is positive.
+_MODEL_RANGES = {
+    "maintenance_fraction": _FRACTION_ABOVE_0,
+    "portfolio_tail_weight": _FRACTION,
+    "portfolio_floor_gross": _FRACTION,
+    "portfolio_floor_hedged": _FRACTION,
+    "portfolio_minimum_equity": _ZERO_OR_MORE,
+    "concentration_rate": _FRACTION,
+    "term_power_short": _FRACTION,
+    "term_power_long": _FRACTION,
+    "span_tail_weight": _FRACTION,
+    "recall_haircut": _MOVE,
+    "target_utilization": _FRACTION_ABOVE_0,
+    "gate_utilization": _FRACTION_ABOVE_0,
+    "breach_utilization": _FRACTION_ABOVE_0,
+    "cure_utilization": _FRACTION_ABOVE_0,
+    "stop_utilization": _FRACTION_ABOVE_0,
+    "shortfall_utilization": _FRACTION_ABOVE_0,
+    "survival_move": _MOVE,
+    "stable_share_min": _FRACTION,
+    "asset_share_max": _FRACTION,
+    "lent_share_max": _FRACTION,
+}
+_MODEL_ORDERS = (
+    ("target_utilization", "gate_utilization"),
+    ("gate_utilization", "breach_utilization"),
+    ("stop_utilization", "cure_utilization"),
+    ("cure_utilization", "breach_utilization"),
+    ("zone_yellow", "zone_orange"),
+    ("zone_orange", "zone_red"),
+    ("alert_warning", "alert_danger"),
+    ("alert_danger", "alert_emergency"),
+    ("status_warning", "status_danger"),
+    ("status_danger", "status_liquidation"),
+    ("band_margin_ratio_warning", "band_margin_ratio_critical"),
+    ("band_utilization_warning", "band_utilization_critical"),
+    ("band_buffer_warning", "band_buffer_safe"),
+    ("band_net_exposure_warning", "band_net_exposure_critical"),
+    ("band_survival_warning", "band_survival_safe"),
+)
+
+
+def check_symbol(pointer: str, symbol: str) -> None:
+    """Refuse what is not a name of an asset or instrument."""
+    refuse(_symbol_errors(pointer, (symbol,)))
+
+
+def check_asset(merged: AssetParameters, parameters: MarketParameters) -> None:
+    """Refuse an asset whose fields are out of range, or one that breaks an instrument on it."""
+    refuse(_range_errors(asdict(merged), _ASSET_RANGES))
+    refuse(_margin_errors(merged.initial_margin_rate, merged.maintenance_margin_rate, ""))
+    refuse(
+        error
+        for instrument in parameters.instruments.values()
+        if parameters.asset(instrument.underlying).asset == merged.asset or instrument.underlying == merged.asset
+        for error in _effective_margin_errors(instrument, merged)
+    )
+
+
+def check_instrument(merged: InstrumentParameters, underlying: AssetParameters) -> None:
+    """Refuse an instrument out of range, or whose margin rates contradict those it inherits."""
+    refuse(_symbol_errors("/underlying", (merged.underlying,)))
+    refuse(_range_errors(asdict(merged), _INSTRUMENT_RANGES))
+    refuse(_effective_margin_errors(merged, underlying))
+
+
+def check_models(models: ModelParameters, policy: HealthPolicy) -> None:
+    """Refuse factors and thresholds out of range or out of order."""
+    values: dict[str, float] = asdict(models) | asdict(policy)
+    refuse(_range_errors(values, {name: _MODEL_RANGES.get(name, _POSITIVE) for name in values}))
+    refuse(
+        FieldError(f"/{low}", "out_of_order", f"{low} must not exceed {high}.")
+        for low, high in _MODEL_ORDERS
+        if values[low] > values[high]
+    )
+
+
+def check_prices(prices: Mapping[str, Decimal]) -> None:
+    """Refuse names and prices that the table would not take."""
+    refuse(_symbol_errors("/prices/{}", prices))
+    refuse(
+        FieldError(
+            f"/prices/{_escaped(symbol)}",
+            "out_of_range",
+            f"A price is > 0, < {AMOUNT_MAX:.0e} and has at most {DECIMALS_MAX} decimals.",
+        )
+        for symbol, price in prices.items()
+        if not _is_price(price)
+    )
+
+
+def refuse(errors: Iterable[FieldError]) -> None:
+    """Raise the 422 that lists these errors, if there are any."""
+    found = tuple(errors)
+    if found:
+        raise InvalidError(found[0].detail, code=found[0].code, errors=found)
+
+
+def _symbol_errors(pointer: str, symbols: Iterable[str]) -> Iterator[FieldError]:
+    for symbol in symbols:
+        if not _SYMBOL.fullmatch(symbol):
+            detail = "A symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit."
+            yield FieldError(pointer.format(_escaped(symbol)), "invalid_symbol", detail)
+
+
+def _escaped(name: str) -> str:
+    """Escape a JSON pointer's token (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _is_price(price: Decimal) -> bool:
+    if not (price.is_finite() and 0 < price < AMOUNT_MAX):
+        return False
+    exponent = price.as_tuple().exponent
+    return isinstance(exponent, int) and exponent >= -DECIMALS_MAX
+
+
+def _range_errors(values: Mapping[str, float | None], ranges: Mapping[str, Range]) -> Iterator[FieldError]:
+    for name, allowed in ranges.items():
+        value = values[name]
+        if value is not None and value not in allowed:
+            yield FieldError(f"/{name}", "out_of_range", f"{name} must be {allowed}.")
+
+
+def _margin_errors(initial: float, maintenance: float, whose: str) -> Iterator[FieldError]:
+    if maintenance > initial:
+        detail = f"The maintenance margin rate{whose} must not exceed the initial one."
+        yield FieldError("/maintenance_margin_rate", "out_of_order", detail)
+
+
+def _effective_margin_errors(instrument: InstrumentParameters, underlying: AssetParameters) -> Iterator[FieldError]:
+    initial = instrument.initial_margin_rate
+    maintenance = instrument.maintenance_margin_rate
+    return _margin_errors(
+        underlying.initial_margin_rate if initial is None else initial,
+        underlying.maintenance_margin_rate if maintenance is None else maintenance,
+        f" of {instrument.symbol} (what it leaves out is {instrument.underlying}'s)",
+    )

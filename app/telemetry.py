@@ -1,0 +1,107 @@
+"""Metrics, logs and the request id. Labels are bounded: never an agent, a key or a symbol."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+_FAST_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_POSITIONS = (0, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 5_000)
+
+
+def package_version() -> str:
+    """Return the installed version, or 0 where the package runs from a bare tree."""
+    try:
+        return version("primerisk")
+    except PackageNotFoundError:
+        return "0"
+
+
+class Metrics:
+    """Every series of one process, on a registry of its own so that tests may make many."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self.requests = Counter(
+            "primerisk_http_requests_total",
+            "Requests by method, route template and status.",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "primerisk_http_request_duration_seconds",
+            "Time from the first byte in to the last byte out, by route template.",
+            ("route",),
+            buckets=_FAST_SECONDS,
+            registry=self.registry,
+        )
+        self.requests_under_way = Gauge(
+            "primerisk_http_requests_under_way", "Requests being answered now.", registry=self.registry
+        )
+        self.quote_seconds = Histogram(
+            "primerisk_quote_core_seconds",
+            "Time of the risk core for one quote, by kind, without decoding and encoding.",
+            ("kind",),
+            buckets=_FAST_SECONDS,
+            registry=self.registry,
+        )
+        self.quote_positions = Histogram(
+            "primerisk_quote_positions",
+            "Positions of quoted portfolios, by kind.",
+            ("kind",),
+            buckets=_POSITIONS,
+            registry=self.registry,
+        )
+        self.market_age_seconds = Gauge(
+            "primerisk_market_snapshot_age_seconds",
+            "Age of this process's copy of prices and parameters.",
+            registry=self.registry,
+        )
+        self.market_version = Gauge(
+            "primerisk_market_version", "Version of the parameters in use.", registry=self.registry
+        )
+        self.database_up = Gauge(
+            "primerisk_database_up", "1 when the database answered last, else 0.", registry=self.registry
+        )
+        Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with the request's id."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a JSON line."""
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if identifier := request_id.get():
+            line["request_id"] = identifier
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure_logging(level: str, form: str) -> None:
+    """Send logs of this process to standard error, as JSON lines or as text for people."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
