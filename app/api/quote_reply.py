@@ -23,7 +23,7 @@ from app.domain.prices import Price
 from app.domain.quote import MarginQuote
 
 
-class PositionOut(Struct):
+class PositionOut(Struct, gc=False):
     """One position as quoted. Margins are of the position alone; its share of a model's is in that model."""
 
     index: int
@@ -45,7 +45,7 @@ class PositionOut(Struct):
     breached: bool
 
 
-class ShareOut(Struct):
+class ShareOut(Struct, gc=False):
     """A position's share of a model's margin; shares sum to it, a hedge's is negative."""
 
     symbol: str

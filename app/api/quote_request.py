@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -36,7 +37,10 @@ from app.settings import Settings
 
 YEARS_TO_EXPIRY_MAX = 50
 
-Symbol = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}$")]
+SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+Symbol = Annotated[str, Meta(pattern=f"^{SYMBOL.pattern}$")]
+Name = Annotated[str, Meta(min_length=1, max_length=64)]
+"""A symbol that is matched once however many positions carry it."""
 Positive = Annotated[float, Meta(gt=0, le=1e15)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e15)]
 Signed = Annotated[float, Meta(ge=-1e15, le=1e15)]
@@ -46,13 +50,13 @@ Text = Annotated[str, Meta(max_length=128)]
 MarginModelName = Literal["isolated", "cross", "scenario", "portfolio", "span"]
 
 
-class PositionIn(Request, kw_only=True):
+class PositionIn(Request, kw_only=True, gc=False):
     """One position: linear (symbol, side, size), greeks (symbol, notional, delta) or option (underlying, strike, …).
 
     The fields stand in the order of `PositionTerms`, so that rows turn into columns in one pass.
     """
 
-    symbol: Symbol | None = None
+    symbol: Name | None = None
     side: Literal["long", "short"] | None = None
     size: NonNegative | None = None
     entry_price: Positive | None = None
@@ -65,7 +69,7 @@ class PositionIn(Request, kw_only=True):
     delta: Annotated[float, Meta(ge=-1_000, le=1_000)] | None = None
     gamma: Signed | None = None
     vega: Signed | None = None
-    underlying: Symbol | None = None
+    underlying: Name | None = None
     type: Literal["call", "put"] | None = None
     strike: Positive | None = None
     expiry: Annotated[datetime, Meta(tz=True)] | None = None
@@ -193,7 +197,7 @@ class Limits:
 
 def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
     """Return what the body asks for, over the given parameters. Raises InvalidError with pointers."""
-    _check_limits(body, limits, now)
+    _check_lengths(body, limits)
     # the struct is made from the parameter classes, so the type checker can't follow it
     own = cast("Struct | None", body.settings)
     settings = {} if own is None else fields_given(own)
@@ -202,8 +206,10 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     if market is not None or settings:
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
+    positions = position_terms(body.positions)
+    _check_positions(positions, limits, body.as_of or now)
     return QuoteTerms(
-        positions=position_terms(body.positions),
+        positions=positions,
         collateral=_holdings(body.collateral, "/collateral"),
         liabilities=_holdings(body.liabilities, "/liabilities"),
         reserved=sum(r.amount for r in body.reservations or ()),
@@ -234,19 +240,32 @@ def fields_given(struct: Struct) -> dict[str, Any]:
     return {name: value for name, default in defaults if (value := getattr(struct, name)) is not default}
 
 
-def _check_limits(body: MarginQuoteIn, limits: Limits, now: datetime) -> None:
+def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     _check_length("/positions", body.positions, limits.positions_max)
     _check_length("/collateral", body.collateral, limits.positions_max)
     _check_length("/liabilities", body.liabilities, limits.positions_max)
     if isinstance(body.scenarios, list):
         _check_length("/scenarios", body.scenarios, limits.scenarios_max)
-    names = {(p.symbol, p.underlying) for p in body.positions}
-    if len(names) > limits.underlyings_max:
-        detail = f"at most {limits.underlyings_max} different markets a portfolio, not {len(names)}"
+
+
+def _check_positions(terms: PositionTerms, limits: Limits, now: datetime) -> None:
+    markets = set(zip(terms.symbol, terms.underlying, strict=True))
+    if len(markets) > limits.underlyings_max:
+        detail = f"at most {limits.underlyings_max} different markets a portfolio, not {len(markets)}"
         raise invalid("/positions", "too_many_underlyings", detail)
-    latest = (body.as_of or now) + timedelta(days=365 * YEARS_TO_EXPIRY_MAX)
-    for index, position in enumerate(body.positions):
-        if position.expiry is not None and position.expiry > latest:
+    for field in ("symbol", "underlying"):
+        column = getattr(terms, field)
+        for name in set(column) - {None}:
+            if not SYMBOL.fullmatch(name):
+                detail = "a symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit"
+                raise invalid(f"/positions/{column.index(name)}/{field}", "invalid_symbol", detail)
+    if any(terms.expiry):
+        _check_expiries(terms.expiry, now + timedelta(days=365 * YEARS_TO_EXPIRY_MAX))
+
+
+def _check_expiries(expiries: Sequence[datetime | None], latest: datetime) -> None:
+    for index, expiry in enumerate(expiries):
+        if expiry is not None and expiry > latest:
             pointer = f"/positions/{index}/expiry"
             raise invalid(pointer, "expiry_too_far", f"an expiry lies within {YEARS_TO_EXPIRY_MAX} years")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+from scipy.linalg.lapack import dpotrf
 
 from app.domain.black76 import Floats
 from app.domain.parameters import CorrelationTable
@@ -27,11 +28,10 @@ def correlation_matrix(names: Sequence[str], table: CorrelationTable) -> Floats:
 
 def is_positive_semidefinite(matrix: Floats, tolerance: float = 1e-10) -> bool:
     """Return whether no eigenvalue lies below -tolerance, by one Cholesky of the matrix lifted by it."""
-    try:
-        np.linalg.cholesky(matrix + tolerance * np.eye(len(matrix)))
-    except np.linalg.LinAlgError:
-        return False
-    return True
+    lifted = matrix.copy()
+    lifted.flat[:: len(matrix) + 1] += tolerance
+    _, failed_at = dpotrf(lifted, overwrite_a=True)
+    return bool(failed_at == 0)
 
 
 def nearest_correlation(matrix: Floats, tolerance: float = 1e-12, rounds_max: int = 1_000) -> Floats:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,10 @@ MOVE_MAX = 1_000.0
 _UP = np.expm1(np.linspace(0.0, 1.0, 41) ** 2 * np.log1p(MOVE_MAX))
 _DOWN = np.expm1(np.linspace(0.0, 1.0, 41) ** 2 * np.log(PRICE_FACTOR_MIN))
 SEARCH_GRID = np.concatenate([_DOWN[:0:-1], _UP])
-_GRID_ZERO = len(_DOWN) - 1
+ENDS = np.array([MOVE_MIN, 0.0, MOVE_MAX])
+"""Enough of a grid where the surplus is concave: one root at most on either side."""
+_REFINE_POINTS = 33
+_REFINE_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +45,24 @@ Line = Callable[[Floats], Figures]
 
 
 class AccountCurve(Protocol):
-    """An account's figures as prices move; volatility stays."""
+    """An account's figures as prices move; volatility stays.
+
+    `grid` are the moves, ascending and with 0, between which a root is looked for. `one_by_one` says that many
+    moves at once cost as much as each alone.
+    """
 
     @property
-    def is_affine(self) -> bool:
-        """Whether every figure is a straight line in the move, for moves above -1."""
+    def grid(self) -> Floats:
+        """The moves of the search."""
+        ...
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each move is paid for on its own."""
         ...
 
     def common(self, moves: Floats) -> Figures:
         """Return the figures where every non-stable price makes the same move (K,)."""
-        ...
-
-    def is_affine_in(self, underlying: int) -> bool:
-        """Whether every figure is a straight line in the move of this underlying alone."""
         ...
 
     def single(self, underlying: int) -> Line:
@@ -81,7 +89,8 @@ class Pool:
         """Return the curve of the pool's margin mode."""
         if self.mode == "portfolio":
             return PortfolioCurve(self)
-        return AdditiveCurve.of(self)
+        additive = AdditiveCurve.of(self)
+        return AffineCurve.of(additive) if self.portfolio.is_linear else additive
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +100,21 @@ class AdditiveCurve:
     pool: Pool
     initial_weight: Floats
     maintenance_weight: Floats
+    grid: Floats = field(default_factory=lambda: SEARCH_GRID)
+    one_by_one: bool = False
 
     @classmethod
     def of(cls, pool: Pool) -> AdditiveCurve:
         """Return the curve: rates by underlying in cross mode, Σ rate x notional in isolated mode."""
         book = pool.portfolio
         if pool.mode == "cross":
-            rates = (underlying_rates(book, r) for r in (book.initial_rate, book.maintenance_rate))
-            return cls(pool, *rates)
+            return cls(pool, underlying_rates(book, book.initial_rate), underlying_rates(book, book.maintenance_rate))
         notional = np.where(book.is_option, 0.0, book.notional)
-        weights = (book.by_underlying(r * notional) for r in (book.initial_rate, book.maintenance_rate))
-        return cls(pool, *weights)
-
-    @property
-    def is_affine(self) -> bool:
-        """See AccountCurve."""
-        return self.pool.portfolio.is_linear
+        return cls(
+            pool,
+            book.by_underlying(book.initial_rate * notional),
+            book.by_underlying(book.maintenance_rate * notional),
+        )
 
     def lanes(self, moves: Floats) -> Figures:
         """Return the parts (J, K) that each underlying adds to the figures when it makes the moves (K,)."""
@@ -154,7 +162,7 @@ class AdditiveCurve:
         )
 
     def is_affine_in(self, underlying: int) -> bool:
-        """See AccountCurve."""
+        """Whether every figure is a straight line in the move of this underlying alone."""
         book = self.pool.portfolio
         return book.taylor_gamma[underlying] == 0.0 and underlying not in book.options.underlying
 
@@ -181,12 +189,62 @@ class AdditiveCurve:
                 lane,
                 underlying=np.zeros(len(lane), dtype=np.intp),
                 underlyings=lane.underlyings.take(alone),
+                prices=lane.prices[alone],
                 options=replace(lane.options, underlying=np.zeros(len(lane.options), dtype=np.intp)),
             )
         )
         backing = CollateralSplit(self.pool.backing.on_underlying[alone], 0.0, 0.0)
         pool = replace(self.pool, portfolio=lane, backing=backing)
         return AdditiveCurve(pool, self.initial_weight[alone], self.maintenance_weight[alone])
+
+
+@dataclass(frozen=True, slots=True)
+class AffineCurve:
+    """A linear book under cross or isolated margin: every figure is a straight line in moves above -1.
+
+    `here` and `slope` are (equity, initial, maintenance) now and per unit of the common move, `surplus_slopes`
+    (J,) what one underlying's move alone adds to equity less maintenance.
+    """
+
+    here: tuple[float, float, float]
+    slope: tuple[float, float, float]
+    surplus_slopes: Floats
+    additive: AdditiveCurve
+    grid: Floats = field(default_factory=lambda: ENDS)
+    one_by_one: bool = False
+
+    @classmethod
+    def of(cls, additive: AdditiveCurve) -> AffineCurve:
+        """Return the lines of an additive curve without gamma and options."""
+        pool, book = additive.pool, additive.pool.portfolio
+        base: Floats = np.abs(book.taylor_delta) if pool.mode == "cross" else np.ones(1)
+        held = pool.backing.on_underlying
+        equity = held + book.taylor_delta
+        initial, maintenance = additive.initial_weight * base, additive.maintenance_weight * base
+        rows = np.array([held, initial, maintenance, equity, initial, maintenance])
+        if book.underlyings.stable.any():
+            rows[3:, book.underlyings.stable] = 0.0
+        now_equity, now_initial, now_maintenance, *slope = rows.sum(axis=1).tolist()
+        other = pool.backing.other
+        return cls(
+            here=(
+                pool.fixed_equity + other + now_equity,
+                pool.reserved + now_initial,
+                pool.reserved + now_maintenance,
+            ),
+            slope=(other + slope[0], slope[1], slope[2]),
+            surplus_slopes=equity - maintenance,
+            additive=additive,
+        )
+
+    def common(self, moves: Floats) -> Figures:
+        """See AccountCurve."""
+        lines = (here + slope * moves for here, slope in zip(self.here, self.slope, strict=True))
+        return Figures(*lines)
+
+    def single(self, underlying: int) -> Line:
+        """See AccountCurve."""
+        return self.additive.single(underlying)
 
 
 def _columns(figures: Figures) -> tuple[Floats, Floats, Floats]:
@@ -219,27 +277,31 @@ def moved(portfolio: Portfolio, moves: Floats) -> Portfolio:
             mark=portfolio.mark * factor,
             unrealized_pnl=portfolio.unrealized_pnl + taylor,
             options=options,
-            underlyings=replace(portfolio.underlyings, price=portfolio.underlyings.price * (1.0 + moves)),
+            prices=portfolio.prices * (1.0 + moves),
         )
     )
 
 
 @dataclass(frozen=True, slots=True)
 class PortfolioCurve:
-    """Portfolio margin does not add up over underlyings: each move is assessed anew by the model itself."""
+    """Portfolio margin does not add up over underlyings: each move is assessed anew by the model itself.
+
+    The margin of a linear book is convex in a move (a maximum of norms of straight lines), so that its surplus is
+    concave.
+    """
 
     pool: Pool
-    is_affine: bool = False
+    one_by_one: bool = True
+
+    @property
+    def grid(self) -> Floats:
+        """See AccountCurve."""
+        return ENDS if self.pool.portfolio.is_linear else SEARCH_GRID
 
     def common(self, moves: Floats) -> Figures:
         """See AccountCurve."""
         loose = np.where(self.pool.portfolio.underlyings.stable, 0.0, 1.0)
         return self._at(moves, loose, 1.0)
-
-    def is_affine_in(self, underlying: int) -> bool:
-        """See AccountCurve."""
-        del underlying
-        return False
 
     def single(self, underlying: int) -> Line:
         """See AccountCurve."""
@@ -267,31 +329,51 @@ class PortfolioCurve:
         return equity, margin.initial_margin + pool.reserved, margin.maintenance_margin + pool.reserved
 
 
-def nearest_root(surplus: Callable[[Floats], Floats]) -> float | None:
-    """Return the root of `surplus` nearest to no move, or None. Searched on a grid, then by Brent's method.
+def nearest_root(curve: AccountCurve, surplus: Callable[[Floats], Floats], values: Floats) -> float | None:
+    """Return the root of `surplus` nearest to no move, or None; `values` are those on the curve's grid.
 
     Two roots closer together than the grid (half a percent near zero, coarser far out) are not seen.
     """
-    values = surplus(SEARCH_GRID)
-    crossing = np.flatnonzero(np.signbit(values[:-1]) != np.signbit(values[1:]))
+    grid = curve.grid
+    signs = np.signbit(values)
+    crossing = np.flatnonzero(signs[:-1] != signs[1:])
     if not crossing.size:
         return None
-    sides = (crossing[crossing < _GRID_ZERO][-1:], crossing[crossing >= _GRID_ZERO][:1])
-    roots = [_refine(surplus, int(i)) for side in sides for i in side]
-    return min(roots, key=abs)
+    below, above = crossing[grid[crossing] < 0.0][-1:], crossing[grid[crossing] >= 0.0][:1]
+    brackets = [(float(grid[i]), float(grid[i + 1])) for i in (*below, *above)]
+    if len(brackets) == 2:
+        # where one bracket lies wholly nearer than the other, the other need not be refined
+        (far_low, near_low), (near_high, far_high) = brackets
+        if far_high <= -near_low:
+            brackets = brackets[1:]
+        elif -far_low <= near_high:
+            brackets = brackets[:1]
+    refine = _refine_one_by_one if curve.one_by_one else _refine_at_once
+    return min((refine(surplus, low, high) for low, high in brackets), key=abs)
 
 
-def _refine(surplus: Callable[[Floats], Floats], left: int) -> float:
-    low, high = float(SEARCH_GRID[left]), float(SEARCH_GRID[left + 1])
+def _refine_one_by_one(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:
     return brentq(lambda x: float(surplus(np.array([x]))[0]), low, high, xtol=1e-14, rtol=1e-14)
 
 
-def line_roots(at_zero: Floats, at_one: Floats) -> Floats:
-    """Return the roots of straight lines given at moves 0 and 1; NaN where there is none above -1."""
-    slope = at_one - at_zero
+def _refine_at_once(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:
+    """Narrow the bracket 32-fold a round; within the last, which is some 1e-6 wide, the line is straight."""
+    left = right = 0.0
+    for _ in range(_REFINE_ROUNDS):
+        points = np.linspace(low, high, _REFINE_POINTS)
+        values = surplus(points)
+        signs = np.signbit(values)
+        i = int(np.argmax(signs[:-1] != signs[1:]))
+        low, high, left, right = (float(v) for v in (points[i], points[i + 1], values[i], values[i + 1]))
+    return low - left * (high - low) / (right - left)
+
+
+def line_roots(here: Floats | float, slopes: Floats) -> Floats:
+    """Return the roots of straight lines from their values now and slopes; NaN where there is none above -1."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        roots = -at_zero / slope
-    return np.where(np.isfinite(roots) & (roots > -1.0), roots, np.nan)
+        roots = -here / slopes
+    roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
+    return roots
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +390,11 @@ class Distances:
     liquidatable: bool
 
 
-def distances(pool: Pool, breach_utilization: float) -> Distances:
-    """Return the account's distances; breach is utilization at the level, or equity below maintenance."""
-    curve = pool.curve()
+Surplus = Callable[[Figures], Floats]
+
+
+def distances(curve: AccountCurve, underlyings: int, breach_utilization: float) -> Distances:
+    """Return an account's distances; breach is utilization at the level, or equity below maintenance."""
 
     def to_liquidation(figures: Figures) -> Floats:
         return figures.equity - figures.maintenance
@@ -320,43 +404,55 @@ def distances(pool: Pool, breach_utilization: float) -> Distances:
 
     here = curve.common(np.zeros(1))
     liquidatable = bool(to_liquidation(here)[0] < 0.0)
-    breach = [_common_root(curve, to_breach), liquidation := _common_root(curve, to_liquidation)]
-    known = [root for root in breach if root is not None]
+    breach, liquidation = _common_roots(curve, (to_breach, to_liquidation))
+    known = [root for root in (breach, liquidation) if root is not None]
     return Distances(
         to_breach=min(known, key=abs) if known else None,
         to_liquidation=liquidation,
-        by_underlying=_single_roots(pool, curve, to_liquidation),
+        by_underlying=_single_roots(curve, underlyings, to_liquidation),
         breached=liquidatable or bool(to_breach(here)[0] <= 0.0 < here.initial[0]),
         liquidatable=liquidatable,
     )
 
 
-Surplus = Callable[[Figures], Floats]
+_NOW_AND_ONE = np.array([0.0, 1.0])
 
 
-def _common_root(curve: AccountCurve, surplus: Surplus) -> float | None:
-    if not curve.is_affine:
-        return nearest_root(lambda moves: surplus(curve.common(moves)))
-    at = surplus(curve.common(np.array([0.0, 1.0])))
-    root = float(line_roots(at[:1], at[1:])[0])
-    return None if np.isnan(root) else root
+def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus]) -> list[float | None]:
+    if isinstance(curve, AffineCurve):
+        at = curve.common(_NOW_AND_ONE)
+        return [_line_root(*surplus(at).tolist()) for surplus in surpluses]
+    on_grid = curve.common(curve.grid)
+    return [
+        nearest_root(curve, lambda moves, s=s: s(curve.common(moves)), s(on_grid))  # type: ignore[misc]
+        for s in surpluses
+    ]
 
 
-def _single_roots(pool: Pool, curve: AccountCurve, surplus: Surplus) -> Floats:
-    lanes = range(len(pool.portfolio.underlyings.names))
-    roots = np.full(len(lanes), np.nan)
+def _line_root(now: float, one: float) -> float | None:
+    root = now / (now - one) if one != now else np.nan
+    return root if root > -1.0 else None
+
+
+def _single_roots(curve: AccountCurve, underlyings: int, surplus: Surplus) -> Floats:
+    """Return the root (J,) of each underlying's own move: in closed form where the lane is a straight line."""
+    if isinstance(curve, AffineCurve):
+        return line_roots(curve.here[0] - curve.here[2], curve.surplus_slopes)
+    roots = np.full(underlyings, np.nan)
+    curved: Sequence[int] = range(underlyings)
     if isinstance(curve, AdditiveCurve):
         here = surplus(curve.common(np.zeros(1)))[0]
-        by_lane = surplus(curve.lanes(np.array([0.0, 1.0])))
-        roots = line_roots(np.full(len(lanes), here), here + by_lane[:, 1] - by_lane[:, 0])
-    for j in lanes:
-        if not curve.is_affine_in(j):
-            roots[j] = _curved_root(curve.single(j), surplus)
+        by_lane = surplus(curve.lanes(_NOW_AND_ONE))
+        roots = line_roots(here, by_lane[:, 1] - by_lane[:, 0])
+        curved = [j for j in curved if not curve.is_affine_in(j)]
+    for j in curved:
+        roots[j] = _curved_root(curve, j, surplus)
     return roots
 
 
-def _curved_root(line: Line, surplus: Surplus) -> float:
-    root = nearest_root(lambda moves: surplus(line(moves)))
+def _curved_root(curve: AccountCurve, underlying: int, surplus: Surplus) -> float:
+    line = curve.single(underlying)
+    root = nearest_root(curve, lambda moves: surplus(line(moves)), surplus(line(curve.grid)))
     return np.nan if root is None else root
 
 
@@ -368,11 +464,11 @@ def isolated_roots(portfolio: Portfolio, terms: MarginTerms) -> tuple[Floats, Fl
     keeping = position_margin(portfolio, portfolio.maintenance_rate)
     surplus = portfolio.allocated + portfolio.unrealized_pnl - keeping
     surplus[portfolio.options.row] += portfolio.options.value
-    roots = line_roots(surplus, surplus + portfolio.exposure - keeping)
+    roots = line_roots(surplus, portfolio.exposure - keeping)
     curved = portfolio.is_option | (portfolio.gamma != 0.0)
     for i in np.flatnonzero(curved & portfolio.isolated):
-        line = _alone(portfolio, int(i), terms).curve().single(int(portfolio.underlying[i]))
-        roots[i] = _curved_root(line, lambda figures: figures.equity - figures.maintenance)
+        curve = AdditiveCurve.of(_alone(portfolio, int(i), terms))
+        roots[i] = _curved_root(curve, int(portfolio.underlying[i]), lambda f: f.equity - f.maintenance)
     return roots, surplus < 0.0
 
 

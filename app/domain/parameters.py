@@ -5,17 +5,21 @@ Rates, shocks, haircuts and ratios are fractions; volatility is annualised; limi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 AssetKind = Literal["stable", "coin"]
 InstrumentKind = Literal["spot", "perpetual", "future"]
 Regime = Literal["normal", "sideways", "sell_off", "liquidity_crisis"]
 MarginMode = Literal["cross", "isolated", "portfolio"]
 
+T = TypeVar("T")
+
 DEFAULT_ASSET = "default"
+MEMO_MAX = 1_024
+"""Derived tables that one version of the parameters keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,16 @@ class MarketParameters:
     hedge: CorrelationTable = HEDGE_CORRELATIONS
     models: ModelParameters = field(default_factory=ModelParameters)
     policy: HealthPolicy = field(default_factory=HealthPolicy)
+    _memo: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` gave for this key under these parameters; it must depend on nothing else."""
+        found = self._memo.get(key)
+        if found is None:
+            if len(self._memo) >= MEMO_MAX:
+                self._memo.clear()
+            found = self._memo[key] = make()
+        return cast("T", found)
 
     def asset(self, name: str) -> AssetParameters:
         """Return an asset's parameters, or the default's for an asset that is not listed."""

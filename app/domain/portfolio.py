@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from app.domain import black76
 from app.domain.black76 import Floats
 from app.domain.correlation import correlation_matrix
-from app.domain.parameters import MarketParameters
+from app.domain.parameters import CorrelationTable, MarketParameters
 
 Rows = NDArray[np.intp]
 Flags = NDArray[np.bool_]
@@ -22,31 +24,42 @@ def sums(groups: Rows, values: Floats, count: int) -> Floats:
     return np.bincount(groups, weights=values, minlength=count).astype(np.float64, copy=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Underlyings:
-    """Per-underlying market data, each array (J,) in the order of `names` (sorted).
+    """Per-underlying parameters, each array (J,) in the order of `names` (sorted).
 
-    `price` is NaN where none is known (greeks positions need none); `concentration_limit` is in units, NaN
-    where there is none. `price_range` and `volatility_range` are relative.
+    `concentration_limit` is in units, NaN where there is none. `price_range` and `volatility_range` are relative.
+    Compared and hashed by identity: quotes on the same markets share one, and what is derived from it.
     """
 
     names: tuple[str, ...]
-    price: Floats
     price_range: Floats
     volatility_range: Floats
     concentration_limit: Floats
     stable: Flags
+    stress_table: CorrelationTable
+    hedge_table: CorrelationTable
+
+    @cached_property
+    def stress(self) -> Floats:
+        """The stress correlations (J, J)."""
+        return correlation_matrix(self.names, self.stress_table)
+
+    @cached_property
+    def hedge(self) -> Floats:
+        """The hedge correlations (J, J)."""
+        return correlation_matrix(self.names, self.hedge_table)
+
+    @cached_property
+    def any_limit(self) -> bool:
+        """Whether any underlying has a concentration limit."""
+        return not bool(np.isnan(self.concentration_limit).all())
 
     def take(self, keep: Flags) -> Underlyings:
         """Return the chosen underlyings only."""
         names = tuple(name for name, kept in zip(self.names, keep.tolist(), strict=True) if kept)
-        columns = {name: getattr(self, name)[keep] for name in self.__slots__ if name != "names"}
-        return Underlyings(names=names, **columns)
-
-    def correlations(self, parameters: MarketParameters) -> tuple[Floats, Floats]:
-        """Return the stress and the hedge correlation matrices, (J, J) each."""
-        stress, hedge = parameters.stress, parameters.hedge
-        return correlation_matrix(self.names, stress), correlation_matrix(self.names, hedge)
+        arrays = ("price_range", "volatility_range", "concentration_limit", "stable")
+        return replace(self, names=names, **{name: getattr(self, name)[keep] for name in arrays})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,9 @@ class Portfolio:
     `notional` >= 0. `delta` is signed, per unit of notional: the side of a linear position, the given one of a
     greeks position, the dollar delta over the notional of an option. `gamma` and `vega` are those of greeks
     positions (zero for others: options are revalued in full). `unrealized_pnl` is zero for options, whose
-    market value is in `options`. `mark` is NaN where a greeks position has none.
+    market value is in `options`. `mark` is NaN where a greeks position has none. `prices` (J,) are those of the
+    underlyings, NaN where none is known. The sums `exposure` (n,), `taylor_*` (J,: linear and greeks positions),
+    `net` and `gross` (J,) follow from the columns.
     """
 
     symbols: tuple[str, ...]
@@ -121,6 +136,7 @@ class Portfolio:
     allocated: Floats
     options: Options
     underlyings: Underlyings
+    prices: Floats
     exposure: Floats
     taylor_delta: Floats
     taylor_gamma: Floats
@@ -179,21 +195,26 @@ _POSITION_COLUMNS = (
 
 
 def with_sums(portfolio: Portfolio) -> Portfolio:
-    """Return the portfolio with its per-underlying sums computed anew from its columns."""
-    exposure = portfolio.delta * portfolio.notional
-    net = portfolio.by_underlying(exposure)
-    linear = net
-    if len(portfolio.options):
-        linear = portfolio.by_underlying(np.where(portfolio.is_option, 0.0, exposure))
-    return replace(
-        portfolio,
-        exposure=exposure,
-        net=net,
-        gross=portfolio.by_underlying(np.abs(exposure)),
-        taylor_delta=linear,
-        taylor_gamma=portfolio.by_underlying(portfolio.gamma * portfolio.notional),
-        taylor_vega=portfolio.by_underlying(portfolio.vega),
-    )
+    """Return the portfolio with its sums computed anew from its columns."""
+    p = portfolio
+    return replace(p, **sums_of(p.underlying, p.notional, p.delta, p.gamma, p.vega, p.is_option, len(p.prices)))
+
+
+def sums_of(
+    underlying: Rows, notional: Floats, delta: Floats, gamma: Floats, vega: Floats, is_option: Flags, count: int
+) -> dict[str, Any]:
+    """Return a portfolio's sums by the names of its fields; `count` is J."""
+    exposure = delta * notional
+    net = sums(underlying, exposure, count)
+    nothing = np.zeros(count)
+    return {
+        "exposure": exposure,
+        "net": net,
+        "gross": sums(underlying, np.abs(exposure), count),
+        "taylor_delta": sums(underlying, np.where(is_option, 0.0, exposure), count) if is_option.any() else net,
+        "taylor_gamma": sums(underlying, gamma * notional, count) if gamma.any() else nothing,
+        "taylor_vega": sums(underlying, vega, count) if vega.any() else nothing,
+    }
 
 
 def no_options() -> Options:
@@ -206,16 +227,15 @@ _NO_FLOATS: Floats = np.empty(0, dtype=np.float64)
 _NO_OPTIONS = Options(_NO_ROWS, _NO_ROWS, *(_NO_FLOATS,) * 9)
 
 
-def underlying_table(
-    names: Sequence[str], prices: Floats, price_range: Floats, parameters: MarketParameters
-) -> Underlyings:
-    """Return the per-underlying table; `prices` and `price_range` (J,) are resolved by the caller."""
+def underlying_table(names: Sequence[str], price_range: Floats, parameters: MarketParameters) -> Underlyings:
+    """Return the per-underlying table; `price_range` (J,) is resolved by the caller."""
     assets = [parameters.asset(name) for name in names]
     return Underlyings(
         names=tuple(names),
-        price=prices,
         price_range=price_range,
         volatility_range=np.array([a.volatility_range for a in assets], dtype=np.float64),
         concentration_limit=np.array([a.concentration_limit for a in assets], dtype=np.float64),
         stable=np.array([a.kind == "stable" for a in assets], dtype=np.bool_),
+        stress_table=parameters.stress,
+        hedge_table=parameters.hedge,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from app.domain.black76 import Floats
 from app.domain.collateral import Collateral, CollateralTerms, value_collateral
 from app.domain.health import Advisory, Health, Standing, advisories, assess
-from app.domain.liquidation import Distances, Pool, distances, isolated_roots
+from app.domain.liquidation import AccountCurve, Distances, Pool, distances, isolated_roots
 from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
@@ -71,8 +71,9 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     wanted = dict.fromkeys([*terms.models, "isolated"])
     results = {name: MODELS[name](portfolio, terms.margin) for name in wanted}
     pool = _pool(portfolio, collateral, terms)
-    distance = distances(pool, parameters.policy.breach_utilization)
-    health = _health(pool, results, portfolio)
+    curve = pool.curve()
+    distance = distances(curve, len(portfolio.underlyings.names), parameters.policy.breach_utilization)
+    health = _health(pool, curve, results, portfolio)
     unrealized = float(portfolio.unrealized_pnl.sum())
     equity = collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value
     moves, breached = _position_moves(portfolio, distance, terms.margin)
@@ -121,7 +122,7 @@ def _pool(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> Po
     return Pool(pooled, split, terms.reserved, terms.margin_mode, terms.margin)
 
 
-def _health(pool: Pool, results: Mapping[str, MarginResult], whole: Portfolio) -> Health:
+def _health(pool: Pool, curve: AccountCurve, results: Mapping[str, MarginResult], whole: Portfolio) -> Health:
     book = pool.portfolio
     known = results.get(pool.mode) if book is whole else None
     margin = known or MODELS[pool.mode](book, pool.terms)
@@ -136,7 +137,7 @@ def _health(pool: Pool, results: Mapping[str, MarginResult], whole: Portfolio) -
         net_exposure=float(book.net.sum()),
         gross_exposure=float(book.gross.sum()),
     )
-    return assess(standing, pool.curve(), pool.terms.parameters.policy)
+    return assess(standing, curve, pool.terms.parameters.policy)
 
 
 def _capital_freed(results: Mapping[str, MarginResult], models: Sequence[str]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
@@ -32,6 +33,7 @@ def _plain(*pairs: tuple[float, float]) -> tuple[Scenario, ...]:
 _THIRDS = (0.0, 1 / 3, -1 / 3, 2 / 3, -2 / 3, 1.0, -1.0)
 
 
+@lru_cache(maxsize=16)
 def span_scenarios(vol_range: float, tail_multiple: float, tail_weight: float) -> tuple[Scenario, ...]:
     """Return the sixteen SPAN scenarios in order: seven prices with vol up then down, two weighted tails."""
     body = tuple(Scenario(third, direction * vol_range, in_ranges=True) for third in _THIRDS for direction in (1, -1))

@@ -17,15 +17,18 @@ from app.domain.portfolio import (
     Options,
     Portfolio,
     Rows,
+    Underlyings,
     no_options,
+    sums_of,
     underlying_table,
-    with_sums,
 )
 from app.domain.prices import PriceFinder
 from app.errors import FieldError, InvalidError, invalid
 
 YEAR_SECONDS = 31_536_000.0
 YEAR_DAYS = 365.0
+REMEMBERED_MARKETS_MAX = 64
+"""Books on more markets are resolved anew each time: their tables are large, and seldom asked for twice."""
 
 _SIGN = {"long": 1.0, "short": -1.0, None: np.nan, "call": 1.0, "put": -1.0}
 
@@ -64,8 +67,8 @@ class PositionTerms:
 
 
 def _given(column: Sequence[Any]) -> bool:
-    """Whether any row gives this column: a count in C, so that absent columns cost nothing."""
-    return column.count(None) != len(column)
+    """Whether any row gives this column; in C, and at once for the usual columns."""
+    return any(column) or column.count(None) != len(column)
 
 
 def _floats(column: Sequence[float | None], default: float = np.nan) -> Floats:
@@ -79,8 +82,6 @@ def _floats(column: Sequence[float | None], default: float = np.nan) -> Floats:
 
 
 def _flags(column: Sequence[Any]) -> Flags:
-    if not _given(column):
-        return np.zeros(len(column), dtype=np.bool_)
     return np.array([v is not None for v in column], dtype=np.bool_)
 
 
@@ -95,9 +96,18 @@ class _Kinds:
 
 
 def _kinds(terms: PositionTerms) -> _Kinds:
-    option = _flags(terms.strike) | _flags(terms.type) | _flags(terms.expiry)
-    greeks = _flags(terms.notional) | _flags(terms.delta) | _flags(terms.gamma) | _flags(terms.vega)
+    option = _any_flags(len(terms), (terms.strike, terms.type, terms.expiry))
+    greeks = _any_flags(len(terms), (terms.notional, terms.delta, terms.gamma, terms.vega))
     return _Kinds(option, greeks & ~option)
+
+
+def _any_flags(count: int, columns: Sequence[Sequence[Any]]) -> Flags:
+    """Return the rows (n,) that give any of the columns."""
+    flags = np.zeros(count, dtype=np.bool_)
+    for column in columns:
+        if _given(column):
+            flags |= _flags(column)
+    return flags
 
 
 _NEEDS = {
@@ -120,8 +130,10 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
         if not mask.any():
             continue
         for name in _NEEDS[kind]:
-            absent = mask & ~_flags(getattr(terms, name))
-            errors += [_field(i, name, "missing", f"a {kind} position needs {name}") for i in _first(absent)]
+            column = getattr(terms, name)
+            if None in column:
+                absent = mask & ~_flags(column)
+                errors += [_field(i, name, "missing", f"a {kind} position needs {name}") for i in _first(absent)]
         for name in _FOREIGN[kind]:
             column = getattr(terms, name)
             if _given(column):
@@ -142,43 +154,50 @@ def _field(row: int, name: str, code: str, detail: str) -> FieldError:
 
 @dataclass(frozen=True, slots=True)
 class _Markets:
-    """The different markets of the rows: `code` (n,) into columns (C,), `underlying` (C,) into `names`."""
+    """The different markets (C,) of a book: `underlying` (C,) points into the table's names."""
 
-    code: Rows
     symbols: tuple[str, ...]
     underlying: Rows
-    names: tuple[str, ...]
     contract_size: Floats
     initial_rate: Floats
     maintenance_rate: Floats
-    price_range: Floats
+    table: Underlyings
 
 
-def _markets(terms: PositionTerms, parameters: MarketParameters) -> _Markets:
-    """Resolve each distinct (symbol, underlying) once."""
-    seen: dict[tuple[str | None, str | None], int] = {}
+_MarketKey = tuple[str | None, str | None]
+
+
+def _markets(terms: PositionTerms, parameters: MarketParameters) -> tuple[Rows, _Markets]:
+    """Return each row's market (n,) and the markets, each distinct (symbol, underlying) resolved once."""
+    seen: dict[_MarketKey, int] = {}
     code = [seen.setdefault(key, len(seen)) for key in zip(terms.symbol, terms.underlying, strict=True)]
-    under = [u if u is not None else parameters.underlying_of(s or "") for s, u in seen]
+    keys = tuple(seen)
+    if len(keys) <= REMEMBERED_MARKETS_MAX:
+        return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, parameters))
+    return np.array(code, dtype=np.intp), _resolve(keys, parameters)
+
+
+def _resolve(keys: Sequence[_MarketKey], parameters: MarketParameters) -> _Markets:
+    under = [u if u is not None else parameters.underlying_of(s or "") for s, u in keys]
+    symbols = tuple(s if s is not None else u for (s, _), u in zip(keys, under, strict=True))
     names = tuple(sorted(set(under)))
     row = {name: j for j, name in enumerate(names)}
-    listed = [parameters.market(s if s is not None else u, u) for (s, _), u in zip(seen, under, strict=True)]
-    figures = np.array(
-        [(m.contract_size, m.initial_margin_rate, m.maintenance_margin_rate, m.price_range) for m in listed],
-        dtype=np.float64,
-    ).reshape(-1, 4)
+    listed = [parameters.market(s, u) for s, u in zip(symbols, under, strict=True)]
+    underlying = np.array([row[u] for u in under], dtype=np.intp)
+    # the widest range of an underlying's markets in the book holds for all of them
+    widest = np.zeros(len(names))
+    np.maximum.at(widest, underlying, np.array([m.price_range for m in listed], dtype=np.float64))
     return _Markets(
-        code=np.array(code, dtype=np.intp),
-        symbols=tuple(s if s is not None else u for (s, _), u in zip(seen, under, strict=True)),
-        underlying=np.array([row[u] for u in under], dtype=np.intp),
-        names=names,
-        contract_size=figures[:, 0],
-        initial_rate=figures[:, 1],
-        maintenance_rate=figures[:, 2],
-        price_range=figures[:, 3],
+        symbols=symbols,
+        underlying=underlying,
+        contract_size=np.array([m.contract_size for m in listed], dtype=np.float64),
+        initial_rate=np.array([m.initial_margin_rate for m in listed], dtype=np.float64),
+        maintenance_rate=np.array([m.maintenance_margin_rate for m in listed], dtype=np.float64),
+        table=underlying_table(names, widest, parameters),
     )
 
 
-def _request_marks(terms: PositionTerms, markets: _Markets, marks: Floats) -> dict[str, float]:
+def _request_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Floats) -> dict[str, float]:
     """Return the asset prices that the rows' own marks imply.
 
     The asset's own symbol comes before its perpetual and that before its other markets; among rows of the
@@ -187,12 +206,12 @@ def _request_marks(terms: PositionTerms, markets: _Markets, marks: Floats) -> di
     if not _given(terms.mark_price):
         return {}
     lowest = np.full(len(markets.symbols), np.inf)
-    np.fmin.at(lowest, markets.code, marks)
+    np.fmin.at(lowest, code, marks)
     best: dict[str, tuple[int, str, float]] = {}
     for symbol, j, mark in zip(markets.symbols, markets.underlying.tolist(), lowest.tolist(), strict=True):
         if mark == np.inf:
             continue
-        name = markets.names[j]
+        name = markets.table.names[j]
         rank = 0 if symbol == name else 1 if symbol == f"{name}-PERP" else 2
         best[name] = min(best.get(name, (3, "", 0.0)), (rank, symbol, mark))
     return {name: price for name, (_, _, price) in best.items()}
@@ -208,53 +227,61 @@ def build_portfolio(
     """
     kinds = _kinds(terms)
     _check_columns(terms, kinds)
-    markets = _markets(terms, parameters)
-    marks = _floats(terms.mark_price)
-    prices.marks = _request_marks(terms, markets, marks)
-    marks = _fill_marks(marks, kinds, markets, prices)
-    underlying = markets.underlying[markets.code]
+    code, markets = _markets(terms, parameters)
+    given_marks = _floats(terms.mark_price)
+    prices.marks = _request_marks(terms, code, markets, given_marks)
+    marks = _fill_marks(given_marks, kinds, code, markets, prices)
+    underlying = markets.underlying[code]
     under_prices = _underlying_prices(kinds, markets, prices, underlying)
-    contract = _floats(terms.contract_size)
-    contract = np.where(np.isnan(contract), markets.contract_size[markets.code], contract)
     side = np.array([_SIGN[s] for s in terms.side], dtype=np.float64)
-    units = _floats(terms.size, 0.0) * contract
-    unit_price = np.where(kinds.option, under_prices[underlying], marks)
-    notional = np.where(kinds.greeks, _floats(terms.notional, 0.0), units * unit_price)
-    options = no_options()
+    units = _units(terms, code, markets)
+    notional = units * marks
+    delta, options = side, no_options()
     if kinds.option.any():
+        marks = np.where(kinds.option, under_prices[underlying], marks)
+        notional = units * marks
         options = _options(terms, kinds.option, underlying, side * units, under_prices, parameters.models, now)
-    table = underlying_table(markets.names, under_prices, _widest(markets), parameters)
-    return with_sums(
-        Portfolio(
-            symbols=_labels(terms, kinds, markets),
-            underlying=underlying,
-            notional=notional,
-            delta=_delta(terms, kinds, side, notional, options),
-            gamma=_floats(terms.gamma, 0.0),
-            vega=_floats(terms.vega, 0.0),
-            mark=np.where(kinds.option, under_prices[underlying], marks),
-            unrealized_pnl=_unrealized_pnl(terms, kinds, side * units, marks),
-            initial_rate=_initial_rate(terms, markets),
-            maintenance_rate=markets.maintenance_rate[markets.code],
-            is_option=kinds.option,
-            isolated=np.array([m == "isolated" for m in terms.margin_mode], dtype=np.bool_),
-            allocated=_floats(terms.allocated_collateral),
-            options=options,
-            underlyings=table,
-            **_NO_SUMS,
-        )
+    if kinds.greeks.any():
+        notional = np.where(kinds.greeks, _floats(terms.notional, 0.0), notional)
+        delta = np.where(kinds.greeks, _floats(terms.delta), delta)
+    if len(options):
+        delta = _with_option_delta(delta, notional, options)
+    gamma, vega = _floats(terms.gamma, 0.0), _floats(terms.vega, 0.0)
+    return Portfolio(
+        symbols=_labels(terms, kinds, code, markets),
+        underlying=underlying,
+        notional=notional,
+        delta=delta,
+        gamma=gamma,
+        vega=vega,
+        mark=marks,
+        unrealized_pnl=_unrealized_pnl(terms, kinds, side * units, marks),
+        initial_rate=_initial_rate(terms, markets.initial_rate[code]),
+        maintenance_rate=markets.maintenance_rate[code],
+        is_option=kinds.option,
+        isolated=_isolated(terms.margin_mode),
+        allocated=_floats(terms.allocated_collateral),
+        options=options,
+        underlyings=markets.table,
+        prices=under_prices,
+        **sums_of(underlying, notional, delta, gamma, vega, kinds.option, len(under_prices)),
     )
 
 
-_EMPTY: Floats = np.empty(0, dtype=np.float64)
-_NO_SUMS = dict.fromkeys(("exposure", "taylor_delta", "taylor_gamma", "taylor_vega", "net", "gross"), _EMPTY)
+def _units(terms: PositionTerms, code: Rows, markets: _Markets) -> Floats:
+    """Return size x contract size (n,); a contract size beside the position goes before its market's."""
+    contract = markets.contract_size[code]
+    if _given(terms.contract_size):
+        own = _floats(terms.contract_size)
+        contract = np.where(np.isnan(own), contract, own)
+    return _floats(terms.size, 0.0) * contract
 
 
-def _labels(terms: PositionTerms, kinds: _Kinds, markets: _Markets) -> tuple[str, ...]:
+def _labels(terms: PositionTerms, kinds: _Kinds, code: Rows, markets: _Markets) -> tuple[str, ...]:
     if not kinds.option.any():
-        return tuple(markets.symbols[c] for c in markets.code.tolist())
+        return tuple([markets.symbols[c] for c in code.tolist()])
     rows = zip(terms.symbol, terms.underlying, terms.expiry, terms.strike, terms.type, strict=True)
-    return tuple(s if s is not None else _option_label(u, e, k, t) for s, u, e, k, t in rows)
+    return tuple([s if s is not None else _option_label(u, e, k, t) for s, u, e, k, t in rows])
 
 
 def _option_label(underlying: str | None, expiry: datetime | None, strike: float | None, kind: str | None) -> str:
@@ -262,19 +289,19 @@ def _option_label(underlying: str | None, expiry: datetime | None, strike: float
     return f"{underlying}-{expiry:%d%b%y}-{strike:g}-{(kind or '')[:1]}".upper()
 
 
-def _fill_marks(marks: Floats, kinds: _Kinds, markets: _Markets, prices: PriceFinder) -> Floats:
+def _fill_marks(marks: Floats, kinds: _Kinds, code: Rows, markets: _Markets, prices: PriceFinder) -> Floats:
     """Return the marks with those left out found; greeks rows keep NaN where nothing is known."""
     absent = np.isnan(marks) & ~kinds.option
     if not absent.any():
         return marks
     found = np.full(len(markets.symbols), np.nan)
-    for c, row in _first_rows(markets.code, absent & kinds.linear):
-        name = markets.names[markets.underlying[c]]
+    for c, row in _first_rows(code, absent & kinds.linear):
+        name = markets.table.names[markets.underlying[c]]
         found[c] = prices.mark(markets.symbols[c], name, f"/positions/{row}/mark_price")
-    for c, _ in _first_rows(markets.code, absent & kinds.greeks & np.isnan(found[markets.code])):
-        known = prices.known(markets.names[markets.underlying[c]])
+    for c, _ in _first_rows(code, absent & kinds.greeks & np.isnan(found[code])):
+        known = prices.known(markets.table.names[markets.underlying[c]])
         found[c] = np.nan if known is None else known
-    return np.where(absent, found[markets.code], marks)
+    return np.where(absent, found[code], marks)
 
 
 def _first_rows(groups: Rows, mask: Flags) -> list[tuple[int, int]]:
@@ -287,13 +314,13 @@ def _first_rows(groups: Rows, mask: Flags) -> list[tuple[int, int]]:
 def _underlying_prices(kinds: _Kinds, markets: _Markets, prices: PriceFinder, underlying: Rows) -> Floats:
     """Return the price of each underlying: needed under an option, else NaN where unknown."""
     needed = dict(_first_rows(underlying, kinds.option)) if kinds.option.any() else {}
-    found = np.full(len(markets.names), np.nan)
-    for j, name in enumerate(markets.names):
-        if j in needed:
-            found[j] = prices.asset(name, f"/positions/{needed[j]}/underlying")
-        elif (known := prices.known(name)) is not None:
-            found[j] = known
-    return found
+    return np.array(
+        [
+            prices.asset(name, f"/positions/{needed[j]}/underlying") if j in needed else prices.known(name)
+            for j, name in enumerate(markets.table.names)
+        ],
+        dtype=np.float64,
+    )
 
 
 def _unrealized_pnl(terms: PositionTerms, kinds: _Kinds, units: Floats, marks: Floats) -> Floats:
@@ -301,34 +328,31 @@ def _unrealized_pnl(terms: PositionTerms, kinds: _Kinds, units: Floats, marks: F
     if not _given(terms.entry_price):
         return np.zeros(len(units))
     entry = _floats(terms.entry_price)
-    known = kinds.linear & ~np.isnan(entry)
-    return np.where(known, units * (marks - np.where(known, entry, 0.0)), 0.0)
+    unknown = np.isnan(entry) | ~kinds.linear
+    pnl: Floats = units * (marks - entry)
+    pnl[unknown] = 0.0
+    return pnl
 
 
-def _initial_rate(terms: PositionTerms, markets: _Markets) -> Floats:
+def _initial_rate(terms: PositionTerms, rate: Floats) -> Floats:
     """Return max(market rate, 1/leverage): a position's own leverage only raises it."""
-    rate = markets.initial_rate[markets.code]
     if not _given(terms.leverage):
         return rate
     return np.maximum(rate, 1.0 / _floats(terms.leverage, np.inf))
 
 
-def _widest(markets: _Markets) -> Floats:
-    """Return the price range of each underlying: the widest of its markets in the book."""
-    widest = np.zeros(len(markets.names))
-    np.maximum.at(widest, markets.underlying, markets.price_range)
-    return widest
+def _with_option_delta(delta: Floats, notional: Floats, options: Options) -> Floats:
+    """Return the deltas (n,) with the options' dollar deltas per unit of notional; 0 where flat."""
+    filled = delta.copy()
+    dollars, under = options.dollar_delta(), notional[options.row]
+    filled[options.row] = np.divide(dollars, under, out=np.zeros_like(dollars), where=under > 0.0)
+    return filled
 
 
-def _delta(terms: PositionTerms, kinds: _Kinds, side: Floats, notional: Floats, options: Options) -> Floats:
-    delta = side
-    if kinds.greeks.any():
-        delta = np.where(kinds.greeks, _floats(terms.delta), side)
-    if len(options):
-        dollars = options.dollar_delta()
-        under = notional[options.row]
-        delta[options.row] = np.divide(dollars, under, out=np.zeros_like(dollars), where=under > 0)
-    return delta
+def _isolated(modes: Sequence[str | None]) -> Flags:
+    if "isolated" not in modes:
+        return np.zeros(len(modes), dtype=np.bool_)
+    return np.array([mode == "isolated" for mode in modes], dtype=np.bool_)
 
 
 def _options(

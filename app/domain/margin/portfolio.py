@@ -8,6 +8,7 @@ credit than a concentration is charged. The same-cell scan over all underlyings 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -26,22 +27,24 @@ from app.domain.margin.result import (
     Worst,
     worst_scenarios,
 )
-from app.domain.parameters import MarketParameters, ModelParameters
+from app.domain.parameters import ModelParameters
 from app.domain.portfolio import Portfolio, Underlyings
 from app.domain.revalue import pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, scan
 from app.errors import invalid
 
 _THIRDS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
-_PRICES = np.array([price for price in _THIRDS for _ in range(3)] + [-1.0, 1.0])
-_VOLS = np.array([vol for _ in _THIRDS for vol in (-1.0, 0.0, 1.0)] + [1.0, 1.0])
-_TAIL = np.array([False] * 21 + [True, True])
-_DOWN = _PRICES <= 0.0
-_UP = _PRICES >= 0.0
+_PRICES = np.array([-1.0, *(price for price in _THIRDS for _ in range(3)), 1.0])
+_VOLS = np.array([1.0, *(vol for _ in _THIRDS for vol in (-1.0, 0.0, 1.0)), 1.0])
+_TAIL = np.array([True, *[False] * 21, True])
+# in the order of the price, so that each side is a slice; both hold the cells where only volatility moves
+_DOWN = slice(0, 13)
+_UP = slice(10, 23)
 
 
+@lru_cache(maxsize=256)
 def cells(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
-    """Return the 23 cells over each underlying's ranges: 7 prices x 3 volatilities, then two tails."""
+    """Return the 23 cells over each underlying's ranges: a tail, 7 prices x 3 volatilities, the other tail."""
     multiples = np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES
     weights = np.where(_TAIL, models.portfolio_tail_weight, 1.0)
     return scan(table.price_range, table.volatility_range, multiples, _VOLS, weights, term_scaled=True)
@@ -69,13 +72,14 @@ class Sides:
 
 def sides(pnl: Floats) -> Sides:
     """Return the two-sided losses of weighted profit and loss by cell, (J, 23)."""
-    down, up = pnl[:, _DOWN], pnl[:, _UP]
-    down_cell, up_cell = worst_scenarios(down), worst_scenarios(up)
+    down_cell = pnl[:, _DOWN].argmin(axis=1)
+    up_cell = pnl[:, _UP].argmin(axis=1) + _UP.start
+    lanes = np.arange(len(pnl))
     return Sides(
-        down=np.maximum(0.0, -down.min(axis=1)),
-        up=np.maximum(0.0, -up.min(axis=1)),
-        down_cell=np.flatnonzero(_DOWN)[down_cell],
-        up_cell=np.flatnonzero(_UP)[up_cell],
+        down=np.maximum(0.0, -pnl[lanes, down_cell]),
+        up=np.maximum(0.0, -pnl[lanes, up_cell]),
+        down_cell=down_cell,
+        up_cell=up_cell,
     )
 
 
@@ -111,7 +115,7 @@ def _norm(vector: Floats, matrix: Floats) -> tuple[float, Floats, float]:
     if not live.size:
         return 0.0, gradient, 0.0
     x = vector[live]
-    part, distance = _repaired(matrix[np.ix_(live, live)])
+    part, distance = _repaired(matrix if live.size == vector.size else matrix[np.ix_(live, live)])
     product = part @ x
     norm = float(np.sqrt(max(0.0, float(x @ product))))
     if norm > 0.0:
@@ -138,21 +142,23 @@ def floor_by_underlying(gross: Floats, net: Floats, models: ModelParameters) -> 
     return models.portfolio_floor_gross * gross + models.portfolio_floor_hedged * hedged
 
 
-def concentration(gross: Floats, table: Underlyings, rate: float) -> Floats:
-    """Return rate·R·notional·(√(size/limit) - 1) above the limit, USD; no limit, no add-on.
+def concentration(gross: Floats, prices: Floats, table: Underlyings, rate: float) -> Floats:
+    """Return rate·R·notional·(√(size/limit) - 1) above the limit, USD (J,); no limit, no add-on.
 
-    `gross` (..., J) is exposure in USD; size is gross / price, in units as the limit is.
+    `gross` (J,) is exposure in USD; size is gross / price, in units as the limit is.
     """
-    if np.isnan(table.concentration_limit).all():
+    if not table.any_limit:
         return np.zeros_like(gross)
-    size = gross / table.price
+    size = gross / prices
     ratio = np.fmax(np.where(np.isnan(table.concentration_limit), 1.0, size / table.concentration_limit), 1.0)
     return rate * table.price_range * gross * (np.sqrt(ratio) - 1.0)
 
 
 def _check_priced(portfolio: Portfolio) -> None:
     table = portfolio.underlyings
-    unpriced = ~np.isnan(table.concentration_limit) & np.isnan(table.price)
+    if not table.any_limit:
+        return
+    unpriced = ~np.isnan(table.concentration_limit) & np.isnan(portfolio.prices)
     if unpriced.any():
         name = table.names[int(np.argmax(unpriced))]
         raise invalid("/market/prices", "missing_price", f"{name} has a concentration limit in units and no price")
@@ -180,13 +186,13 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     pnl = pnl * grid.weights
     total = pnl.sum(axis=0)
     losses = sides(pnl)
-    joint = join(losses, *table.correlations(terms.parameters))
+    joint = join(losses, table.stress, table.hedge)
     worst_cell = int(worst_scenarios(total))
     parallel = max(0.0, -float(total[worst_cell]))
     multiplier = models.regime_multiplier(terms.regime)
     floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
     risk, floor = max(joint.value, parallel) * multiplier, float(floors.sum())
-    add_on = concentration(portfolio.gross, table, models.concentration_rate)
+    add_on = concentration(portfolio.gross, portfolio.prices, table, models.concentration_rate)
     uncapped = models.portfolio_factor * max(risk, floor) + float(add_on.sum())
     cap = long_option_cap(portfolio)
     initial = min(uncapped, cap)
@@ -299,9 +305,3 @@ def _parameters(models: ModelParameters, terms: MarginTerms) -> dict[str, float 
         "stress_correlation_other": terms.parameters.stress.other,
         "hedge_correlation_other": terms.parameters.hedge.other,
     }
-
-
-def correlations_used(table: Underlyings, parameters: MarketParameters) -> dict[str, Floats]:
-    """Return the stress and hedge matrices over the book's underlyings, for the reply."""
-    stress, hedge = table.correlations(parameters)
-    return {"stress": stress, "hedge": hedge}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -17,9 +18,10 @@ from app.domain.margin.result import (
     Worst,
     worst_scenarios,
 )
-from app.domain.portfolio import Portfolio
+from app.domain.parameters import ModelParameters
+from app.domain.portfolio import Portfolio, Underlyings
 from app.domain.revalue import pnl_by_underlying, position_pnl
-from app.domain.scenarios import scan, span_scenarios
+from app.domain.scenarios import ScenarioGrid, scan, span_scenarios
 
 _NO_CHARGES = SpanCharges()
 
@@ -46,6 +48,19 @@ def _charge_columns(charges: Sequence[SpanCharges]) -> dict[str, Floats]:
     return {name: np.array([getattr(c, name) for c in charges]) for name in SpanCharges.__slots__}
 
 
+@lru_cache(maxsize=256)
+def _grid(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
+    scenarios = span_scenarios(1.0, models.span_tail_multiple, models.span_tail_weight)
+    return scan(
+        table.price_range,
+        table.volatility_range,
+        np.array([s.price_move for s in scenarios]),
+        np.array([s.vol_move for s in scenarios]),
+        np.array([s.weight for s in scenarios]),
+        term_scaled=False,
+    )
+
+
 def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return MM = Σ requirement by underlying, IM = factor x MM; net option value is reported, not subtracted.
 
@@ -55,10 +70,8 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     models = terms.parameters.models
     table = portfolio.underlyings
     scenarios = span_scenarios(1.0, models.span_tail_multiple, models.span_tail_weight)
-    price_move = np.array([s.price_move for s in scenarios])
-    direction = np.array([s.vol_move for s in scenarios])
-    weights = np.array([s.weight for s in scenarios])
-    grid = scan(table.price_range, table.volatility_range, price_move, direction, weights, term_scaled=False)
+    grid = _grid(table, models)
+    weights = grid.weights
     pnl, each_option = pnl_by_underlying(portfolio, grid)
     pnl = pnl * weights
     risk, binding = scan_risk(pnl)
@@ -95,9 +108,9 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         add_ons={name: float(values.sum()) for name, values in columns.items()},
         worst=Worst("scan risk of each underlying", worst, -float(risk.sum())),
         scenarios=ScenarioTable(
-            price_move=price_move.tolist(),
-            vol_move=direction.tolist(),
-            weight=weights.tolist(),
+            price_move=[s.price_move for s in scenarios],
+            vol_move=[s.vol_move for s in scenarios],
+            weight=[s.weight for s in scenarios],
             pnl=total,
             in_ranges=[True] * len(scenarios),
         ),
