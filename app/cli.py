@@ -116,3 +116,7 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise StartupError(f"{file}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()

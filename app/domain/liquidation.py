@@ -11,12 +11,11 @@ from scipy.optimize import brentq
 
 from app.domain.black76 import PRICE_FACTOR_MIN, Floats
 from app.domain.collateral import CollateralSplit
-from app.domain.margin.cross import underlying_rates
 from app.domain.margin.isolated import position_margin
 from app.domain.margin.portfolio import portfolio_margin
 from app.domain.margin.result import MarginTerms
 from app.domain.parameters import MarginMode
-from app.domain.portfolio import Flags, Portfolio, with_sums
+from app.domain.portfolio import Flags, Portfolio
 from app.domain.revalue import sum_by_underlying
 
 MOVE_MIN = PRICE_FACTOR_MIN - 1.0
@@ -30,6 +29,8 @@ ENDS = np.array([MOVE_MIN, 0.0, MOVE_MAX])
 """Enough of a grid where the surplus is concave: one root at most on either side."""
 _REFINE_POINTS = 33
 _REFINE_ROUNDS = 3
+OPTIONS_AT_ONCE_MAX = 40
+"""Options up to which thirty moves at once cost hardly more than one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,7 @@ class Pool:
         """Return the curve of the pool's margin mode."""
         if self.mode == "portfolio":
             return PortfolioCurve(self)
-        additive = AdditiveCurve.of(self)
-        return AffineCurve.of(additive) if self.portfolio.is_linear else additive
+        return AdditiveCurve.of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +101,18 @@ class AdditiveCurve:
     initial_weight: Floats
     maintenance_weight: Floats
     grid: Floats = field(default_factory=lambda: SEARCH_GRID)
-    one_by_one: bool = False
+
+    @property
+    def one_by_one(self) -> bool:
+        """See AccountCurve. Past some options the arithmetic outweighs the calls."""
+        return len(self.pool.portfolio.options) > OPTIONS_AT_ONCE_MAX
 
     @classmethod
     def of(cls, pool: Pool) -> AdditiveCurve:
         """Return the curve: rates by underlying in cross mode, Σ rate x notional in isolated mode."""
         book = pool.portfolio
         if pool.mode == "cross":
-            return cls(pool, underlying_rates(book, book.initial_rate), underlying_rates(book, book.maintenance_rate))
+            return cls(pool, *book.highest_rates)
         notional = np.where(book.is_option, 0.0, book.notional)
         return cls(
             pool,
@@ -122,7 +126,7 @@ class AdditiveCurve:
         delta, gamma = book.taylor_delta[:, None], book.taylor_gamma[:, None]
         equity = self.pool.backing.on_underlying[:, None] * factor + delta * moves
         base: Floats = factor
-        if book.taylor_gamma.any():
+        if book.has_gamma:
             equity = equity + 0.5 * gamma * moves * moves
         if self.pool.mode == "cross":
             base = np.abs((delta + gamma * moves) * factor)
@@ -161,10 +165,15 @@ class AdditiveCurve:
             pool.reserved + lanes.maintenance.sum(axis=0),
         )
 
-    def is_affine_in(self, underlying: int) -> bool:
-        """Whether every figure is a straight line in the move of this underlying alone."""
-        book = self.pool.portfolio
-        return book.taylor_gamma[underlying] == 0.0 and underlying not in book.options.underlying
+    @property
+    def has_options(self) -> bool:
+        """Whether some underlyings have no closed form."""
+        return len(self.pool.portfolio.options) > 0
+
+    @property
+    def closed_form(self) -> Lines | Polynomials:
+        """The roots of the underlyings without options."""
+        return Polynomials(self) if self.pool.portfolio.has_gamma else Lines(self)
 
     def single(self, underlying: int) -> Line:
         """See AccountCurve."""
@@ -184,14 +193,12 @@ class AdditiveCurve:
         names = book.underlyings.names
         alone = np.arange(len(names)) == underlying
         lane = book.take(book.underlying == underlying)
-        lane = with_sums(
-            replace(
-                lane,
-                underlying=np.zeros(len(lane), dtype=np.intp),
-                underlyings=lane.underlyings.take(alone),
-                prices=lane.prices[alone],
-                options=replace(lane.options, underlying=np.zeros(len(lane.options), dtype=np.intp)),
-            )
+        lane = replace(
+            lane,
+            underlying=np.zeros(len(lane), dtype=np.intp),
+            underlyings=lane.underlyings.take(alone),
+            prices=lane.prices[alone],
+            options=replace(lane.options, underlying=np.zeros(len(lane.options), dtype=np.intp)),
         )
         backing = CollateralSplit(self.pool.backing.on_underlying[alone], 0.0, 0.0)
         pool = replace(self.pool, portfolio=lane, backing=backing)
@@ -199,52 +206,151 @@ class AdditiveCurve:
 
 
 @dataclass(frozen=True, slots=True)
-class AffineCurve:
-    """A linear book under cross or isolated margin: every figure is a straight line in moves above -1.
+class Lines:
+    """A book without options and gamma: surpluses are straight lines for every move above -1."""
 
-    `here` and `slope` are (equity, initial, maintenance) now and per unit of the common move, `surplus_slopes`
-    (J,) what one underlying's move alone adds to equity less maintenance.
-    """
+    curve: AdditiveCurve
 
-    here: tuple[float, float, float]
-    slope: tuple[float, float, float]
-    surplus_slopes: Floats
-    additive: AdditiveCurve
-    grid: Floats = field(default_factory=lambda: ENDS)
-    one_by_one: bool = False
-
-    @classmethod
-    def of(cls, additive: AdditiveCurve) -> AffineCurve:
-        """Return the lines of an additive curve without gamma and options."""
-        pool, book = additive.pool, additive.pool.portfolio
-        base: Floats = np.abs(book.taylor_delta) if pool.mode == "cross" else np.ones(1)
+    def common_roots(self, breach_utilization: float) -> tuple[float | None, float | None]:
+        """Return the roots, under a common move, of breach x equity - initial and of equity - maintenance."""
+        curve = self.curve
+        pool, book = curve.pool, curve.pool.portfolio
         held = pool.backing.on_underlying
-        equity = held + book.taylor_delta
-        initial, maintenance = additive.initial_weight * base, additive.maintenance_weight * base
-        rows = np.array([held, initial, maintenance, equity, initial, maintenance])
-        if book.underlyings.stable.any():
-            rows[3:, book.underlyings.stable] = 0.0
-        now_equity, now_initial, now_maintenance, *slope = rows.sum(axis=1).tolist()
-        other = pool.backing.other
-        return cls(
-            here=(
-                pool.fixed_equity + other + now_equity,
-                pool.reserved + now_initial,
-                pool.reserved + now_maintenance,
+        rows = np.array([held, held + book.taylor_delta, *self._margins()])
+        now = rows.sum(axis=1).tolist()
+        stable = book.underlyings.stable
+        slope = rows[:, ~stable].sum(axis=1).tolist() if stable.any() else now
+        equity, equity_slope = pool.fixed_equity + pool.backing.other + now[0], pool.backing.other + slope[1]
+        return (
+            _line_root(
+                breach_utilization * equity - now[2] - pool.reserved, breach_utilization * equity_slope - slope[2]
             ),
-            slope=(other + slope[0], slope[1], slope[2]),
-            surplus_slopes=equity - maintenance,
-            additive=additive,
+            _line_root(equity - now[3] - pool.reserved, equity_slope - slope[3]),
         )
 
-    def common(self, moves: Floats) -> Figures:
-        """See AccountCurve."""
-        lines = (here + slope * moves for here, slope in zip(self.here, self.slope, strict=True))
-        return Figures(*lines)
+    def single_roots(self, surplus: float) -> Floats:
+        """Return the root (J,) of equity - maintenance, now `surplus`, where one underlying moves alone; NaN: none."""
+        curve, book = self.curve, self.curve.pool.portfolio
+        slopes = book.taylor_delta + curve.pool.backing.on_underlying - self._margins()[1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            roots: Floats = -surplus / slopes
+        roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
+        return roots
 
-    def single(self, underlying: int) -> Line:
-        """See AccountCurve."""
-        return self.additive.single(underlying)
+    def _margins(self) -> tuple[Floats, Floats]:
+        curve = self.curve
+        if curve.pool.mode != "cross":
+            return curve.initial_weight, curve.maintenance_weight
+        exposure = np.abs(curve.pool.portfolio.taylor_delta)
+        return curve.initial_weight * exposure, curve.maintenance_weight * exposure
+
+
+def _line_root(here: float, slope: float) -> float | None:
+    if slope == 0.0:
+        return None
+    root = -here / slope
+    return root if root > -1.0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Polynomials:
+    """A book without options: surpluses are quadratics between the moves at which a net exposure turns.
+
+    An underlying with net exposure A and gamma G adds A·m + ½G·m² to equity and, in cross mode, rate x
+    |(1+m)(A + G·m)| to margin, so that every root has a closed form. Arrays (J,).
+    """
+
+    curve: AdditiveCurve
+
+    def common_roots(self, breach_utilization: float) -> tuple[float | None, float | None]:
+        """Return the nearest roots, under a common move, of breach x equity - initial and of equity - maintenance."""
+        curve = self.curve
+        pool, book = curve.pool, curve.pool.portfolio
+        loose = ~book.underlyings.stable
+        held = pool.backing.on_underlying
+        still = float(held[~loose].sum()) if not loose.all() else 0.0
+        delta, gamma = book.taylor_delta * loose, book.taylor_gamma * loose
+        coins = pool.backing.other + float(held.sum()) - still
+        equity = (pool.fixed_equity + still + coins, coins + float(delta.sum()), 0.5 * float(gamma.sum()))
+        turns = self._turns(loose)
+        edges = np.array([-1.0, *turns, np.inf])
+        inner = np.array([-1.0, *turns, (turns[-1] if turns else 0.0) + 2.0])
+        middles = 0.5 * (inner[1:] + inner[:-1])
+        roots = []
+        for weight, scale in ((curve.initial_weight, breach_utilization), (curve.maintenance_weight, 1.0)):
+            margins = self._margins(weight, delta, gamma, middles, loose)
+            rows = scale * np.array(equity) - margins
+            rows[:, 0] -= pool.reserved
+            found = _quadratic_roots(rows[:, 2], rows[:, 1], rows[:, 0])
+            inside = (found >= edges[:-1, None] - _EDGE) & (found <= edges[1:, None] + _EDGE) & (found > -1.0)
+            roots.append(_nearest(found[inside]))
+        return roots[0], roots[1]
+
+    def _turns(self, loose: Flags) -> list[float]:
+        """Return the moves, ascending, at which the net exposure of an underlying changes its sign."""
+        book = self.curve.pool.portfolio
+        if self.curve.pool.mode != "cross" or not book.has_gamma:
+            return []
+        bent = loose & (book.taylor_gamma != 0.0)
+        turns = -book.taylor_delta[bent] / book.taylor_gamma[bent]
+        return sorted({float(turn) for turn in turns[(turns > -1.0) & (turns < MOVE_MAX)]})
+
+    def _margins(self, weight: Floats, delta: Floats, gamma: Floats, middles: Floats, loose: Flags) -> Floats:
+        """Return the margin's coefficients of 1, m, m² (K, 3) in each interval, named by its middle."""
+        book, mode = self.curve.pool.portfolio, self.curve.pool.mode
+        fixed = weight * (np.abs(book.taylor_delta) if mode == "cross" else 1.0) * ~loose
+        if mode == "cross":
+            signs: Floats = np.sign(delta + gamma * middles[:, None])
+            parts = np.array([weight * delta, weight * (delta + gamma), weight * gamma])
+            margins: Floats = signs @ parts.T
+        else:
+            total = float(weight[loose].sum())
+            margins = np.array([[total, total, 0.0]])
+        margins[:, 0] += float(fixed.sum())
+        return margins
+
+    def single_roots(self, surplus: float) -> Floats:
+        """Return the nearest root (J,) of equity - maintenance, now `surplus`, in each underlying's move; NaN: none."""
+        curve = self.curve
+        book, weight = curve.pool.portfolio, curve.maintenance_weight
+        delta, gamma, held = book.taylor_delta, book.taylor_gamma, curve.pool.backing.on_underlying
+        if curve.pool.mode != "cross":
+            return _nearest_of(_quadratic_roots(0.5 * gamma, delta + held - weight, np.full_like(delta, surplus)))
+        # the margin of the lane leaves the surplus, and comes back on either branch of the sign
+        base = surplus + weight * np.abs(delta)
+        sign = np.array([[1.0], [-1.0]])
+        signed = sign * weight
+        roots = _quadratic_roots(
+            0.5 * gamma - signed * gamma, delta + held - signed * (delta + gamma), base - signed * delta
+        )
+        with np.errstate(invalid="ignore"):
+            exposure = sign[..., None] * (delta[:, None] + gamma[:, None] * roots)
+        slack = _EDGE * (np.abs(delta) + np.abs(gamma))[:, None]
+        roots[exposure < -slack] = np.nan
+        return _nearest_of(np.concatenate([roots[0], roots[1]], axis=1))
+
+
+_EDGE = 1e-12
+
+
+def _quadratic_roots(a: Floats, b: Floats, c: Floats) -> Floats:
+    """Return both roots (..., 2) of a·x² + b·x + c, NaN where there is none; a may be 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = -0.5 * (b + np.copysign(np.sqrt(b * b - 4.0 * a * c), b))
+        return np.stack([q / a, c / q], axis=-1)
+
+
+def _nearest(roots: Floats) -> float | None:
+    finite = roots[np.isfinite(roots)]
+    return float(finite[np.argmin(np.abs(finite))]) if finite.size else None
+
+
+def _nearest_of(roots: Floats) -> Floats:
+    """Return the root (J,) nearest to 0 and above -1 of those (J, R) given; NaN where there is none."""
+    distance = np.where((roots > -1.0) & (roots < np.inf), np.abs(roots), np.inf)
+    nearest = np.argmin(distance, axis=1)[:, None]
+    found = np.take_along_axis(roots, nearest, axis=1)[:, 0]
+    return np.where(np.isfinite(np.take_along_axis(distance, nearest, axis=1)[:, 0]), found, np.nan)
 
 
 def _columns(figures: Figures) -> tuple[Floats, Floats, Floats]:
@@ -268,17 +374,15 @@ def moved(portfolio: Portfolio, moves: Floats) -> Portfolio:
         options = replace(options, value=options.values(np.zeros(1))[:, 0])
         dollars = options.dollar_delta()
         delta[options.row] = dollars / np.maximum(portfolio.notional[options.row] * factor[options.row], 1e-300)
-    return with_sums(
-        replace(
-            portfolio,
-            notional=portfolio.notional * factor,
-            delta=delta,
-            gamma=portfolio.gamma * factor,
-            mark=portfolio.mark * factor,
-            unrealized_pnl=portfolio.unrealized_pnl + taylor,
-            options=options,
-            prices=portfolio.prices * (1.0 + moves),
-        )
+    return replace(
+        portfolio,
+        notional=portfolio.notional * factor,
+        delta=delta,
+        gamma=portfolio.gamma * factor,
+        mark=portfolio.mark * factor,
+        unrealized_pnl=portfolio.unrealized_pnl + taylor,
+        options=options,
+        prices=portfolio.prices * (1.0 + moves),
     )
 
 
@@ -368,14 +472,6 @@ def _refine_at_once(surplus: Callable[[Floats], Floats], low: float, high: float
     return low - left * (high - low) / (right - left)
 
 
-def line_roots(here: Floats | float, slopes: Floats) -> Floats:
-    """Return the roots of straight lines from their values now and slopes; NaN where there is none above -1."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        roots = -here / slopes
-    roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
-    return roots
-
-
 @dataclass(frozen=True, slots=True)
 class Distances:
     """Relative moves to breach and to liquidation: of all non-stable prices, and (J,) of each underlying alone.
@@ -390,10 +486,29 @@ class Distances:
     liquidatable: bool
 
 
+class Here(Protocol):
+    """An account's figures now, USD."""
+
+    @property
+    def equity(self) -> float:
+        """Equity."""
+        ...
+
+    @property
+    def required_initial(self) -> float:
+        """Initial margin and reservations."""
+        ...
+
+    @property
+    def required_maintenance(self) -> float:
+        """Maintenance margin and reservations."""
+        ...
+
+
 Surplus = Callable[[Figures], Floats]
 
 
-def distances(curve: AccountCurve, underlyings: int, breach_utilization: float) -> Distances:
+def distances(curve: AccountCurve, here: Here, underlyings: int, breach_utilization: float) -> Distances:
     """Return an account's distances; breach is utilization at the level, or equity below maintenance."""
 
     def to_liquidation(figures: Figures) -> Floats:
@@ -402,26 +517,35 @@ def distances(curve: AccountCurve, underlyings: int, breach_utilization: float) 
     def to_breach(figures: Figures) -> Floats:
         return breach_utilization * figures.equity - figures.initial
 
-    here = curve.common(np.zeros(1))
-    liquidatable = bool(to_liquidation(here)[0] < 0.0)
-    breach, liquidation = _common_roots(curve, (to_breach, to_liquidation))
+    liquidatable = here.equity < here.required_maintenance
+    surplus = here.equity - here.required_maintenance
+    if isinstance(curve, AdditiveCurve) and not curve.has_options:
+        breach, liquidation = curve.closed_form.common_roots(breach_utilization)
+    else:
+        breach, liquidation = _common_roots(curve, (to_breach, to_liquidation))
+    singles, open_lanes = _closed_singles(curve, surplus, underlyings)
+    for j in open_lanes:
+        singles[j] = _single_root(curve, j, to_liquidation)
     known = [root for root in (breach, liquidation) if root is not None]
     return Distances(
         to_breach=min(known, key=abs) if known else None,
         to_liquidation=liquidation,
-        by_underlying=_single_roots(curve, underlyings, to_liquidation),
-        breached=liquidatable or bool(to_breach(here)[0] <= 0.0 < here.initial[0]),
+        by_underlying=singles,
+        breached=liquidatable
+        or here.required_initial > 0.0 >= breach_utilization * here.equity - here.required_initial,
         liquidatable=liquidatable,
     )
 
 
-_NOW_AND_ONE = np.array([0.0, 1.0])
+def _closed_singles(curve: AccountCurve, surplus: float, underlyings: int) -> tuple[Floats, Sequence[int]]:
+    """Return the roots (J,) that have a closed form, and the underlyings whose roots are to be searched."""
+    if not isinstance(curve, AdditiveCurve):
+        return np.full(underlyings, np.nan), range(underlyings)
+    options = curve.pool.portfolio.options
+    return curve.closed_form.single_roots(surplus), sorted(set(options.underlying.tolist()))
 
 
 def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus]) -> list[float | None]:
-    if isinstance(curve, AffineCurve):
-        at = curve.common(_NOW_AND_ONE)
-        return [_line_root(*surplus(at).tolist()) for surplus in surpluses]
     on_grid = curve.common(curve.grid)
     return [
         nearest_root(curve, lambda moves, s=s: s(curve.common(moves)), s(on_grid))  # type: ignore[misc]
@@ -429,28 +553,7 @@ def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus]) -> list[flo
     ]
 
 
-def _line_root(now: float, one: float) -> float | None:
-    root = now / (now - one) if one != now else np.nan
-    return root if root > -1.0 else None
-
-
-def _single_roots(curve: AccountCurve, underlyings: int, surplus: Surplus) -> Floats:
-    """Return the root (J,) of each underlying's own move: in closed form where the lane is a straight line."""
-    if isinstance(curve, AffineCurve):
-        return line_roots(curve.here[0] - curve.here[2], curve.surplus_slopes)
-    roots = np.full(underlyings, np.nan)
-    curved: Sequence[int] = range(underlyings)
-    if isinstance(curve, AdditiveCurve):
-        here = surplus(curve.common(np.zeros(1)))[0]
-        by_lane = surplus(curve.lanes(_NOW_AND_ONE))
-        roots = line_roots(here, by_lane[:, 1] - by_lane[:, 0])
-        curved = [j for j in curved if not curve.is_affine_in(j)]
-    for j in curved:
-        roots[j] = _curved_root(curve, j, surplus)
-    return roots
-
-
-def _curved_root(curve: AccountCurve, underlying: int, surplus: Surplus) -> float:
+def _single_root(curve: AccountCurve, underlying: int, surplus: Surplus) -> float:
     line = curve.single(underlying)
     root = nearest_root(curve, lambda moves: surplus(line(moves)), surplus(line(curve.grid)))
     return np.nan if root is None else root
@@ -464,11 +567,11 @@ def isolated_roots(portfolio: Portfolio, terms: MarginTerms) -> tuple[Floats, Fl
     keeping = position_margin(portfolio, portfolio.maintenance_rate)
     surplus = portfolio.allocated + portfolio.unrealized_pnl - keeping
     surplus[portfolio.options.row] += portfolio.options.value
-    roots = line_roots(surplus, portfolio.exposure - keeping)
-    curved = portfolio.is_option | (portfolio.gamma != 0.0)
-    for i in np.flatnonzero(curved & portfolio.isolated):
-        curve = AdditiveCurve.of(_alone(portfolio, int(i), terms))
-        roots[i] = _curved_root(curve, int(portfolio.underlying[i]), lambda f: f.equity - f.maintenance)
+    bend = 0.5 * portfolio.gamma * portfolio.notional
+    roots = _nearest_of(_quadratic_roots(bend, portfolio.exposure - keeping, surplus))
+    for i in portfolio.options.row[portfolio.isolated[portfolio.options.row]].tolist():
+        curve = AdditiveCurve.of(_alone(portfolio, i, terms))
+        roots[i] = _single_root(curve, int(portfolio.underlying[i]), lambda f: f.equity - f.maintenance)
     return roots, surplus < 0.0
 
 

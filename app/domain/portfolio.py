@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,16 +108,15 @@ class Options:
         return self.quantity[:, None] * each
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Portfolio:
-    """n positions as columns, each (n,); money in USD.
+    """n positions as columns, each (n,); money in USD. What follows from the columns is computed once, when asked.
 
     `notional` >= 0. `delta` is signed, per unit of notional: the side of a linear position, the given one of a
     greeks position, the dollar delta over the notional of an option. `gamma` and `vega` are those of greeks
     positions (zero for others: options are revalued in full). `unrealized_pnl` is zero for options, whose
-    market value is in `options`. `mark` is NaN where a greeks position has none. `prices` (J,) are those of the
-    underlyings, NaN where none is known. The sums `exposure` (n,), `taylor_*` (J,: linear and greeks positions),
-    `net` and `gross` (J,) follow from the columns.
+    market value is in `options`. `mark` is NaN where a greeks position has none, `allocated` where no collateral was
+    named. `prices` (J,) are those of the underlyings, NaN where none is known.
     """
 
     symbols: tuple[str, ...]
@@ -137,25 +135,70 @@ class Portfolio:
     options: Options
     underlyings: Underlyings
     prices: Floats
-    exposure: Floats
-    taylor_delta: Floats
-    taylor_gamma: Floats
-    taylor_vega: Floats
-    net: Floats
-    gross: Floats
 
     def __len__(self) -> int:
         return len(self.symbols)
 
-    @property
+    @cached_property
+    def exposure(self) -> Floats:
+        """Signed exposures delta x notional, USD (n,)."""
+        return self.delta * self.notional
+
+    @cached_property
+    def net(self) -> Floats:
+        """Net exposure by underlying, USD (J,)."""
+        return self.by_underlying(self.exposure)
+
+    @cached_property
+    def gross(self) -> Floats:
+        """Sum of absolute exposures by underlying, USD (J,)."""
+        return self.by_underlying(np.abs(self.exposure))
+
+    @cached_property
+    def taylor_delta(self) -> Floats:
+        """Net exposure of linear and greeks positions by underlying, USD (J,)."""
+        if not len(self.options):
+            return self.net
+        return self.by_underlying(np.where(self.is_option, 0.0, self.exposure))
+
+    @cached_property
+    def taylor_gamma(self) -> Floats:
+        """Σ gamma x notional by underlying, USD per return² (J,)."""
+        return self.by_underlying(self.gamma * self.notional) if self.gamma.any() else np.zeros(len(self.prices))
+
+    @cached_property
+    def taylor_vega(self) -> Floats:
+        """Σ vega by underlying, USD per +1.00 of volatility move (J,)."""
+        return self.by_underlying(self.vega) if self.vega.any() else np.zeros(len(self.prices))
+
+    @cached_property
+    def has_gamma(self) -> bool:
+        """Whether any underlying has gamma left after netting."""
+        return bool(self.taylor_gamma.any())
+
+    @cached_property
+    def has_vega(self) -> bool:
+        """Whether any underlying has vega left after netting."""
+        return bool(self.taylor_vega.any())
+
+    @cached_property
+    def highest_rates(self) -> tuple[Floats, Floats]:
+        """The highest initial and maintenance rate (J,) among open linear and greeks positions."""
+        closed = self.is_option | (self.notional == 0.0)
+        highest = np.zeros((2, len(self.prices)))
+        for row, rate in zip(highest, (self.initial_rate, self.maintenance_rate), strict=True):
+            np.maximum.at(row, self.underlying, np.where(closed, 0.0, rate))
+        return highest[0], highest[1]
+
+    @cached_property
     def options_value(self) -> float:
         """Market value of all options, USD."""
-        return float(self.options.value.sum())
+        return float(self.options.value.sum()) if len(self.options) else 0.0
 
     @property
     def is_linear(self) -> bool:
         """Whether profit and loss is linear in every price: no options and no gamma."""
-        return len(self.options) == 0 and not self.taylor_gamma.any()
+        return len(self.options) == 0 and not self.has_gamma
 
     def by_underlying(self, values: Floats) -> Floats:
         """Return the sums (J,) of a column (n,) by underlying."""
@@ -168,13 +211,11 @@ class Portfolio:
         rows = np.flatnonzero(keep)
         new_row = np.cumsum(keep) - 1
         options = self.options.take(keep[self.options.row])
-        return with_sums(
-            replace(
-                self,
-                symbols=tuple(self.symbols[i] for i in rows),
-                **{name: getattr(self, name)[rows] for name in _POSITION_COLUMNS},
-                options=replace(options, row=new_row[options.row]),
-            )
+        return replace(
+            self,
+            symbols=tuple(self.symbols[i] for i in rows),
+            **{name: getattr(self, name)[rows] for name in _POSITION_COLUMNS},
+            options=replace(options, row=new_row[options.row]),
         )
 
 
@@ -192,29 +233,6 @@ _POSITION_COLUMNS = (
     "isolated",
     "allocated",
 )
-
-
-def with_sums(portfolio: Portfolio) -> Portfolio:
-    """Return the portfolio with its sums computed anew from its columns."""
-    p = portfolio
-    return replace(p, **sums_of(p.underlying, p.notional, p.delta, p.gamma, p.vega, p.is_option, len(p.prices)))
-
-
-def sums_of(
-    underlying: Rows, notional: Floats, delta: Floats, gamma: Floats, vega: Floats, is_option: Flags, count: int
-) -> dict[str, Any]:
-    """Return a portfolio's sums by the names of its fields; `count` is J."""
-    exposure = delta * notional
-    net = sums(underlying, exposure, count)
-    nothing = np.zeros(count)
-    return {
-        "exposure": exposure,
-        "net": net,
-        "gross": sums(underlying, np.abs(exposure), count),
-        "taylor_delta": sums(underlying, np.where(is_option, 0.0, exposure), count) if is_option.any() else net,
-        "taylor_gamma": sums(underlying, gamma * notional, count) if gamma.any() else nothing,
-        "taylor_vega": sums(underlying, vega, count) if vega.any() else nothing,
-    }
 
 
 def no_options() -> Options:

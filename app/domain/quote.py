@@ -11,7 +11,7 @@ import numpy as np
 from app.domain.black76 import Floats
 from app.domain.collateral import Collateral, CollateralTerms, value_collateral
 from app.domain.health import Advisory, Health, Standing, advisories, assess
-from app.domain.liquidation import AccountCurve, Distances, Pool, distances, isolated_roots
+from app.domain.liquidation import Distances, Pool, distances, isolated_roots
 from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
@@ -66,14 +66,17 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     parameters = terms.margin.parameters
     finder = PriceFinder(parameters, _requested(terms), stored)
     portfolio = build_portfolio(terms.positions, parameters, finder, now)
-    portfolio = replace(portfolio, allocated=_allocations(portfolio))
+    if portfolio.isolated.any():
+        portfolio = replace(portfolio, allocated=_allocations(portfolio))
     collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
     wanted = dict.fromkeys([*terms.models, "isolated"])
     results = {name: MODELS[name](portfolio, terms.margin) for name in wanted}
     pool = _pool(portfolio, collateral, terms)
     curve = pool.curve()
-    distance = distances(curve, len(portfolio.underlyings.names), parameters.policy.breach_utilization)
-    health = _health(pool, curve, results, portfolio)
+    standing = _standing(pool, results, portfolio)
+    policy = parameters.policy
+    distance = distances(curve, standing, len(portfolio.prices), policy.breach_utilization)
+    health = assess(standing, curve, policy)
     unrealized = float(portfolio.unrealized_pnl.sum())
     equity = collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value
     moves, breached = _position_moves(portfolio, distance, terms.margin)
@@ -84,7 +87,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         equity=equity,
         unrealized_pnl=unrealized,
         options_value=portfolio.options_value,
-        allocated=float(portfolio.allocated.sum()),
+        allocated=_allocated(portfolio),
         models={name: results[name] for name in terms.models},
         isolated=results["isolated"],
         capital_freed=_capital_freed(results, terms.models),
@@ -93,7 +96,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         liquidation_move=moves,
         breached=breached,
         eligible=equity >= parameters.models.portfolio_minimum_equity,
-        advisories=advisories(collateral, health.gross_leverage, parameters.policy),
+        advisories=advisories(collateral, health.gross_leverage, policy),
         prices=finder.used,
     )
 
@@ -117,18 +120,24 @@ def _allocations(portfolio: Portfolio) -> Floats:
 
 def _pool(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> Pool:
     split = collateral.split(portfolio.underlyings)
-    split = replace(split, stable=split.stable - float(portfolio.allocated.sum()))
-    pooled = portfolio.take(~portfolio.isolated)
-    return Pool(pooled, split, terms.reserved, terms.margin_mode, terms.margin)
+    if portfolio.isolated.any():
+        split = replace(split, stable=split.stable - _allocated(portfolio))
+        portfolio = portfolio.take(~portfolio.isolated)
+    return Pool(portfolio, split, terms.reserved, terms.margin_mode, terms.margin)
 
 
-def _health(pool: Pool, curve: AccountCurve, results: Mapping[str, MarginResult], whole: Portfolio) -> Health:
+def _allocated(portfolio: Portfolio) -> float:
+    """Return what isolated positions hold for themselves, USD."""
+    return float(portfolio.allocated[portfolio.isolated].sum()) if portfolio.isolated.any() else 0.0
+
+
+def _standing(pool: Pool, results: Mapping[str, MarginResult], whole: Portfolio) -> Standing:
     book = pool.portfolio
     known = results.get(pool.mode) if book is whole else None
     margin = known or MODELS[pool.mode](book, pool.terms)
     backing = pool.backing
     equity = pool.fixed_equity + backing.other + float(backing.on_underlying.sum()) + book.options_value
-    standing = Standing(
+    return Standing(
         model=pool.mode,
         equity=equity,
         required_initial=margin.initial_margin + pool.reserved,
@@ -137,7 +146,6 @@ def _health(pool: Pool, curve: AccountCurve, results: Mapping[str, MarginResult]
         net_exposure=float(book.net.sum()),
         gross_exposure=float(book.gross.sum()),
     )
-    return assess(standing, curve, pool.terms.parameters.policy)
 
 
 def _capital_freed(results: Mapping[str, MarginResult], models: Sequence[str]) -> dict[str, float]:

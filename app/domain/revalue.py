@@ -22,9 +22,9 @@ def taylor_pnl(portfolio: Portfolio, grid: ScenarioGrid) -> Floats:
     """Return Σ delta·notional·m + ½·gamma·notional·m² + vega·v by underlying, USD, (J, S)."""
     moves = grid.moves
     pnl = portfolio.taylor_delta[:, None] * moves
-    if portfolio.taylor_gamma.any():
+    if portfolio.has_gamma:
         pnl += (0.5 * portfolio.taylor_gamma)[:, None] * moves * moves
-    if portfolio.taylor_vega.any():
+    if portfolio.has_vega:
         pnl += portfolio.taylor_vega[:, None] * grid.vol_moves
     return pnl
 
@@ -73,9 +73,9 @@ def position_pnl(portfolio: Portfolio, grid: ScenarioGrid, each_option: Floats, 
     vol = (chosen * grid.vol_moves).sum(axis=1)
     u = portfolio.underlying
     pnl = portfolio.exposure * first[u]
-    if portfolio.taylor_gamma.any():
+    if portfolio.gamma.any():
         pnl += 0.5 * portfolio.gamma * portfolio.notional * second[u]
-    if portfolio.taylor_vega.any():
+    if portfolio.vega.any():
         pnl += portfolio.vega * vol[u]
     if len(portfolio.options):
         options = portfolio.options

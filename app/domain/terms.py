@@ -19,7 +19,6 @@ from app.domain.portfolio import (
     Rows,
     Underlyings,
     no_options,
-    sums_of,
     underlying_table,
 )
 from app.domain.prices import PriceFinder
@@ -264,7 +263,6 @@ def build_portfolio(
         options=options,
         underlyings=markets.table,
         prices=under_prices,
-        **sums_of(underlying, notional, delta, gamma, vega, kinds.option, len(under_prices)),
     )
 
 

@@ -10,14 +10,6 @@ from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.portfolio import Portfolio
 
 
-def underlying_rates(portfolio: Portfolio, rate: Floats) -> Floats:
-    """Return the highest rate (J,) among the open linear and greeks positions of each underlying."""
-    highest = np.zeros(len(portfolio.underlyings.names))
-    open_rate = np.where(portfolio.is_option | (portfolio.notional == 0.0), 0.0, rate)
-    np.maximum.at(highest, portfolio.underlying, open_rate)
-    return highest
-
-
 def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return Σ over underlyings of the highest rate x |net exposure|, options one by one as in `isolated`.
 
@@ -25,8 +17,7 @@ def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     share, and the shares sum to the requirement.
     """
     del terms
-    initial_rate = underlying_rates(portfolio, portfolio.initial_rate)
-    maintenance_rate = underlying_rates(portfolio, portfolio.maintenance_rate)
+    initial_rate, maintenance_rate = portfolio.highest_rates
     initial = _shares(portfolio, initial_rate, portfolio.initial_rate)
     maintenance = _shares(portfolio, maintenance_rate, portfolio.maintenance_rate)
     return MarginResult(

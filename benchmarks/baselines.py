@@ -1,0 +1,27 @@
+"""What the service is measured against: an empty FastAPI route, and an ASGI app with no framework at all."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.types import Receive, Scope, Send
+
+fastapi = FastAPI()
+
+
+@fastapi.post("/api/quotes/margin")
+async def empty(request: Request) -> dict[str, str]:
+    """Read the body, answer nothing."""
+    await request.body()
+    return {}
+
+
+async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
+    """Read the body, answer the number of bytes that the query asks for."""
+    if scope["type"] != "http":
+        return
+    while (await receive()).get("more_body"):
+        pass
+    size = int(scope["query_string"].partition(b"=")[2])
+    headers = [(b"content-length", str(size).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b" " * size})
