@@ -1,9 +1,17 @@
-"""What the service is measured against: an empty FastAPI route, and an ASGI app with no framework at all."""
+"""What the service is measured against.
+
+`fastapi`: an empty FastAPI route. `guarded`: the same behind the service's own middleware (ids, limits, metrics).
+`asgi`: an app with no framework at all.
+"""
 
 from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from starlette.types import Receive, Scope, Send
+
+from app.api.middleware import Guard
+from app.settings import Settings
+from app.telemetry import Metrics
 
 fastapi = FastAPI()
 
@@ -13,6 +21,11 @@ async def empty(request: Request) -> dict[str, str]:
     """Read the body, answer nothing."""
     await request.body()
     return {}
+
+
+guarded = FastAPI()
+guarded.add_api_route("/api/quotes/margin", empty, methods=["POST"])
+guarded.add_middleware(Guard, settings=Settings(), metrics=Metrics())
 
 
 async def asgi(scope: Scope, receive: Receive, send: Send) -> None:

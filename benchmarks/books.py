@@ -11,13 +11,18 @@ AS_OF = datetime(2026, 11, 21, tzinfo=UTC)
 PRICES = {"BTC": 88_500.0, "ETH": 2_840.0, "SOL": 131.0, "BNB": 842.0}
 
 
-def book(positions: int, underlyings: int = 16, options: int = 0, seed: int = 1) -> dict[str, Any]:
-    """Return a request body: linear and greeks positions on the underlyings, some of them options."""
+def book(
+    positions: int, underlyings: int = 16, options: int = 0, greeks_every: int = 5, seed: int = 1
+) -> dict[str, Any]:
+    """Return a request body: options first, then linear positions with a greeks position every so many (0: none)."""
     rng = random.Random(seed)
     names = [*PRICES, *(f"COIN{k}" for k in range(underlyings - len(PRICES)))][:underlyings]
     prices = PRICES | {name: rng.uniform(0.1, 50.0) for name in names if name not in PRICES}
     rows = [_option(rng, names, prices) for _ in range(options)]
-    rows += [_greeks(rng, names) if i % 5 == 4 else _linear(rng, names, prices) for i in range(positions - options)]
+    rows += [
+        _greeks(rng, names) if greeks_every and i % greeks_every == greeks_every - 1 else _linear(rng, names, prices)
+        for i in range(positions - options)
+    ]
     collateral = [{"asset": "USDC", "amount": 250_000.0 * positions}, {"asset": "BTC", "amount": 2.0}]
     market = {"prices": {name: prices[name] for name in names} | {"BTC": PRICES["BTC"]}}
     return {"positions": rows, "collateral": collateral, "market": market, "as_of": AS_OF.isoformat()}

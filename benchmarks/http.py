@@ -3,6 +3,9 @@
 Each server is one process of uvicorn with the same options. The route reads the same body and answers `{}`; the
 ASGI app reads it and answers as many bytes as the quote does. Rivals take turns on the same keep-alive connections.
 
+Two ratios are shown: of requests a second, and of the server's own processor time a request, which other load on the
+machine does not change.
+
 Run with `make bench`, or `python -m benchmarks.http`.
 """
 
@@ -19,8 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,35 +37,68 @@ CONNECTIONS = 8
 SECONDS_A_TURN = 1.0
 ROUNDS = 5
 KEY = "a-key-for-the-benchmark-only"
-TARGETS = {10: 0.30, 100: 0.20, 1_000: 0.07}
+RIVALS = ("guarded", "fastapi", "asgi")
+
+
+def books() -> list[tuple[str, dict[str, Any], str]]:
+    """Return what is quoted: a label, the request, the target as a share of an empty route's rate."""
+    targets = {10: "0.30", 100: "0.20", 1_000: "0.07"}
+    linear = [(f"{n:,} linear", book(n, greeks_every=0), target) for n, target in targets.items()]
+    return [*linear, ("1,000, a fifth greeks", book(1_000), ""), ("10, two of them options", book(10, options=2), "")]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: its port and its process."""
+
+    port: int
+    process: psutil.Process
+
+    def busy_seconds(self) -> float:
+        """Return the processor time that it has used so far."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Requests a second, and processor seconds a request: the best turn of each."""
+
+    a_second: float = 0.0
+    busy: float = float("inf")
 
 
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(server(name, Path(directory))) for name in ("quote", "fastapi", "asgi")}
-        table = Table("positions", *("quotes/s", "empty FastAPI route/s", "bare ASGI reply/s"))
-        for name in ("of FastAPI", "target", "of ASGI"):
-            table.add_column(name)
-        for positions, target in TARGETS.items():
-            rates = measure(servers, json.dumps(book(positions)).encode(), positions)
-            quote, fastapi, asgi = (rates[name] for name in ("quote", "fastapi", "asgi"))
-            table.add_row(
-                f"{positions:,}", f"{quote:,.0f}", f"{fastapi:,.0f}", f"{asgi:,.0f}",
-                f"{quote / fastapi:.2f}", f"{target:.2f}", f"{quote / asgi:.2f}",
-            )  # fmt: skip
+        servers = {name: stack.enter_context(server(name, Path(directory))) for name in ("quote", *RIVALS)}
+        table = Table("book", "quotes/s", "CPU, µs", title="a quote over HTTP, as a share of what a rival does")
+        for name in RIVALS:
+            table.add_column(f"of {name}: rate", justify="right")
+            table.add_column("CPU", justify="right")
+        table.add_column("target")
+        for label, body, target in books():
+            rates = measure(servers, json.dumps(body).encode(), label)
+            ours = rates["quote"]
+            cells = [f"{ours.a_second:,.0f}", f"{ours.busy * 1e6:,.0f}"]
+            for name in RIVALS:
+                cells += [f"{ours.a_second / rates[name].a_second:.2f}", f"{rates[name].busy / ours.busy:.2f}"]
+            table.add_row(label, *cells, target)
         Console(width=120).print(table)
 
 
-def measure(servers: dict[str, int], body: bytes, positions: int) -> dict[str, float]:
-    """Return the best requests a second of each server, which take turns."""
-    sizes: dict[str, int] = {}
-    best = dict.fromkeys(servers, 0.0)
-    for _ in track(range(ROUNDS), description=f"{positions:,} positions"):
-        for name, port in servers.items():
-            path = f"/?bytes={sizes['quote']}" if name == "asgi" else "/api/quotes/margin"
-            rate, sizes[name] = asyncio.run(load(port, request(path, body)))
-            best[name] = max(best[name], rate)
+def measure(servers: dict[str, Server], body: bytes, label: str) -> dict[str, Rate]:
+    """Return the best rates of each server, which take turns."""
+    size = 0
+    best = dict.fromkeys(servers, Rate())
+    for _ in track(range(ROUNDS), description=label):
+        for name, target in servers.items():
+            path = f"/?bytes={size}" if name == "asgi" else "/api/quotes/margin"
+            busy, started = target.busy_seconds(), time.perf_counter()
+            count, length = asyncio.run(load(target.port, request(path, body)))
+            seconds, busy = time.perf_counter() - started, target.busy_seconds() - busy
+            size = length if name == "quote" else size
+            best[name] = Rate(max(best[name].a_second, count / seconds), min(best[name].busy, busy / count))
     return best
 
 
@@ -69,12 +108,11 @@ def request(path: str, body: bytes) -> bytes:
     return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
 
 
-async def load(port: int, raw: bytes) -> tuple[float, int]:
-    """Return requests a second over all connections in one turn, and the size of a reply."""
+async def load(port: int, raw: bytes) -> tuple[int, int]:
+    """Return the requests answered over all connections in one turn, and the size of a reply."""
     deadline = time.perf_counter() + SECONDS_A_TURN
-    started = time.perf_counter()
     results = await asyncio.gather(*(_connection(port, raw, deadline) for _ in range(CONNECTIONS)))
-    return sum(count for count, _ in results) / (time.perf_counter() - started), results[0][1]
+    return sum(count for count, _ in results), results[0][1]
 
 
 async def _connection(port: int, raw: bytes, deadline: float) -> tuple[int, int]:
@@ -93,7 +131,7 @@ async def _connection(port: int, raw: bytes, deadline: float) -> tuple[int, int]
 
 
 @contextlib.contextmanager
-def server(name: str, directory: Path) -> Iterator[int]:
+def server(name: str, directory: Path) -> Iterator[Server]:
     """Run one of the servers on a free port, and stop it by its pid."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -109,7 +147,7 @@ def server(name: str, directory: Path) -> Iterator[int]:
     process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL)
     try:
         _wait(port, process)
-        yield port
+        yield Server(port, psutil.Process(process.pid))
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)

@@ -56,7 +56,7 @@ def measure_pnl(table: Table) -> None:
     assert np.allclose(ours, loop_pnl(body["positions"], SCENARIOS))
 
     def from_columns() -> object:
-        """The sums by underlying included, which a quote makes once for all its models."""
+        """Include the sums by underlying, which a quote makes once for all its models."""
         portfolio.by_underlying(portfolio.delta * portfolio.notional)
         portfolio.by_underlying(portfolio.gamma * portfolio.notional)
         portfolio.by_underlying(portfolio.vega)

@@ -175,6 +175,7 @@ class MarginQuoteIn(Request):
 
 MARGIN_QUOTE = Body(MarginQuoteIn)
 
+_PARAMETER_FIELDS = {"assets", "instruments", "correlation", "hedge_correlation"}
 _FIELDS = tuple(f.name for f in fields(PositionTerms))
 _NO_ROWS: Mapping[str, Sequence[Any]] = MappingProxyType(dict.fromkeys(_FIELDS, ()))
 _DEFAULT_MODELS = ("isolated", "cross", "portfolio")
@@ -203,7 +204,7 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     settings = {} if own is None else fields_given(own)
     mode = settings.pop("margin_mode", "cross")
     market = body.market
-    if market is not None or settings:
+    if settings or (market is not None and fields_given(market).keys() & _PARAMETER_FIELDS):
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
     positions = position_terms(body.positions)
