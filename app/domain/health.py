@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from app.domain.collateral import Collateral
-from app.domain.liquidation import AccountCurve
+from app.domain.curves import AccountCurve
 from app.domain.parameters import HealthPolicy
 
 Band = Literal["safe", "warning", "critical"]

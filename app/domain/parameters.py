@@ -106,12 +106,8 @@ class ModelParameters:
 
     def regime_multiplier(self, regime: Regime) -> float:
         """Return the margin multiplier of a regime."""
-        return {
-            "normal": self.regime_normal,
-            "sideways": self.regime_sideways,
-            "sell_off": self.regime_sell_off,
-            "liquidity_crisis": self.regime_liquidity_crisis,
-        }[regime]
+        multiplier: float = getattr(self, f"regime_{regime}")
+        return multiplier
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.collateral import Collateral, CollateralTerms, value_collateral
+from app.domain.curves import Pool
 from app.domain.health import Advisory, Health, Standing, advisories, assess
-from app.domain.liquidation import Distances, Pool, distances, isolated_roots
+from app.domain.liquidation import Distances, distances, isolated_roots
 from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode

@@ -229,7 +229,9 @@ def build_portfolio(
     code, markets = _markets(terms, parameters)
     given_marks = _floats(terms.mark_price)
     prices.marks = _request_marks(terms, code, markets, given_marks)
-    marks = _fill_marks(given_marks, kinds, code, markets, prices)
+    marks = given_marks
+    if not all(terms.mark_price):
+        marks = _fill_marks(given_marks, kinds, code, markets, prices)
     underlying = markets.underlying[code]
     under_prices = _underlying_prices(kinds, markets, prices, underlying)
     side = np.array([_SIGN[s] for s in terms.side], dtype=np.float64)

@@ -166,11 +166,10 @@ def _check_priced(portfolio: Portfolio) -> None:
 
 def long_option_cap(portfolio: Portfolio) -> float:
     """Return the book's value where every open position is a long option, else infinity."""
-    held = portfolio.notional > 0.0
-    only_options = bool(portfolio.is_option[held].all())
-    if not only_options or not len(portfolio.options) or (portfolio.options.quantity < 0.0).any():
+    if not len(portfolio.options) or (portfolio.options.quantity < 0.0).any():
         return float("inf")
-    return portfolio.options_value
+    only_options = bool(portfolio.is_option[portfolio.notional > 0.0].all())
+    return portfolio.options_value if only_options else float("inf")
 
 
 def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
@@ -197,11 +196,12 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     cap = long_option_cap(portfolio)
     initial = min(uncapped, cap)
     rule = _rule(joint.value, parallel, risk, floor)
-    share = _shares(portfolio, models, rule, grid, each_option, losses, joint, worst_cell) * (
-        1.0 if rule == "floor" else multiplier
-    )
-    share = models.portfolio_factor * share + _spread(portfolio, add_on)
-    share = share * (initial / uncapped if uncapped > 0.0 else 1.0)
+    share = _shares(portfolio, models, rule, grid, each_option, losses, joint, worst_cell)
+    share *= models.portfolio_factor * (1.0 if rule == "floor" else multiplier)
+    if table.any_limit:
+        share += _spread(portfolio, add_on)
+    if initial < uncapped:
+        share *= initial / uncapped
     return MarginResult(
         model="portfolio",
         initial_margin=initial,
@@ -271,14 +271,22 @@ def _shares(
         chosen[:, worst_cell] = grid.weights[worst_cell]
     else:
         lanes = np.arange(len(chosen))
-        # n = min(D, U) belongs to the smaller side, d = D - U to both
-        smaller_is_down = losses.down <= losses.up
-        by_down = joint.by_directional + np.where(smaller_is_down, joint.by_two_sided, 0.0)
-        by_up = np.where(smaller_is_down, 0.0, joint.by_two_sided) - joint.by_directional
-        by_down, by_up = np.where(losses.down > 0.0, by_down, 0.0), np.where(losses.up > 0.0, by_up, 0.0)
-        np.add.at(chosen, (lanes, losses.down_cell), by_down * grid.weights[losses.down_cell])
-        np.add.at(chosen, (lanes, losses.up_cell), by_up * grid.weights[losses.up_cell])
+        by_down, by_up = _gradients(losses, joint)
+        chosen[lanes, losses.down_cell] = by_down * grid.weights[losses.down_cell]
+        # the cell with no price move may be the worst of both sides
+        chosen[lanes, losses.up_cell] += by_up * grid.weights[losses.up_cell]
     return -position_pnl(portfolio, grid, each_option, chosen)
+
+
+def _gradients(losses: Sides, joint: Joint) -> tuple[Floats, Floats]:
+    """Return the derivatives (J,) of the joined loss by D and by U; a side without a loss takes no part."""
+    by_down, by_up = joint.by_directional, -joint.by_directional
+    if joint.by_two_sided.any():
+        # n = min(D, U) moves with the smaller side, d = D - U with both
+        down_is_smaller = losses.down <= losses.up
+        by_down = by_down + np.where(down_is_smaller, joint.by_two_sided, 0.0)
+        by_up = by_up + np.where(down_is_smaller, 0.0, joint.by_two_sided)
+    return by_down * (losses.down > 0.0), by_up * (losses.up > 0.0)
 
 
 def _spread(portfolio: Portfolio, add_on: Floats) -> Floats:
