@@ -94,7 +94,9 @@ def _binding(model: dict[str, Any]) -> str:
     scenario = model["scenarios"][worst["index"]]
     unit = " R" if scenario["price_move_unit"] == "price_range" else ""
     move = f"{scenario['price_move']:+.2f}{unit}" if unit else f"{scenario['price_move']:+.1%}"
-    return f"{worst['rule']}: price {move}, vol {scenario['vol_move']:+.0%}, {_usd(worst['pnl'])}"
+    in_ranges = scenario["vol_move_unit"] != "relative"
+    vol = f"{scenario['vol_move']:+.0f} range" if in_ranges else f"{scenario['vol_move']:+.0%}"
+    return f"{worst['rule']}: price {move}, vol {vol}, {_usd(worst['pnl'])}"
 
 
 def _health(health: dict[str, Any]) -> Table:

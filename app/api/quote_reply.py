@@ -62,6 +62,7 @@ class ScenarioOut(Struct, omit_defaults=True):
     weight: float
     pnl: float
     price_move_unit: str
+    vol_move_unit: str
     shocks: dict[str, float] | None = None
 
 
@@ -174,6 +175,7 @@ def _scenarios(result: MarginResult) -> list[ScenarioOut]:
             table.weight,
             table.pnl.tolist(),
             units,
+            repeat("volatility_range" if table.vol_in_ranges else "relative"),
             shocks,
         )
     )

@@ -225,13 +225,14 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         },
         parameters=_parameters(models, terms),
         add_ons={"concentration": float(add_on.sum())},
-        worst=Worst(rule, worst_cell if rule == "parallel" else None, -max(risk, floor)),
+        worst=Worst(rule, worst_cell if rule == "parallel" else None, 0.0 - max(risk, floor)),
         scenarios=ScenarioTable(
             price_move=(np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES).tolist(),
             vol_move=_VOLS.tolist(),
             weight=grid.weights.tolist(),
             pnl=total,
             in_ranges=[True] * len(_PRICES),
+            vol_in_ranges=True,
         ),
         notes={
             "joint": joint.value,
@@ -275,7 +276,7 @@ def _shares(
         chosen[lanes, losses.down_cell] = by_down * grid.weights[losses.down_cell]
         # the cell with no price move may be the worst of both sides
         chosen[lanes, losses.up_cell] += by_up * grid.weights[losses.up_cell]
-    return -position_pnl(portfolio, grid, each_option, chosen)
+    return 0.0 - position_pnl(portfolio, grid, each_option, chosen)
 
 
 def _gradients(losses: Sides, joint: Joint) -> tuple[Floats, Floats]:

@@ -51,8 +51,8 @@ class Worst:
 class ScenarioTable:
     """The scenarios of a model, in order, with the book's profit and loss in USD in each, weighted.
 
-    `in_ranges` says that `price_move` is a multiple of each underlying's price range R. `price_move` and
-    `vol_move` are (S,); `shocks` holds the own moves of single underlyings, where a scenario has some.
+    `in_ranges` says that `price_move` is a multiple of each underlying's price range R, `vol_in_ranges` that all
+    `vol_move` are multiples of its volatility range. `shocks` holds the own moves of single underlyings.
     """
 
     price_move: Sequence[float]
@@ -60,6 +60,7 @@ class ScenarioTable:
     weight: Sequence[float]
     pnl: Floats
     in_ranges: Sequence[bool]
+    vol_in_ranges: bool = False
     shocks: Sequence[Mapping[str, float]] = ()
 
 

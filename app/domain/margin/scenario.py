@@ -24,7 +24,7 @@ def scenario(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     chosen = np.zeros_like(grid.moves)
     if worst < 0.0:
         chosen[:, binding] = grid.weights[binding]
-    share = -models.scenario_factor * position_pnl(portfolio, grid, each_option, chosen)
+    share = 0.0 - models.scenario_factor * position_pnl(portfolio, grid, each_option, chosen)
     return MarginResult(
         model="scenario",
         initial_margin=initial,

@@ -78,11 +78,11 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     charges = [terms.span_charges.get(name, _NO_CHARGES) for name in table.names]
     required = requirement(risk, charges)
     chosen = np.where((np.arange(1, 17) == binding[:, None]) & (risk > 0.0)[:, None], weights, 0.0)
-    share = -position_pnl(portfolio, grid, each_option, chosen)
+    share = 0.0 - position_pnl(portfolio, grid, each_option, chosen)
     columns = _charge_columns(charges)
     maintenance = float(required.sum())
     total = pnl.sum(axis=0)
-    worst = int(worst_scenarios(total))
+    same = len(binding) > 0 and bool((binding == binding[0]).all())
     return MarginResult(
         model="span",
         initial_margin=models.span_initial_factor * maintenance,
@@ -106,13 +106,14 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
             "tail_weight": models.span_tail_weight,
         },
         add_ons={name: float(values.sum()) for name, values in columns.items()},
-        worst=Worst("scan risk of each underlying", worst, -float(risk.sum())),
+        worst=Worst("scan", int(binding[0]) - 1 if same else None, 0.0 - float(risk.sum())),
         scenarios=ScenarioTable(
             price_move=[s.price_move for s in scenarios],
             vol_move=[s.vol_move for s in scenarios],
             weight=[s.weight for s in scenarios],
             pnl=total,
             in_ranges=[True] * len(scenarios),
+            vol_in_ranges=True,
         ),
         notes={"net_option_value": portfolio.options_value},
     )
