@@ -172,6 +172,72 @@ def long_option_cap(portfolio: Portfolio) -> float:
     return portfolio.options_value if only_options else float("inf")
 
 
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """The scanned book: weighted profit and loss by underlying (J, 23) and in total (23,), and the losses' joins."""
+
+    grid: ScenarioGrid
+    pnl: Floats
+    each_option: Floats
+    total: Floats
+    losses: Sides
+    joint: Joint
+    worst_cell: int
+
+    @property
+    def parallel(self) -> float:
+        """The worst loss, USD >= 0, where every underlying takes the same cell."""
+        return max(0.0, -float(self.total[self.worst_cell]))
+
+
+def _scan(portfolio: Portfolio, models: ModelParameters) -> _Scan:
+    table = portfolio.underlyings
+    grid = cells(table, models)
+    pnl, each_option = pnl_by_underlying(portfolio, grid)
+    pnl = pnl * grid.weights
+    total, losses = pnl.sum(axis=0), sides(pnl)
+    joint = join(losses, table.stress, table.hedge)
+    return _Scan(grid, pnl, each_option, total, losses, joint, int(worst_scenarios(total)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Requirement:
+    """What binds, and what it comes to, USD; `floors` and `add_on` (J,)."""
+
+    rule: str
+    risk: float
+    multiplier: float
+    floors: Floats
+    floor: float
+    add_on: Floats
+    uncapped: float
+    cap: float
+
+    @property
+    def initial(self) -> float:
+        return min(self.uncapped, self.cap)
+
+
+def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirement:
+    models = terms.parameters.models
+    multiplier = models.regime_multiplier(terms.regime)
+    joint, parallel = scan.joint.value, scan.parallel
+    floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
+    risk, floor = max(joint, parallel) * multiplier, float(floors.sum())
+    add_on = concentration(portfolio.gross, portfolio.prices, portfolio.underlyings, models.concentration_rate)
+    rule = "floor" if floor > risk else "joint" if joint >= parallel else "parallel"
+    return _Requirement(
+        rule=rule,
+        risk=risk,
+        multiplier=multiplier,
+        floors=floors,
+        floor=floor,
+        add_on=add_on,
+        uncapped=models.portfolio_factor * max(risk, floor) + float(add_on.sum()),
+        cap=long_option_cap(portfolio),
+    )
+
+
 def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return IM = factor x max(risk, floor) + add-ons and MM = fraction x IM.
 
@@ -179,104 +245,93 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     shares sum to the requirement, a hedge's is negative. Raises InvalidError for a matrix past repair.
     """
     _check_priced(portfolio)
-    models, table = terms.parameters.models, portfolio.underlyings
-    grid = cells(table, models)
-    pnl, each_option = pnl_by_underlying(portfolio, grid)
-    pnl = pnl * grid.weights
-    total = pnl.sum(axis=0)
-    losses = sides(pnl)
-    joint = join(losses, table.stress, table.hedge)
-    worst_cell = int(worst_scenarios(total))
-    parallel = max(0.0, -float(total[worst_cell]))
-    multiplier = models.regime_multiplier(terms.regime)
-    floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
-    risk, floor = max(joint.value, parallel) * multiplier, float(floors.sum())
-    add_on = concentration(portfolio.gross, portfolio.prices, table, models.concentration_rate)
-    uncapped = models.portfolio_factor * max(risk, floor) + float(add_on.sum())
-    cap = long_option_cap(portfolio)
-    initial = min(uncapped, cap)
-    rule = _rule(joint.value, parallel, risk, floor)
-    share = _shares(portfolio, models, rule, grid, each_option, losses, joint, worst_cell)
-    share *= models.portfolio_factor * (1.0 if rule == "floor" else multiplier)
-    if table.any_limit:
-        share += _spread(portfolio, add_on)
-    if initial < uncapped:
-        share *= initial / uncapped
+    models = terms.parameters.models
+    scan = _scan(portfolio, models)
+    required = _require(portfolio, scan, terms)
+    share = _shares(portfolio, models, scan, required)
+    initial = required.initial
+    binding = scan.worst_cell if required.rule == "parallel" else None
     return MarginResult(
         model="portfolio",
         initial_margin=initial,
         maintenance_margin=models.maintenance_fraction * initial,
         position_initial=share,
         position_maintenance=models.maintenance_fraction * share,
-        per_underlying={
-            "net_exposure": portfolio.net,
-            "gross_exposure": portfolio.gross,
-            "price_range": table.price_range,
-            "volatility_range": table.volatility_range,
-            "loss_down": losses.down,
-            "loss_up": losses.up,
-            "directional": losses.directional,
-            "two_sided": losses.two_sided,
-            "worst_loss": np.maximum(losses.down, losses.up),
-            "floor": floors,
-            "concentration_add_on": add_on,
-            "concentration_limit": table.concentration_limit,
-            "scenario_pnl": pnl,
-        },
+        per_underlying=_per_underlying(portfolio, scan, required),
         parameters=_parameters(models, terms),
-        add_ons={"concentration": float(add_on.sum())},
-        worst=Worst(rule, worst_cell if rule == "parallel" else None, 0.0 - max(risk, floor)),
+        add_ons={"concentration": float(required.add_on.sum())},
+        worst=Worst(required.rule, binding, 0.0 - max(required.risk, required.floor)),
         scenarios=ScenarioTable(
             price_move=(np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES).tolist(),
             vol_move=_VOLS.tolist(),
-            weight=grid.weights.tolist(),
-            pnl=total,
+            weight=scan.grid.weights.tolist(),
+            pnl=scan.total,
             in_ranges=[True] * len(_PRICES),
             vol_in_ranges=True,
         ),
         notes={
-            "joint": joint.value,
-            "parallel": parallel,
-            "risk": risk,
-            "floor": floor,
-            "long_option_cap": None if cap == float("inf") else cap,
-            "correlation_repaired": joint.repair_distance > 0.0,
-            "correlation_repair_distance": joint.repair_distance,
+            "joint": scan.joint.value,
+            "parallel": scan.parallel,
+            "risk": required.risk,
+            "floor": required.floor,
+            "long_option_cap": None if required.cap == float("inf") else required.cap,
+            "correlation_repaired": scan.joint.repair_distance > 0.0,
+            "correlation_repair_distance": scan.joint.repair_distance,
         },
     )
 
 
-def _rule(joint: float, parallel: float, risk: float, floor: float) -> str:
-    if floor > risk:
-        return "floor"
-    return "joint" if joint >= parallel else "parallel"
+def _per_underlying(portfolio: Portfolio, scan: _Scan, required: _Requirement) -> dict[str, Floats]:
+    table, losses = portfolio.underlyings, scan.losses
+    return {
+        "net_exposure": portfolio.net,
+        "gross_exposure": portfolio.gross,
+        "price_range": table.price_range,
+        "volatility_range": table.volatility_range,
+        "loss_down": losses.down,
+        "loss_up": losses.up,
+        "directional": losses.directional,
+        "two_sided": losses.two_sided,
+        "worst_loss": np.maximum(losses.down, losses.up),
+        "floor": required.floors,
+        "concentration_add_on": required.add_on,
+        "concentration_limit": table.concentration_limit,
+        "scenario_pnl": scan.pnl,
+    }
 
 
-def _shares(
-    portfolio: Portfolio,
-    models: ModelParameters,
-    rule: str,
-    grid: ScenarioGrid,
-    each_option: Floats,
-    losses: Sides,
-    joint: Joint,
-    worst_cell: int,
-) -> Floats:
-    """Return each position's part (n,) of what binds, before the regime multiplier and the factor."""
-    if rule == "floor":
-        gross = np.abs(portfolio.exposure)
-        offset = np.sign(portfolio.net)[portfolio.underlying] * portfolio.exposure
-        return models.portfolio_floor_gross * gross + models.portfolio_floor_hedged * (gross - offset)
+def _shares(portfolio: Portfolio, models: ModelParameters, scan: _Scan, required: _Requirement) -> Floats:
+    """Return each position's part (n,) of the initial margin."""
+    if required.rule == "floor":
+        share = _floor_shares(portfolio, models) * models.portfolio_factor
+    else:
+        share = _risk_shares(portfolio, scan, required.rule) * (models.portfolio_factor * required.multiplier)
+    if portfolio.underlyings.any_limit:
+        share += _spread(portfolio, required.add_on)
+    if required.initial < required.uncapped:
+        share *= required.initial / required.uncapped
+    return share
+
+
+def _floor_shares(portfolio: Portfolio, models: ModelParameters) -> Floats:
+    gross = np.abs(portfolio.exposure)
+    hedged = gross - np.sign(portfolio.net)[portfolio.underlying] * portfolio.exposure
+    return models.portfolio_floor_gross * gross + models.portfolio_floor_hedged * hedged
+
+
+def _risk_shares(portfolio: Portfolio, scan: _Scan, rule: str) -> Floats:
+    """Return each position's loss (n,) in the cells that bind, each underlying's weighed by its derivative."""
+    grid, losses = scan.grid, scan.losses
     chosen = np.zeros_like(grid.moves)
     if rule == "parallel":
-        chosen[:, worst_cell] = grid.weights[worst_cell]
+        chosen[:, scan.worst_cell] = grid.weights[scan.worst_cell]
     else:
         lanes = np.arange(len(chosen))
-        by_down, by_up = _gradients(losses, joint)
+        by_down, by_up = _gradients(losses, scan.joint)
         chosen[lanes, losses.down_cell] = by_down * grid.weights[losses.down_cell]
         # the cell with no price move may be the worst of both sides
         chosen[lanes, losses.up_cell] += by_up * grid.weights[losses.up_cell]
-    return 0.0 - position_pnl(portfolio, grid, each_option, chosen)
+    return 0.0 - position_pnl(portfolio, grid, scan.each_option, chosen)
 
 
 def _gradients(losses: Sides, joint: Joint) -> tuple[Floats, Floats]:
