@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from app.api.body import Body
 from app.db.session import Database
@@ -80,6 +80,24 @@ async def caller_of(request: Request, scope: Scope | None = None) -> Caller:
     if scope is not None and not caller.may(scope):
         raise ForbiddenError(f"the key lacks the scope {scope}", code="scope_missing")
     return caller
+
+
+async def _any_key(request: Request) -> Caller:
+    return await caller_of(request)
+
+
+async def _market_key(request: Request) -> Caller:
+    return await caller_of(request, "market")
+
+
+async def _admin_key(request: Request) -> Caller:
+    return await caller_of(request, "admin")
+
+
+# as dependencies they run before any parameter is judged: without a key nothing else is said
+AnyCaller = Annotated[Caller, Depends(_any_key)]
+MarketCaller = Annotated[Caller, Depends(_market_key)]
+AdminCaller = Annotated[Caller, Depends(_admin_key)]
 
 
 def _bearer(request: Request) -> str:

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.deps import Parts, body_of, caller_of, document, parts_of
+from app.api.deps import AdminCaller, AnyCaller, MarketCaller, Parts, body_of, document, parts_of
 from app.api.quote_reply import market_parameters_reply
 from app.api.quote_request import AssetIn, InstrumentIn, fields_given
 from app.domain.parameters import MarketParameters
@@ -73,27 +73,24 @@ _CORRELATION = wire.Body(CorrelationPut)
 
 
 @router.get("/assets", openapi_extra=document("Parameters of assets"))
-async def list_assets(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+async def list_assets(request: Request, _: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the assets by name; `default` holds for every asset that is not listed."""
-    await caller_of(request)
     view = parts_of(request).market.view.parameters
     assets = {**view.assets, view.default_asset.asset: view.default_asset}
     return _page("assets", {name: _resource(name, asdict(a)) for name, a in assets.items()}, limit, cursor)
 
 
 @router.get("/assets/{asset}", openapi_extra=document("Parameters of an asset"))
-async def get_asset(request: Request, asset: str, version: Version = None) -> Response:
+async def get_asset(request: Request, caller: AnyCaller, asset: str, version: Version = None) -> Response:
     """Show one listed asset, now or as of a version."""
-    caller = await caller_of(request)
     async with parts_of(request).database.transaction(caller.key_id) as tx:
         found = await market.get_asset(tx, asset, version)
     return wire.JsonResponse(_resource(asset, asdict(found.value), found.version))
 
 
 @router.put("/assets/{asset}", openapi_extra=document("Set parameters of an asset", request=AssetPut, scope="admin"))
-async def put_asset(request: Request, asset: str) -> Response:
+async def put_asset(request: Request, caller: AdminCaller, asset: str) -> Response:
     """Set the fields given; the others keep their values, or the default's for a new asset."""
-    caller = await caller_of(request, "admin")
     asked = await body_of(request, _ASSET)
     change = fields_given(asked)
     expected = change.pop("version", None)
@@ -105,18 +102,16 @@ async def put_asset(request: Request, asset: str) -> Response:
 
 
 @router.get("/instruments", openapi_extra=document("Parameters of instruments"))
-async def list_instruments(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+async def list_instruments(request: Request, _: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the instruments by symbol; a rate that is null is the underlying asset's."""
-    await caller_of(request)
     view = parts_of(request).market.view.parameters
     items = {symbol: _resource(symbol, asdict(i)) for symbol, i in view.instruments.items()}
     return _page("instruments", items, limit, cursor)
 
 
 @router.get("/instruments/{symbol:path}", openapi_extra=document("Parameters of an instrument"))
-async def get_instrument(request: Request, symbol: str, version: Version = None) -> Response:
+async def get_instrument(request: Request, caller: AnyCaller, symbol: str, version: Version = None) -> Response:
     """Show one listed instrument, now or as of a version."""
-    caller = await caller_of(request)
     async with parts_of(request).database.transaction(caller.key_id) as tx:
         found = await market.get_instrument(tx, symbol, version)
     return wire.JsonResponse(_resource(symbol, asdict(found.value), found.version))
@@ -126,9 +121,8 @@ async def get_instrument(request: Request, symbol: str, version: Version = None)
     "/instruments/{symbol:path}",
     openapi_extra=document("Set parameters of an instrument", request=InstrumentPut, scope="admin"),
 )
-async def put_instrument(request: Request, symbol: str) -> Response:
+async def put_instrument(request: Request, caller: AdminCaller, symbol: str) -> Response:
     """Set the fields given; underlying and kind are fixed once the instrument is listed."""
-    caller = await caller_of(request, "admin")
     asked = await body_of(request, _INSTRUMENT)
     change = fields_given(asked)
     expected = change.pop("version", None)
@@ -140,9 +134,8 @@ async def put_instrument(request: Request, symbol: str) -> Response:
 
 
 @router.post("/prices", openapi_extra=document("Post prices", request=PricesPost, scope="market", status=202))
-async def post_prices(request: Request) -> Response:
+async def post_prices(request: Request, caller: MarketCaller) -> Response:
     """Store prices of one moment; per symbol the newer moment wins."""
-    caller = await caller_of(request, "market")
     posted = await body_of(request, _PRICES)
     parts = parts_of(request)
     skew = timedelta(seconds=parts.settings.price_skew_seconds_max)
@@ -154,34 +147,25 @@ async def post_prices(request: Request) -> Response:
 
 
 @router.get("/prices", openapi_extra=document("Latest prices"))
-async def list_prices(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
-    """List the latest prices by symbol, as this process last read them."""
-    await caller_of(request)
-    parts = parts_of(request)
-    now = parts.database.clock.now()
-    items = {
-        symbol: {
-            "id": symbol,
-            "price": price.value,
-            "as_of": price.as_of,
-            "age_seconds": max(0.0, (now - price.as_of).total_seconds()),
-        }
-        for symbol, price in parts.market.view.prices.items()
-    }
-    return _page("prices", items, limit, cursor)
+async def list_prices(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+    """List the latest prices by symbol, with their digits as posted."""
+    async with parts_of(request).database.transaction(caller.key_id) as tx:
+        found = await market.list_prices(tx, limit, cursor)
+        now = tx.now
+    items = [{"id": p.symbol, **asdict(p), "age_seconds": max(0.0, (now - p.as_of).total_seconds())} for p in found]
+    more = found[-1].symbol if len(found) == limit else None
+    return wire.JsonResponse({"prices": items, "next_cursor": more})
 
 
 @router.get("/parameters", openapi_extra=document("Factors, thresholds and correlations"))
-async def get_parameters(request: Request, version: Version = None) -> Response:
+async def get_parameters(request: Request, caller: AnyCaller, version: Version = None) -> Response:
     """Show every factor, threshold and correlation, now or as of a version."""
-    caller = await caller_of(request)
     return wire.JsonResponse(market_parameters_reply(await _parameters(parts_of(request), caller.key_id, version)))
 
 
 @router.put("/parameters", openapi_extra=document("Set factors and thresholds", request=ParametersPut, scope="admin"))
-async def put_parameters(request: Request) -> Response:
+async def put_parameters(request: Request, caller: AdminCaller) -> Response:
     """Set the factors and thresholds given, all under one new version."""
-    caller = await caller_of(request, "admin")
     change = await body_of(request, _PARAMETERS)
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
@@ -190,9 +174,8 @@ async def put_parameters(request: Request) -> Response:
 
 
 @router.put("/correlations", openapi_extra=document("Set a correlation", request=CorrelationPut, scope="admin"))
-async def put_correlation(request: Request) -> Response:
+async def put_correlation(request: Request, caller: AdminCaller) -> Response:
     """Set one pair's correlation in the stress or the hedge matrix."""
-    caller = await caller_of(request, "admin")
     change = await body_of(request, _CORRELATION)
     pair = None if change.pair is None else (change.pair[0], change.pair[1])
     parts = parts_of(request)
@@ -202,9 +185,8 @@ async def put_correlation(request: Request) -> Response:
 
 
 @router.get("/changes", openapi_extra=document("Who changed which parameter"))
-async def list_changes(request: Request, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+async def list_changes(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the versions, newest first, with who made each."""
-    caller = await caller_of(request)
     if cursor and not cursor.isdecimal():
         raise invalid("/cursor", "invalid_cursor", "not a cursor of this list")
     async with parts_of(request).database.transaction(caller.key_id) as tx:

@@ -38,7 +38,7 @@ from app.settings import Settings
 YEARS_TO_EXPIRY_MAX = 50
 
 SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
-Symbol = Annotated[str, Meta(pattern=f"^{SYMBOL.pattern}$")]
+Symbol = Annotated[str, Meta(pattern=f"^{SYMBOL.pattern}(?!\n)$")]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 """A symbol that is matched once however many positions carry it."""
 Positive = Annotated[float, Meta(gt=0, le=1e15)]
@@ -73,7 +73,7 @@ class PositionIn(Request, kw_only=True, gc=False):
     type: Literal["call", "put"] | None = None
     strike: Positive | None = None
     expiry: Annotated[datetime, Meta(tz=True)] | None = None
-    iv: Annotated[float, Meta(gt=0, le=50)] | None = None
+    iv: Annotated[float, Meta(ge=0.0001, le=50)] | None = None
     rate: Annotated[float, Meta(ge=-1, le=1)] | None = None
     forward: Positive | None = None
     id: Text | None = None

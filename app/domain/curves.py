@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -45,13 +45,13 @@ Line = Callable[[Floats], Figures]
 class AccountCurve(Protocol):
     """An account's figures as prices move; volatility stays.
 
-    `grid` are the moves, ascending and with 0, between which a root is looked for. `one_by_one` says that many
-    moves at once cost as much as each alone.
+    `concave` says that every surplus of equity over requirement is concave in a move, `one_by_one` that many moves at
+    once cost as much as each alone.
     """
 
     @property
-    def grid(self) -> Floats:
-        """The moves of the search."""
+    def concave(self) -> bool:
+        """Whether a surplus has one root at most on either side of a positive value."""
         ...
 
     @property
@@ -97,7 +97,7 @@ class AdditiveCurve:
     pool: Pool
     initial_weight: Floats
     maintenance_weight: Floats
-    grid: Floats = field(default_factory=lambda: SEARCH_GRID)
+    concave: bool = False
 
     @property
     def one_by_one(self) -> bool:
@@ -271,9 +271,9 @@ class PortfolioCurve:
     one_by_one: bool = True
 
     @property
-    def grid(self) -> Floats:
+    def concave(self) -> bool:
         """See AccountCurve."""
-        return ENDS if self.pool.portfolio.is_linear else SEARCH_GRID
+        return self.pool.portfolio.is_linear
 
     def common(self, moves: Floats) -> Figures:
         """See AccountCurve."""

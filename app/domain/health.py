@@ -12,6 +12,9 @@ from app.domain.collateral import Collateral
 from app.domain.curves import AccountCurve
 from app.domain.parameters import HealthPolicy
 
+MAINTENANCE_MIN = 1e-9
+"""USD below which there is nothing to keep: a ratio to it says nothing."""
+
 Band = Literal["safe", "warning", "critical"]
 
 
@@ -81,7 +84,9 @@ def assess(standing: Standing, curve: AccountCurve, policy: HealthPolicy) -> Hea
     insolvent = equity < 0.0 or (equity == 0.0 and initial > 0.0)
     utilization = _ratio(initial, equity, insolvent)
     margin_ratio = _ratio(standing.required_maintenance, equity, insolvent)
-    buffer = None if margin_ratio is None else 1.0 - margin_ratio
+    # one division, not 1 - margin_ratio: at a ratio of .80 the buffer is .20 to the last bit
+    spare = equity - standing.required_maintenance
+    buffer = None if insolvent else 1.0 if standing.required_maintenance == 0.0 else spare / equity
     net = _ratio(abs(standing.net_exposure), equity, insolvent)
     survival = None if insolvent else stress_survival(curve, policy.survival_move)
     return Health(
@@ -104,20 +109,20 @@ def assess(standing: Standing, curve: AccountCurve, policy: HealthPolicy) -> Hea
         zone=_zone(utilization, policy),
         alert_level=_alert_level(margin_ratio, policy),
         status=_status(utilization, margin_ratio, policy),
-        bands=_bands(utilization, margin_ratio, net, survival, policy, insolvent=insolvent),
+        bands=_bands(utilization, margin_ratio, buffer, net, survival, policy, insolvent=insolvent),
     )
 
 
 def _ratio(numerator: float, equity: float, insolvent: bool) -> float | None:
-    if insolvent:
-        return None
-    return 0.0 if numerator == 0.0 else numerator / equity
+    if numerator == 0.0 and not insolvent:
+        return 0.0
+    return None if equity <= 0.0 else numerator / equity
 
 
 def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
     figures = curve.common(np.array([-move, move]))
-    open_after = figures.maintenance > 0.0
+    open_after = figures.maintenance > MAINTENANCE_MIN
     if not open_after.any():
         return None
     return float((figures.equity[open_after] / figures.maintenance[open_after]).min())
@@ -164,6 +169,7 @@ def _falling(value: float | None, safe: float, warning: float) -> BandValue:
 def _bands(
     utilization: float | None,
     margin_ratio: float | None,
+    buffer: float | None,
     net: float | None,
     survival: float | None,
     policy: HealthPolicy,
@@ -171,7 +177,6 @@ def _bands(
     insolvent: bool,
 ) -> dict[str, BandValue]:
     p = policy
-    buffer = None if margin_ratio is None else 1.0 - margin_ratio
     survives = _falling(survival, p.band_survival_safe, p.band_survival_warning)
     if survival is None and not insolvent:
         survives = BandValue(None, "safe")

@@ -10,7 +10,7 @@ import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.collateral import CollateralSplit
-from app.domain.curves import AccountCurve, AdditiveCurve, Figures, Pool
+from app.domain.curves import ENDS, SEARCH_GRID, AccountCurve, AdditiveCurve, Figures, Pool
 from app.domain.margin.isolated import position_margin
 from app.domain.margin.result import MarginTerms
 from app.domain.portfolio import Flags, Portfolio
@@ -21,7 +21,8 @@ from app.domain.roots import closed_form, nearest_of, nearest_root, quadratic_ro
 class Distances:
     """Relative moves to breach and to liquidation: of all non-stable prices, and (J,) of each underlying alone.
 
-    None and NaN: no price above zero gets there. `breached` and `liquidatable` say that it is so already.
+    None and NaN: no price above zero gets there. `breached` and `liquidatable` say that it is so already; then
+    the distance to breach is 0, and those to liquidation are the moves that would end it.
     """
 
     to_breach: float | None
@@ -62,23 +63,24 @@ def distances(curve: AccountCurve, here: Here, underlyings: int, breach_utilizat
     def to_breach(figures: Figures) -> Floats:
         return breach_utilization * figures.equity - figures.initial
 
-    liquidatable = here.equity < here.required_maintenance
     surplus = here.equity - here.required_maintenance
+    spare = breach_utilization * here.equity - here.required_initial
+    grid = ENDS if curve.concave and min(surplus, spare) >= 0.0 else SEARCH_GRID
     if isinstance(curve, AdditiveCurve) and not curve.has_options:
         breach, liquidation = closed_form(curve).common_roots(breach_utilization)
     else:
-        breach, liquidation = _common_roots(curve, (to_breach, to_liquidation))
+        breach, liquidation = _common_roots(curve, (to_breach, to_liquidation), grid)
     singles, open_lanes = _closed_singles(curve, surplus, underlyings)
     for j in open_lanes:
-        singles[j] = _single_root(curve, j, to_liquidation)
+        singles[j] = _single_root(curve, j, to_liquidation, grid)
     known = [root for root in (breach, liquidation) if root is not None]
+    breached = surplus < 0.0 or here.required_initial > 0.0 >= spare
     return Distances(
-        to_breach=min(known, key=abs) if known else None,
+        to_breach=0.0 if breached else min(known, key=abs, default=None),
         to_liquidation=liquidation,
         by_underlying=singles,
-        breached=liquidatable
-        or here.required_initial > 0.0 >= breach_utilization * here.equity - here.required_initial,
-        liquidatable=liquidatable,
+        breached=breached,
+        liquidatable=surplus < 0.0,
     )
 
 
@@ -90,17 +92,17 @@ def _closed_singles(curve: AccountCurve, surplus: float, underlyings: int) -> tu
     return closed_form(curve).single_roots(surplus), sorted(set(options.underlying.tolist()))
 
 
-def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus]) -> list[float | None]:
-    on_grid = curve.common(curve.grid)
+def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus], grid: Floats) -> list[float | None]:
+    on_grid = curve.common(grid)
     return [
-        nearest_root(curve, lambda moves, s=s: s(curve.common(moves)), s(on_grid))  # type: ignore[misc]
+        nearest_root(curve, lambda moves, s=s: s(curve.common(moves)), grid, s(on_grid))  # type: ignore[misc]
         for s in surpluses
     ]
 
 
-def _single_root(curve: AccountCurve, underlying: int, surplus: Surplus) -> float:
+def _single_root(curve: AccountCurve, underlying: int, surplus: Surplus, grid: Floats = SEARCH_GRID) -> float:
     line = curve.single(underlying)
-    root = nearest_root(curve, lambda moves: surplus(line(moves)), surplus(line(curve.grid)))
+    root = nearest_root(curve, lambda moves: surplus(line(moves)), grid, surplus(line(grid)))
     return np.nan if root is None else root
 
 

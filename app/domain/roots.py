@@ -43,7 +43,7 @@ class Lines:
         """Return the root (J,) of equity - maintenance, now `surplus`, where one underlying moves alone; NaN: none."""
         curve = self.curve
         slopes = curve.pool.portfolio.taylor_delta + curve.pool.backing.on_underlying - curve.straight_margins()[1]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             roots: Floats = -surplus / slopes
         roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
         return roots
@@ -139,7 +139,7 @@ _EDGE = 1e-12
 
 def quadratic_roots(a: Floats, b: Floats, c: Floats) -> Floats:
     """Return both roots (..., 2) of a·x² + b·x + c, NaN where there is none; a may be 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         q = -0.5 * (b + np.copysign(np.sqrt(b * b - 4.0 * a * c), b))
         return np.stack([q / a, c / q], axis=-1)
 
@@ -157,13 +157,16 @@ def nearest_of(roots: Floats) -> Floats:
     return np.where(np.isfinite(np.take_along_axis(distance, nearest, axis=1)[:, 0]), found, np.nan)
 
 
-def nearest_root(curve: AccountCurve, surplus: Callable[[Floats], Floats], values: Floats) -> float | None:
-    """Return the root of `surplus` nearest to no move, or None; `values` are those on the curve's grid.
+def nearest_root(
+    curve: AccountCurve, surplus: Callable[[Floats], Floats], grid: Floats, values: Floats
+) -> float | None:
+    """Return the root of `surplus` nearest to no move, or None; `values` are those on the grid.
 
     Two roots closer together than the grid (half a percent near zero, coarser far out) are not seen.
     """
-    grid = curve.grid
-    signs = np.signbit(values)
+    # a surplus that is nothing but rounding has no root
+    noise = 1e-13 * float(np.abs(values).max())
+    signs = values < -noise
     crossing = np.flatnonzero(signs[:-1] != signs[1:])
     if not crossing.size:
         return None
@@ -177,7 +180,7 @@ def nearest_root(curve: AccountCurve, surplus: Callable[[Floats], Floats], value
         elif -far_low <= near_high:
             brackets = brackets[:1]
     refine = _refine_one_by_one if curve.one_by_one else _refine_at_once
-    return min((refine(surplus, low, high) for low, high in brackets), key=abs)
+    return min((refine(lambda moves: surplus(moves) + noise, low, high) for low, high in brackets), key=abs)
 
 
 def _refine_one_by_one(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:

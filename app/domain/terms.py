@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
@@ -138,6 +138,9 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
             if _given(column):
                 extra = mask & _flags(column)
                 errors += [_field(i, name, "not_allowed", f"a {kind} position takes no {name}") for i in _first(extra)]
+    if "short" in terms.side:
+        short = kinds.greeks & np.array([side == "short" for side in terms.side], dtype=np.bool_)
+        errors += [_field(i, "side", "not_allowed", "a greeks position is short by its delta") for i in _first(short)]
     if errors:
         raise InvalidError(detail=errors[0].detail, code="invalid_position", errors=tuple(errors))
 
@@ -160,6 +163,7 @@ class _Markets:
     contract_size: Floats
     initial_rate: Floats
     maintenance_rate: Floats
+    price_range: Floats
     table: Underlyings
 
 
@@ -184,28 +188,41 @@ def _resolve(keys: Sequence[_MarketKey], parameters: MarketParameters) -> _Marke
     listed = [parameters.market(s, u) for s, u in zip(symbols, under, strict=True)]
     underlying = np.array([row[u] for u in under], dtype=np.intp)
     # the widest range of an underlying's markets in the book holds for all of them
-    widest = np.zeros(len(names))
-    np.maximum.at(widest, underlying, np.array([m.price_range for m in listed], dtype=np.float64))
+    widest, price_range = np.zeros(len(names)), np.array([m.price_range for m in listed], dtype=np.float64)
+    np.maximum.at(widest, underlying, price_range)
     return _Markets(
         symbols=symbols,
         underlying=underlying,
         contract_size=np.array([m.contract_size for m in listed], dtype=np.float64),
         initial_rate=np.array([m.initial_margin_rate for m in listed], dtype=np.float64),
         maintenance_rate=np.array([m.maintenance_margin_rate for m in listed], dtype=np.float64),
+        price_range=price_range,
         table=underlying_table(names, widest, parameters),
     )
 
 
-def _request_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Floats) -> dict[str, float]:
-    """Return the asset prices that the rows' own marks imply.
+def _without_flat(markets: _Markets, code: Rows, is_open: Flags) -> _Markets:
+    """Return the markets with the ranges of the open positions alone: a flat one changes nothing."""
+    held = np.zeros(len(markets.symbols), dtype=np.bool_)
+    held[code[is_open]] = True
+    ranges = np.zeros(len(markets.table.names))
+    np.maximum.at(ranges, markets.underlying[held], markets.price_range[held])
+    return replace(markets, table=replace(markets.table, price_range=ranges))
 
-    The asset's own symbol comes before its perpetual and that before its other markets; among rows of the
-    same symbol the lowest mark counts, so that the order of the rows does not matter.
+
+def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Floats) -> Floats:
+    """Return the lowest mark (C,) that the rows give for each market, infinite where none does.
+
+    One mark for all the rows of a market that give none, so that the order of the rows does not matter.
     """
-    if not _given(terms.mark_price):
-        return {}
     lowest = np.full(len(markets.symbols), np.inf)
-    np.fmin.at(lowest, code, marks)
+    if _given(terms.mark_price):
+        np.fmin.at(lowest, code, marks)
+    return lowest
+
+
+def _asset_marks(markets: _Markets, lowest: Floats) -> dict[str, float]:
+    """Return the asset prices that the marks imply: of the asset's own symbol, its perpetual, its other markets."""
     best: dict[str, tuple[int, str, float]] = {}
     for symbol, j, mark in zip(markets.symbols, markets.underlying.tolist(), lowest.tolist(), strict=True):
         if mark == np.inf:
@@ -228,10 +245,11 @@ def build_portfolio(
     _check_columns(terms, kinds)
     code, markets = _markets(terms, parameters)
     given_marks = _floats(terms.mark_price)
-    prices.marks = _request_marks(terms, code, markets, given_marks)
+    lowest = _lowest_marks(terms, code, markets, given_marks)
+    prices.marks = _asset_marks(markets, lowest)
     marks = given_marks
     if not all(terms.mark_price):
-        marks = _fill_marks(given_marks, kinds, code, markets, prices)
+        marks = _fill_marks(given_marks, lowest, kinds, code, markets, prices)
     underlying = markets.underlying[code]
     under_prices = _underlying_prices(kinds, markets, prices, underlying)
     side = np.array([_SIGN[s] for s in terms.side], dtype=np.float64)
@@ -248,6 +266,8 @@ def build_portfolio(
     if len(options):
         delta = _with_option_delta(delta, notional, options)
     gamma, vega = _floats(terms.gamma, 0.0), _floats(terms.vega, 0.0)
+    if not notional.all():
+        markets = _without_flat(markets, code, notional > 0.0)
     return Portfolio(
         symbols=_labels(terms, kinds, code, markets),
         underlying=underlying,
@@ -289,13 +309,15 @@ def _option_label(underlying: str | None, expiry: datetime | None, strike: float
     return f"{underlying}-{expiry:%d%b%y}-{strike:g}-{(kind or '')[:1]}".upper()
 
 
-def _fill_marks(marks: Floats, kinds: _Kinds, code: Rows, markets: _Markets, prices: PriceFinder) -> Floats:
+def _fill_marks(
+    marks: Floats, lowest: Floats, kinds: _Kinds, code: Rows, markets: _Markets, prices: PriceFinder
+) -> Floats:
     """Return the marks with those left out found; greeks rows keep NaN where nothing is known."""
     absent = np.isnan(marks) & ~kinds.option
     if not absent.any():
         return marks
-    found = np.full(len(markets.symbols), np.nan)
-    for c, row in _first_rows(code, absent & kinds.linear):
+    found = np.where(np.isinf(lowest), np.nan, lowest)
+    for c, row in _first_rows(code, absent & kinds.linear & np.isnan(found[code])):
         name = markets.table.names[markets.underlying[c]]
         found[c] = prices.mark(markets.symbols[c], name, f"/positions/{row}/mark_price")
     for c, _ in _first_rows(code, absent & kinds.greeks & np.isnan(found[code])):

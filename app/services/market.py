@@ -126,6 +126,16 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class PostedPrice:
+    """A price as it was posted: USD, the moment its sender says it held, and when it arrived."""
+
+    symbol: str
+    price: Decimal
+    as_of: datetime
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class PostedPrices:
     """How many posted prices now stand, and how many gave way to one as new or newer."""
 
@@ -158,6 +168,14 @@ async def load_prices(tx: Tx, after: int = 0) -> dict[str, StoredPrice]:
     query = select(columns.symbol, columns.price, columns.as_of).where(columns.version > after)
     rows = await tx.connection.execute(query)
     return {symbol: StoredPrice(to_float(price), as_of) for symbol, price, as_of in rows}
+
+
+async def list_prices(tx: Tx, limit: int, after: str = "") -> list[PostedPrice]:
+    """Return prices with the digits they were posted with, by symbol, from past the symbol `after`."""
+    columns = market_prices.c
+    query = select(columns.symbol, columns.price, columns.as_of, columns.received_at)
+    rows = await tx.connection.execute(query.where(columns.symbol > after).order_by(columns.symbol).limit(limit))
+    return [PostedPrice(**row) for row in rows.mappings()]
 
 
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:

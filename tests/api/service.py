@@ -1,0 +1,103 @@
+"""The whole application over ASGI on a real database, and what every answer of it must look like."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import httpx
+
+from app.main import create_app
+from app.services.accounts import Scope, create_key
+from tests.database import make_settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from fastapi import FastAPI
+    from sqlalchemy import URL
+
+ADMIN_KEY = "an admin key that is long enough"
+MARGIN = "/api/quotes/margin"
+
+_NEVER_SHOWN = (ADMIN_KEY, "Traceback", 'File "', "sqlalchemy", "asyncpg", "postgresql", "SELECT ", "INSERT ", "$1")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running app with a key of each scope."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    keys: Mapping[str, str]
+
+    async def send(self, method: str, path: str, *, key: str = "agent", **given: Any) -> httpx.Response:
+        """Send a request with the key of a scope, or with the text of a key, or (empty) with none."""
+        headers = dict(given.pop("headers", {}))
+        if key:
+            headers["Authorization"] = f"Bearer {self.keys.get(key, key)}"
+        return await self.client.request(method, path, headers=headers, **given)
+
+    async def get(self, path: str, **given: Any) -> httpx.Response:
+        return await self.send("GET", path, **given)
+
+    async def post(self, path: str, **given: Any) -> httpx.Response:
+        return await self.send("POST", path, **given)
+
+    async def put(self, path: str, **given: Any) -> httpx.Response:
+        return await self.send("PUT", path, **{"key": "admin", **given})
+
+    async def quote(self, **body: Any) -> dict[str, Any]:
+        """Return the reply to a margin quote, which must be 200."""
+        answer = await self.post(MARGIN, json=body)
+        assert answer.status_code == 200, answer.text
+        reply: dict[str, Any] = answer.json()
+        return reply
+
+
+@asynccontextmanager
+async def connected(url: URL, **settings: Any) -> AsyncIterator[tuple[FastAPI, httpx.AsyncClient]]:
+    """Run an app on a database, there or not."""
+    text = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    app = create_app(make_settings(database_url=text, admin_key=ADMIN_KEY, **settings))
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://primerisk.test") as client,
+    ):
+        yield app, client
+
+
+@asynccontextmanager
+async def running(url: URL, **settings: Any) -> AsyncIterator[Service]:
+    """Run an app on a migrated database with a key of each scope; `settings` is the key of the settings."""
+    async with connected(url, **settings) as (app, client):
+        keys = {"settings": ADMIN_KEY}
+        async with app.state.parts.database.transaction("test") as tx:
+            for scope in get_args(Scope):
+                keys[scope] = (await create_key(tx, None, [scope], scope)).text
+        yield Service(app, client, keys)
+
+
+def problem(answer: httpx.Response, status: int, code: str, pointer: str | None = None) -> dict[str, Any]:
+    """Check that the answer is a whole RFC 9457 document that says this, and gives nothing away."""
+    body = answer.text
+    assert (answer.status_code, answer.json().get("code")) == (status, code), body[:400]
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert not [word for word in _NEVER_SHOWN if word.lower() in body.lower()]
+    assert len(body) < 10_000
+    document: dict[str, Any] = answer.json()
+    assert document.keys() == {"type", "title", "status", "detail", "code", "request_id", "errors"}
+    assert document["type"] == f"urn:primerisk:problem:{code}"
+    assert document["status"] == status
+    assert document["title"]
+    assert document["detail"]
+    assert document["request_id"] == answer.headers["x-request-id"]
+    for error in document["errors"]:
+        assert error.keys() == {"pointer", "code", "detail"}
+        assert error["code"]
+        assert error["detail"]
+    if pointer is not None:
+        assert pointer in [error["pointer"] for error in document["errors"]], document["errors"]
+    return document

@@ -1,0 +1,72 @@
+"""The database away, and back: what still works says so, what doesn't says when to try again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import make_url
+
+from tests.api.bodies import WORKED
+from tests.api.proxy import relay
+from tests.api.service import ADMIN_KEY, MARGIN, connected, problem, running
+
+if TYPE_CHECKING:
+    import httpx
+    from sqlalchemy import URL
+
+NOWHERE = make_url("postgresql://user:secret-word@127.0.0.1:1/nowhere")
+HEADERS = {"Authorization": f"Bearer pr_{'0' * 16}_{'A' * 43}"}
+
+
+async def test_no_database_from_the_start() -> None:
+    async with connected(NOWHERE, database_connect_seconds=0.5) as (_, client):
+        for key in (HEADERS, {"Authorization": f"Bearer {ADMIN_KEY}"}):
+            answer = await client.post(MARGIN, json=WORKED, headers=key)
+            problem(answer, 503, "database_unavailable")
+            assert answer.headers["retry-after"] == "1"
+            assert "secret-word" not in answer.text
+        assert (await client.get("/healthz")).status_code == 200
+        ready = await client.get("/readyz")
+        assert ready.status_code == 503
+        assert "secret-word" not in ready.text
+        assert ready.json()["checks"]["database"]["ok"] is False
+        assert (await client.get("/metrics")).status_code == 200
+        assert (await client.get("/openapi.json")).status_code == 200
+
+
+async def _until(status: int, client: httpx.AsyncClient) -> None:
+    for _ in range(100):
+        if (await client.get("/readyz")).status_code == status:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"/readyz is not {status} within 5 s")
+
+
+async def test_away_and_back(database_url: URL) -> None:
+    assert database_url.host
+    assert database_url.port
+    async with relay(database_url.host, database_url.port) as wire:
+        settings = {"database_connect_seconds": 1, "key_cache_seconds": 0, "market_refresh_seconds": 0.05}
+        async with running(database_url.set(port=wire.port), **settings) as service:
+            assert (await service.post(MARGIN, json=WORKED)).status_code == 200
+            await wire.cut()
+            answer = await service.post(MARGIN, json=WORKED)
+            problem(answer, 503, "database_unavailable")
+            assert answer.headers["retry-after"] == "1"
+            # quotes themselves need no database: the key of the settings goes on
+            assert (await service.post(MARGIN, key="settings", json=WORKED)).status_code == 200
+            problem(await service.put("/api/market/assets/BTC", key="settings", json={}), 503, "database_unavailable")
+            assert (await service.get("/healthz", key="")).status_code == 200
+            assert (await service.get("/readyz", key="")).status_code == 503
+            assert await _gauge(service.client, "primerisk_database_up") == 0
+            await wire.restore()
+            await _until(200, service.client)
+            assert (await service.post(MARGIN, json=WORKED)).status_code == 200
+            assert await _gauge(service.client, "primerisk_database_up") == 1
+
+
+async def _gauge(client: httpx.AsyncClient, name: str) -> float:
+    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    return next(sample.value for family in families for sample in family.samples if sample.name == name)

@@ -1,0 +1,130 @@
+"""Which price a quote takes, and what it says where there is none."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from app.domain.collateral import CollateralTerms
+from app.domain.margin.result import MarginTerms
+from app.domain.prices import StoredPrice
+from app.domain.quote import QuoteTerms, margin_quote
+from app.errors import InvalidError
+from tests.domain.book import NOW, Book, Holding, Row, book, columns, greeks, linear, option
+
+THEN = NOW - timedelta(minutes=1)
+STORED = {
+    name: StoredPrice(price, THEN) for name, price in {"BTC": 50_000.0, "BTC-PERP": 50_100.0, "ETH": 2_500.0}.items()
+}
+BTC = linear("BTC-PERP", "long", 1.0)
+
+
+def notional(
+    *rows: Row, prices: dict[str, float] | None = None, stored: dict[str, StoredPrice] = STORED
+) -> list[float]:
+    values: list[float] = book(*rows, prices=prices or {}).quote(stored=stored).portfolio.notional.tolist()
+    return values
+
+
+def refused(whole: Book, stored: dict[str, StoredPrice] | None = None) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidError) as raised:
+        whole.quote(stored=stored)
+    return [(e.pointer, e.code) for e in raised.value.errors]
+
+
+def test_order_of_a_marks_sources() -> None:
+    assert notional(BTC | {"mark_price": 1.0}, prices={"BTC-PERP": 2.0, "BTC": 3.0}) == [1.0]
+    assert notional(BTC, prices={"BTC-PERP": 2.0, "BTC": 3.0}) == [2.0]
+    assert notional(BTC, prices={"BTC": 3.0}) == [3.0]
+    assert notional(BTC) == [50_100.0]
+    assert notional(BTC, stored={"BTC": STORED["BTC"]}) == [50_000.0]
+    assert notional(linear("USDC-PERP", "long", 7.0), stored={}) == [7.0]
+
+
+def test_order_of_an_assets_sources() -> None:
+    call = option("BTC", "call", "long", 1.0, 50_000.0, 30, 0.5)
+    marked = BTC | {"mark_price": 51_000.0}
+    assert notional(call, marked, prices={"BTC": 52_000.0})[0] == 52_000.0
+    assert notional(call, marked)[0] == 51_000.0
+    assert notional(call)[0] == 50_000.0
+
+
+def test_the_assets_own_symbol_goes_before_its_perpetual_and_that_before_others() -> None:
+    call = option("BTC", "call", "long", 1.0, 50_000.0, 30, 0.5)
+    spot, perpetual, future = (linear(s, "long", 1.0) for s in ("BTC", "BTC-PERP", "BTC-27MAR26"))
+    future, perpetual, spot = future | {"mark_price": 1.0}, perpetual | {"mark_price": 2.0}, spot | {"mark_price": 3.0}
+    assert notional(call, future, perpetual, spot)[0] == 3.0
+    assert notional(call, future, perpetual)[0] == 2.0
+    assert notional(call, future)[0] == 1.0
+
+
+def test_marks_of_one_symbol_count_in_any_order() -> None:
+    low, high = BTC | {"mark_price": 59_000.0}, BTC | {"mark_price": 61_000.0}
+    quotes = [Book(rows=rows, held=(Holding("BTC", 1.0),), prices={}).quote() for rows in ((low, high), (high, low))]
+    assert quotes[0].equity == quotes[1].equity
+
+
+def test_used_prices_are_named() -> None:
+    rows = (linear("ETH-PERP", "long", 1.0), linear("BTC-PERP", "long", 1.0, mark_price=51_000.0))
+    held = (Holding("BTC", 1.0), Holding("USDC", 1.0), Holding("SOL", 1.0))
+    prices = Book(rows=rows, held=held, prices={"SOL": 9.0}).quote(stored=STORED).prices
+    found = {name: (p.value, p.source, p.as_of) for name, p in prices.items()}
+    assert found["ETH"] == (2_500.0, "stored", THEN)
+    assert found["BTC"] == (51_000.0, "position", None)
+    assert found["USDC"] == (1.0, "par", None)
+    assert found["SOL"] == (9.0, "request", None)
+
+
+def test_a_depeg_is_a_price_like_any_other() -> None:
+    held = (Holding("USDC", 1_000.0),)
+    assert Book(held=held, prices={"USDC": 0.9}).quote().equity == pytest.approx(900.0)
+    assert Book(held=held, prices={}).quote(stored={"USDC": StoredPrice(0.95, THEN)}).equity == pytest.approx(950.0)
+
+
+@pytest.mark.parametrize(
+    ("whole", "pointer"),
+    [
+        (book(linear("ETH-PERP", "long", 1.0), linear("NEW-PERP", "long", 1.0)), "/positions/1/mark_price"),
+        (book(BTC, option("NEW", "put", "long", 1.0, 1.0, 1, 1.0)), "/positions/1/underlying"),
+        (book(held={"USDC": 1.0, "NEW": 1.0}), "/collateral/1/price"),
+        (Book(held=(Holding("USDC", 1.0),), owed=(Holding("NEW", 1.0),)), "/liabilities/0/price"),
+    ],
+)
+def test_a_missing_price_is_named(whole: Book, pointer: str) -> None:
+    assert refused(whole) == [(pointer, "missing_price")]
+
+
+def test_a_missing_price_in_units_of_a_limit_is_named() -> None:
+    limited = {"NEW": {"concentration_limit": 1.0}}
+    assert refused(Book(rows=(greeks("NEW", 1.0, 1.0),), assets=limited, mode="portfolio"))[0][1] == "missing_price"
+
+
+def test_a_holding_may_carry_its_own_price() -> None:
+    terms = QuoteTerms(columns([BTC]), MarginTerms(), [CollateralTerms("BTC", 2.0, 40_000.0)])
+    quote = margin_quote(terms, STORED, NOW)
+    assert quote.collateral.collateral_value == pytest.approx(2 * 40_000 * 0.9)
+    assert quote.portfolio.notional.tolist() == [40_000.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "code"),
+    [
+        ({"symbol": "BTC-PERP", "side": "long"}, "size", "missing"),
+        ({"symbol": "BTC-PERP", "size": 1.0}, "side", "missing"),
+        ({"symbol": "BTC", "notional": 1.0}, "delta", "missing"),
+        (option("BTC", "call", "long", 1.0, 1.0, 1, 1.0) | {"iv": None}, "iv", "missing"),
+        (option("BTC", "call", "long", 1.0, 1.0, 1, 1.0) | {"underlying": None}, "underlying", "missing"),
+        (option("BTC", "call", "long", 1.0, 1.0, 1, 1.0, leverage=3.0), "leverage", "not_allowed"),
+        (linear("BTC-PERP", "long", 1.0, iv=0.5), "iv", "not_allowed"),
+        (greeks("BTC", 1.0, 1.0, size=1.0), "size", "not_allowed"),
+    ],
+)
+def test_a_position_of_the_wrong_form_is_refused(row: Row, name: str, code: str) -> None:
+    assert (f"/positions/1/{name}", code) in refused(book(BTC, row))
+
+
+@pytest.mark.parametrize("days", [0.0, -1.0])
+def test_an_expired_option_is_refused(days: float) -> None:
+    whole = book(BTC, option("BTC", "call", "long", 1.0, 50_000.0, days, 0.5))
+    assert refused(whole) == [("/positions/1/expiry", "option_expired")]
