@@ -16,6 +16,8 @@ PrimeriskError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -113,6 +115,29 @@ class DatabaseUnavailableError(PrimeriskError):
 
 class StartupError(Exception):
     """The service can't start; the message is one clear line for the operator."""
+
+
+_TOKEN_CHARACTERS_MAX = 64
+
+
+def pointer_to(*steps: str) -> str:
+    """Return the JSON pointer (RFC 6901) of the steps; long names are cut, what is no text is replaced."""
+    return "".join("/" + _token(step) for step in steps)
+
+
+def _token(step: str) -> str:
+    shown = step if len(step) <= _TOKEN_CHARACTERS_MAX else step[:_TOKEN_CHARACTERS_MAX] + "…"
+    return shown.encode("utf-8", "replace").decode().replace("~", "~0").replace("/", "~1")
+
+
+@contextmanager
+def pointers_under(prefix: str) -> Iterator[None]:
+    """Put a prefix before the pointers of an InvalidError that is raised inside."""
+    try:
+        yield
+    except InvalidError as error:
+        errors = tuple(FieldError(prefix + e.pointer, e.code, e.detail) for e in error.errors)
+        raise InvalidError(detail=error.detail, code=error.code, errors=errors) from None
 
 
 def invalid(pointer: str, code: str, detail: str) -> InvalidError:

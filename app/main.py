@@ -17,7 +17,7 @@ from app.api.deps import Parts, RateLimiter
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
 from app.db.session import Database, parse_database_url
-from app.errors import DatabaseUnavailableError, FieldError, InvalidError, StartupError
+from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services.accounts import KeyRing
 from app.services.market_cache import MarketCache
 from app.settings import Settings
@@ -60,9 +60,9 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Keep the market in memory fresh while the app runs; start also without the database, and say 503."""
     parts: Parts = app.state.parts
-    with contextlib.suppress(DatabaseUnavailableError, TimeoutError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_REFRESH_SECONDS_AT_START):
-            await parts.market.refresh()
+            await parts.market.try_refresh()
     refresher = asyncio.create_task(parts.market.run(parts.settings.market_refresh_seconds))
     try:
         yield
@@ -76,6 +76,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _refused_parameters(_: Request, error: Exception) -> Response:
     """Answer a refused query parameter as a refused field of a body is answered."""
     raised: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
-    errors = tuple(FieldError("/" + str(e["loc"][-1]), str(e["type"]), str(e["msg"])) for e in raised)
+    errors = tuple(FieldError(pointer_to(str(e["loc"][-1])), str(e["type"]), str(e["msg"])) for e in raised)
     detail = errors[0].detail if errors else "refused"
     return problems.problem_response(InvalidError(detail=detail, code="invalid_parameter", errors=errors))

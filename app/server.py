@@ -87,7 +87,7 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
     )
     _settle_memory()
     server = _Server(config)
-    server.greeting = greeting(_address(listener), key)
+    server.greeting = greeting(_address(listener), key, has_admin_key=settings.admin_key is not None)
     await server.serve(sockets=[listener])
 
 
@@ -117,17 +117,14 @@ class _Server(uvicorn.Server):
             sys.stdout.flush()
 
 
-def greeting(address: str, key: str | None) -> str:
-    """Return what a newcomer needs: the address, the key, and a line to paste."""
-    shown = key or "$PRIMERISK_ADMIN_KEY"
-    curl = (
-        f"curl -sS {address}/api/quotes/margin -H {shlex.quote('Authorization: Bearer ' + key) if key else _KEY_HEADER}"
-        f" -d {shlex.quote(CURL_BODY)}"
-    )
+def greeting(address: str, key: str | None, *, has_admin_key: bool) -> str:
+    """Return what a newcomer needs: the address, the key (or where to get one), and a line to paste."""
+    variable = "$PRIMERISK_ADMIN_KEY" if has_admin_key else "$KEY"
+    hint = variable if has_admin_key else f'{variable}  (make one: KEY=$(primerisk key "first key" --scope admin))'
+    header = shlex.quote(f"Authorization: Bearer {key}") if key else f'"Authorization: Bearer {variable}"'
+    curl = f"curl -sS {address}/api/quotes/margin -H {header} -d {shlex.quote(CURL_BODY)}"
+    shown = key or hint
     return f"\nprimerisk is at {address}  (docs: {address}/docs)\nkey:  {shown}\ntry:  {curl}\n\n"
-
-
-_KEY_HEADER = '"Authorization: Bearer $PRIMERISK_ADMIN_KEY"'
 
 
 def _address(listener: socket.socket) -> str:

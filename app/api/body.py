@@ -9,24 +9,32 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
+from msgspec import Meta
 from starlette.responses import Response
 
-from app.errors import BadRequestError, FieldError, InvalidError, invalid
+from app.errors import BadRequestError, FieldError, InvalidError, invalid, pointer_to
 
 T = TypeVar("T")
 
 encoder = msgspec.json.Encoder(decimal_format="number")
 """Decimals leave as JSON numbers with their exact digits."""
 
+Moment = Annotated[str, Meta(max_length=40, extra_json_schema={"format": "date-time"})]
+"""A time as text, read by `moment`: re-encoded it keeps its spelling, which the hunt for hidden keys relies on."""
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _PATH = re.compile(r"^(?P<message>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _ANY_KEY = "..."
-_UNKNOWN = re.compile(r"unknown field `(?P<name>[^`]*)`")
+_UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]*)`")
+_MESSAGE_MAX = 200
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -43,8 +51,18 @@ class JsonResponse(Response):
         return encoder.encode(content)
 
 
+def moment(text: str, pointer: str) -> datetime:
+    """Return the time of an RFC 3339 text. Raises InvalidError, also for one without a zone."""
+    if _RFC3339.fullmatch(text):
+        try:
+            return datetime.fromisoformat(text.upper())
+        except ValueError:
+            pass  # such as the 30th of February: refused like any other text below
+    raise invalid(pointer, "invalid_value", "a time is written like 2026-12-25T08:00:00Z, with its zone")
+
+
 class Body(Generic[T]):
-    """A decoder of one request type. Every field left out must default to None."""
+    """A decoder of one request type. Every field left out must default to None or UNSET."""
 
     def __init__(self, type_: type[T]) -> None:
         self.type = type_
@@ -57,12 +75,14 @@ class Body(Generic[T]):
             value = self._decoder.decode(raw)
         except msgspec.ValidationError as error:
             raise self._refused(raw, str(error)) from None
+        except UnicodeDecodeError:
+            raise BadRequestError(detail="the body is not UTF-8", code="not_json") from None
         except msgspec.DecodeError as error:
             raise _malformed(raw, str(error)) from None
         except RecursionError:
             raise _too_deep() from None
         if _may_hide_keys(raw, value):
-            _loads(raw)
+            _check_keys(_parse(raw))
         return value
 
     def _refused(self, raw: bytes, text: str) -> InvalidError:
@@ -78,25 +98,31 @@ class Body(Generic[T]):
         elif "out of range" in message:
             code = "number_out_of_range"
         if _ANY_KEY in steps:
-            steps = self._with_key(raw, steps)
-        pointer = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps)
-        return InvalidError(detail=message, code=code, errors=(FieldError(pointer, code, message),))
+            steps = self._with_keys(raw, steps)
+        shown = message if len(message) <= _MESSAGE_MAX else message[:_MESSAGE_MAX] + "…"
+        return invalid(pointer_to(*steps), code, shown)
 
-    def _with_key(self, raw: bytes, steps: list[str]) -> list[str]:
-        """Replace the decoder's `...` by the key that it refused, found by halving the object's keys."""
-        at = steps.index(_ANY_KEY)
-        document = _loads(raw)
+    def _with_keys(self, raw: bytes, steps: list[str]) -> list[str]:
+        """Replace each `...` of the decoder by the key that it refused."""
+        document = _plain(_parse(raw))
+        while _ANY_KEY in steps:
+            at = steps.index(_ANY_KEY)
+            steps[at] = self._refused_key(document, steps[:at])
+        return steps
+
+    def _refused_key(self, document: Any, steps: list[str]) -> str:
+        """Return the key of the object at `steps` whose value is refused, found by halving its keys."""
         parent = document
-        for step in steps[: at - 1]:
+        for step in steps[:-1]:
             parent = parent[int(step)] if isinstance(parent, list) else parent[step]
-        entries = parent[steps[at - 1]]
+        entries: dict[str, Any] = parent[steps[-1]]
         while len(entries) > 1:
-            keys = list(entries)
-            half = {key: entries[key] for key in keys[: len(keys) // 2]}
-            parent[steps[at - 1]] = half
-            refused = self._refuses(document)
-            entries = half if refused else {key: entries[key] for key in keys[len(keys) // 2 :]}
-        return [*steps[:at], *entries, *steps[at + 1 :]]
+            items = list(entries.items())
+            half = dict(items[: len(items) // 2])
+            parent[steps[-1]] = half
+            entries = half if self._refuses(document) else dict(items[len(items) // 2 :])
+        parent[steps[-1]] = entries
+        return next(iter(entries))
 
     def _refuses(self, document: Any) -> bool:
         try:
@@ -109,57 +135,71 @@ class Body(Generic[T]):
 def _may_hide_keys(raw: bytes, value: object) -> bool:
     """Whether the body may hold a key twice: it has more colons than what was understood of it.
 
-    Nulls, escapes and other spellings of a time raise the doubt as well; the second look settles it.
+    Nulls and escapes raise the doubt as well; the second look settles it.
     """
     return b"\\" in raw or raw.count(b":") != encoder.encode(value).count(b":")
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object as it was written: keys may stand twice."""
+
+
+def _parse(raw: bytes) -> Any:
+    """Parse with every key kept. Raises ValueError where it is no JSON, InvalidError where it nests too deeply."""
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_Pairs)
+    except RecursionError:
+        raise _too_deep() from None
 
 
 def _malformed(raw: bytes, message: str) -> BadRequestError | InvalidError:
     """Tell a body with NaN or Infinity, which other encoders emit, from one that is no JSON at all."""
     try:
-        value = _loads(raw)
+        document = _parse(raw)
+        _check_keys(document)
     except InvalidError as error:
         return error
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         return BadRequestError(detail=message, code="not_json")
-    pointer = next(_not_finite(value, ""), None)
-    if pointer is None:
-        return BadRequestError(detail=message, code="not_json")
-    detail = "a number must be finite"
-    return invalid(pointer, "not_finite", detail)
+    for steps in _not_finite(document, ()):
+        return invalid(pointer_to(*steps), "not_finite", "a number must be finite")
+    return BadRequestError(detail=message, code="not_json")
 
 
 def _too_deep() -> InvalidError:
-    detail = "the JSON is nested too deeply"
-    return invalid("", "nested_too_deeply", detail)
+    return invalid("", "nested_too_deeply", "the JSON is nested too deeply")
 
 
-def _loads(raw: bytes) -> Any:
-    """Parse strictly. Raises InvalidError for a key that stands twice or nesting that is too deep."""
-    try:
-        return json.loads(raw, object_pairs_hook=_no_duplicates)
-    except RecursionError:
-        raise _too_deep() from None
+def _check_keys(document: Any) -> None:
+    """Refuse a key that stands twice in one object. Raises InvalidError."""
+    errors = [FieldError(pointer_to(*steps), "duplicate_key", "a key stands twice") for steps in _twice(document, ())]
+    if errors:
+        raise InvalidError(detail=errors[0].detail, code="duplicate_key", errors=tuple(errors[:5]))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    detail = f"the key {twice[:64]!r} stands twice in one object"
-    raise InvalidError(
-        detail=detail, code="duplicate_key", errors=(FieldError(f"/{twice[:64]}", "duplicate_key", detail),)
-    )
-
-
-def _not_finite(value: Any, pointer: str) -> Iterator[str]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield pointer
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _not_finite(item, f"{pointer}/{name}")
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, _Pairs):
+        yield from value
     elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _not_finite(item, f"{pointer}/{index}")
+        yield from ((str(index), item) for index, item in enumerate(value))
+
+
+def _twice(value: Any, steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, _Pairs) and len(dict(value)) < len(value):
+        counts = Counter(name for name, _ in value)
+        yield from ((*steps, name) for name, count in counts.items() if count > 1)
+    for name, item in _children(value):
+        yield from _twice(item, (*steps, name))
+
+
+def _not_finite(value: Any, steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield steps
+    for name, item in _children(value):
+        yield from _not_finite(item, (*steps, name))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Pairs):
+        return {name: _plain(item) for name, item in value}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -52,6 +52,7 @@ class RateLimiter:
         if tokens < 1.0:
             raise self._refusal((1.0 - tokens) / self.rate)
         self._buckets[key_id] = (tokens - 1.0, now)
+        self._buckets.move_to_end(key_id)
         if len(self._buckets) > BUCKETS_MAX:
             self._buckets.popitem(last=False)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Query, Request
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 from starlette.responses import Response
 
 from app.api import body as wire
@@ -18,16 +19,18 @@ from app.api.deps import AdminCaller, AnyCaller, MarketCaller, Parts, body_of, d
 from app.api.quote_reply import market_parameters_reply
 from app.api.quote_request import AssetIn, InstrumentIn, fields_given
 from app.domain.parameters import MarketParameters
-from app.errors import invalid
+from app.errors import invalid, pointer_to, pointers_under
 from app.services import market
 
 router = APIRouter(prefix="/api/market", tags=["market"])
 
 PAGE_MAX = 200
+VERSION_MAX = 2**63 - 1
+_NUMBER = re.compile(rb'\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*')
 
 Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
 Cursor = Annotated[str, Query(max_length=64, description="next_cursor of the page before")]
-Version = Annotated[int | None, Query(ge=1, description="as of this version of the parameters")]
+Version = Annotated[int | None, Query(ge=1, le=VERSION_MAX, description="as of this version of the parameters")]
 
 
 class AssetPut(AssetIn):
@@ -45,8 +48,8 @@ class InstrumentPut(InstrumentIn):
 class PricesPost(wire.Request):
     """POST /api/market/prices: USD prices of assets, marks of instruments, all of one moment (now if left out)."""
 
-    prices: dict[str, Decimal]
-    as_of: Annotated[datetime, Meta(tz=True)] | None = None
+    prices: dict[str, Raw]
+    as_of: wire.Moment | None = None
 
 
 class ParametersPut(wire.Request):
@@ -139,9 +142,11 @@ async def post_prices(request: Request, caller: MarketCaller) -> Response:
     posted = await body_of(request, _PRICES)
     parts = parts_of(request)
     skew = timedelta(seconds=parts.settings.price_skew_seconds_max)
+    prices = _decimals(posted.prices)
+    dated = None if posted.as_of is None else wire.moment(posted.as_of, "/as_of")
     async with parts.database.transaction(caller.key_id) as tx:
-        result = await market.post_prices(tx, posted.prices, posted.as_of, skew)
-        as_of = posted.as_of or tx.now
+        result = await market.post_prices(tx, prices, dated, skew)
+        as_of = dated or tx.now
     await parts.market.refresh()
     return wire.JsonResponse({"accepted": result.accepted, "ignored": result.ignored, "as_of": as_of}, 202)
 
@@ -169,7 +174,8 @@ async def put_parameters(request: Request, caller: AdminCaller) -> Response:
     change = await body_of(request, _PARAMETERS)
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
-        await market.put_model_parameters(tx, change.parameters, change.version)
+        with pointers_under("/parameters"):
+            await market.put_model_parameters(tx, change.parameters, change.version)
     return wire.JsonResponse(market_parameters_reply((await parts.market.refresh()).parameters))
 
 
@@ -187,13 +193,24 @@ async def put_correlation(request: Request, caller: AdminCaller) -> Response:
 @router.get("/changes", openapi_extra=document("Who changed which parameter"))
 async def list_changes(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the versions, newest first, with who made each."""
-    if cursor and not cursor.isdecimal():
+    if cursor and not (cursor.isascii() and cursor.isdecimal() and int(cursor) <= VERSION_MAX):
         raise invalid("/cursor", "invalid_cursor", "not a cursor of this list")
     async with parts_of(request).database.transaction(caller.key_id) as tx:
         changes = await market.list_changes(tx, limit, int(cursor) if cursor else None)
     last = str(changes[-1].version) if len(changes) == limit else None
     items = [{"id": str(c.version), **asdict(c)} for c in changes]
     return wire.JsonResponse({"changes": items, "next_cursor": last})
+
+
+def _decimals(raw: Mapping[str, Raw]) -> dict[str, Decimal]:
+    """Return prices with their exact digits, each a JSON number or a string of one. Raises InvalidError."""
+    found = {}
+    for symbol, value in raw.items():
+        number = _NUMBER.fullmatch(bytes(value))
+        if number is None:
+            raise invalid(pointer_to("prices", symbol), "invalid_value", "a price is a number or a decimal string")
+        found[symbol] = Decimal(number["digits"].decode())
+    return found
 
 
 async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketParameters:

@@ -10,17 +10,22 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import telemetry
 from app.api.problems import internal_error, problem_response
-from app.errors import OverloadedError, PayloadTooLargeError, PrimeriskError, RequestTimeoutError
+from app.errors import NotFoundError, OverloadedError, PayloadTooLargeError, PrimeriskError, RequestTimeoutError
 from app.settings import Settings
 from app.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_CLIENT_CLOSED = 499
+"""Counted where a caller hangs up before its answer; nobody receives it."""
+_LENGTH_DIGITS_MAX = 15
 _UNLIMITED = ("/healthz", "/readyz", "/metrics")
 """Answered also when the process is full: they are how an operator finds out."""
 
@@ -45,20 +50,25 @@ class Guard:
         exchange = _Exchange(scope, send, telemetry.request_id.get())
         started = time.perf_counter()
         self.under_way += 1
+        self.metrics.requests_under_way.set(self.under_way)
         try:
             await self._answer(scope, receive, exchange)
         finally:
             self.under_way -= 1
+            self.metrics.requests_under_way.set(self.under_way)
             self._count(scope, exchange.status, time.perf_counter() - started)
             telemetry.request_id.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
             self._check_room(scope["path"])
+            self._check_path(scope["path"])
             self._check_length(scope)
             await self.app(scope, self._bounded(receive), exchange.send)
         except PrimeriskError as error:
             await exchange.refuse(error)
+        except ClientDisconnect:
+            exchange.status = _CLIENT_CLOSED
         except Exception:
             log.exception("unhandled error on %s", scope["path"])
             await exchange.refuse(internal_error())
@@ -68,11 +78,18 @@ class Guard:
             detail = f"{self.under_way_max} requests are under way"
             raise OverloadedError(detail, code="overloaded", headers={"Retry-After": "1"})
 
+    def _check_path(self, path: str) -> None:
+        """Refuse control characters: a router's `$` ends before a line feed, and Postgres takes no NUL."""
+        if not path.isprintable():
+            raise NotFoundError("a path has no control characters", code="no_such_route")
+
     def _check_length(self, scope: Scope) -> None:
         """Refuse a declared length past the limit before a byte of the body is read."""
         for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self.bytes_max:
-                raise self._too_large()
+            if name == b"content-length" and value.isdigit():
+                digits = value.lstrip(b"0")
+                if len(digits) > _LENGTH_DIGITS_MAX or int(digits or b"0") > self.bytes_max:
+                    raise self._too_large()
 
     def _too_large(self) -> PayloadTooLargeError:
         detail = f"a request body has at most {self.bytes_max} bytes"
@@ -104,7 +121,8 @@ class Guard:
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = _template(scope)
-        self.metrics.requests.labels(scope["method"] if route != _NO_ROUTE else "-", route, str(status)).inc()
+        method = scope["method"] if scope["method"] in _METHODS else "-"
+        self.metrics.requests.labels(method, route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
 
 

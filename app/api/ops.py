@@ -15,13 +15,13 @@ from app.telemetry import package_version
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/healthz")
+@router.get("/healthz", summary="Alive")
 async def healthz() -> Response:
     """Say that the process is alive; nothing else is checked."""
     return JsonResponse({"status": "alive", "version": package_version()})
 
 
-@router.get("/readyz")
+@router.get("/readyz", summary="Ready to serve")
 async def readyz(request: Request) -> Response:
     """Say whether the process can serve: database, migrations, market; 503 where one of them is not ready."""
     parts = parts_of(request)
@@ -46,11 +46,12 @@ def _market_check(parts: Parts) -> dict[str, object]:
     return {"ok": age is not None, "age_seconds": age, "version": parts.market.view.parameters.version}
 
 
-@router.get("/metrics")
+@router.get("/metrics", summary="Metrics for Prometheus")
 async def metrics(request: Request) -> Response:
     """Every series of this process, in Prometheus's text format."""
     parts = parts_of(request)
     age = parts.market.age_seconds
     parts.metrics.market_age_seconds.set(float("nan") if age is None else age)
+    parts.metrics.database_up.set(parts.market.reachable)
     parts.metrics.market_version.set(parts.market.view.parameters.version)
     return Response(generate_latest(parts.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from types import MappingProxyType
@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app.api.body import Body, Request
+from app.api.body import Body, Moment, Request, moment
 from app.domain.collateral import CollateralTerms
-from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginTerms, SpanCharges
 from app.domain.parameters import (
     AssetKind,
@@ -31,17 +30,19 @@ from app.domain.parameters import (
 from app.domain.quote import QuoteTerms
 from app.domain.scenarios import NAMED, Scenario
 from app.domain.terms import PositionTerms
-from app.errors import FieldError, InvalidError, invalid
+from app.errors import invalid, pointer_to, pointers_under
 from app.services import market_rules
 from app.settings import Settings
 
 YEARS_TO_EXPIRY_MAX = 50
+MARKET_ENTRIES_MAX = 10_000
+AS_OF_MIN, AS_OF_MAX = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 
 SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 Symbol = Annotated[str, Meta(pattern=f"^{SYMBOL.pattern}(?!\n)$")]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 """A symbol that is matched once however many positions carry it."""
-Positive = Annotated[float, Meta(gt=0, le=1e15)]
+Positive = Annotated[float, Meta(ge=1e-12, le=1e15)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e15)]
 Signed = Annotated[float, Meta(ge=-1e15, le=1e15)]
 Move = Annotated[float, Meta(ge=-1, le=100)]
@@ -61,7 +62,7 @@ class PositionIn(Request, kw_only=True, gc=False):
     size: NonNegative | None = None
     entry_price: Positive | None = None
     mark_price: Positive | None = None
-    leverage: Annotated[float, Meta(gt=0, le=1_000)] | None = None
+    leverage: Annotated[float, Meta(ge=0.001, le=1_000)] | None = None
     margin_mode: MarginMode | None = None
     allocated_collateral: NonNegative | None = None
     contract_size: Positive | None = None
@@ -72,7 +73,7 @@ class PositionIn(Request, kw_only=True, gc=False):
     underlying: Name | None = None
     type: Literal["call", "put"] | None = None
     strike: Positive | None = None
-    expiry: Annotated[datetime, Meta(tz=True)] | None = None
+    expiry: Moment | None = None
     iv: Annotated[float, Meta(ge=0.0001, le=50)] | None = None
     rate: Annotated[float, Meta(ge=-1, le=1)] | None = None
     forward: Positive | None = None
@@ -169,7 +170,7 @@ class MarginQuoteIn(Request):
     regime: Regime | None = None
     market: MarketIn | None = None
     settings: SettingsIn | None = None  # type: ignore[valid-type]
-    as_of: Annotated[datetime, Meta(tz=True)] | None = None
+    as_of: Moment | None = None
     name: Text | None = None
 
 
@@ -208,7 +209,7 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
     positions = position_terms(body.positions)
-    _check_positions(positions, limits, body.as_of or now)
+    _check_positions(positions, limits, quote_time(body, now))
     return QuoteTerms(
         positions=positions,
         collateral=_holdings(body.collateral, "/collateral"),
@@ -231,8 +232,12 @@ def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
     """Return the positions as columns."""
     if not positions:
         return PositionTerms(**_NO_ROWS)
-    columns = zip(*map(msgspec.structs.astuple, positions), strict=True)
-    return PositionTerms(*list(columns)[: len(_FIELDS)])
+    columns = dict(zip(_FIELDS, zip(*map(msgspec.structs.astuple, positions), strict=True), strict=False))
+    if any(columns["expiry"]):
+        columns["expiry"] = tuple(
+            None if text is None else moment(text, f"/positions/{i}/expiry") for i, text in enumerate(columns["expiry"])
+        )
+    return PositionTerms(**columns)
 
 
 def fields_given(struct: Struct) -> dict[str, Any]:
@@ -245,6 +250,10 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     _check_length("/positions", body.positions, limits.positions_max)
     _check_length("/collateral", body.collateral, limits.positions_max)
     _check_length("/liabilities", body.liabilities, limits.positions_max)
+    _check_length("/reservations", body.reservations, limits.positions_max)
+    if body.market is not None:
+        for name, items in fields_given(body.market).items():
+            _check_length(f"/market/{name}", items, MARKET_ENTRIES_MAX)
     if isinstance(body.scenarios, list):
         _check_length("/scenarios", body.scenarios, limits.scenarios_max)
 
@@ -271,7 +280,7 @@ def _check_expiries(expiries: Sequence[datetime | None], latest: datetime) -> No
             raise invalid(pointer, "expiry_too_far", f"an expiry lies within {YEARS_TO_EXPIRY_MAX} years")
 
 
-def _check_length(pointer: str, items: Sequence[object] | None, most: int) -> None:
+def _check_length(pointer: str, items: Sized | None, most: int) -> None:
     if items is not None and len(items) > most:
         raise invalid(pointer, "too_many_items", f"at most {most} items, not {len(items)}")
 
@@ -318,7 +327,7 @@ def _overridden(parameters: MarketParameters, market: MarketIn, settings: Mappin
         assets[name] = replace(parameters.asset(name), asset=name, **fields_given(asset))
     changed = replace(parameters, assets=assets)
     for name in market.assets or {}:
-        with _Under(f"/market/assets/{name}"):
+        with pointers_under(pointer_to("market", "assets", name)):
             market_rules.check_asset(assets[name], changed)
     changed = replace(changed, instruments=_instruments(changed, market.instruments or {}))
     models, policy = _factors(changed, settings)
@@ -336,7 +345,7 @@ def _instruments(parameters: MarketParameters, given: Mapping[str, InstrumentIn]
     for symbol, change in given.items():
         known = instruments.get(symbol) or InstrumentParameters(symbol, parameters.underlying_of(symbol))
         instruments[symbol] = replace(known, **fields_given(change))
-        with _Under(f"/market/instruments/{symbol}"):
+        with pointers_under(pointer_to("market", "instruments", symbol)):
             market_rules.check_instrument(instruments[symbol], parameters.asset(instruments[symbol].underlying))
     return instruments
 
@@ -347,7 +356,7 @@ def _factors(parameters: MarketParameters, settings: Mapping[str, float]) -> tup
     own = {f.name for f in fields(ModelParameters)}
     models = replace(parameters.models, **{k: v for k, v in settings.items() if k in own})
     policy = replace(parameters.policy, **{k: v for k, v in settings.items() if k not in own})
-    with _Under("/settings"):
+    with pointers_under("/settings"):
         market_rules.check_models(models, policy)
     return models, policy
 
@@ -360,38 +369,18 @@ def _table(table: CorrelationTable, given: Mapping[str, Mapping[str, float]] | N
     for a, b, rho in chain.from_iterable(((a, b, rho) for b, rho in row.items()) for a, row in given.items()):
         key = (a, b) if a < b else (b, a)
         if a == b and rho != 1.0:
-            raise invalid(f"{pointer}/{a}/{b}", "not_a_correlation", "an asset's correlation with itself is 1")
+            raise invalid(pointer + pointer_to(a, b), "not_a_correlation", "an asset's correlation with itself is 1")
         if seen.setdefault(key, rho) != rho:
-            raise invalid(f"{pointer}/{a}/{b}", "not_symmetric", f"{a} with {b} is given twice, differently")
+            raise invalid(pointer + pointer_to(a, b), "not_symmetric", f"{a} with {b} is given twice, differently")
     pairs.update({key: rho for key, rho in seen.items() if key[0] != key[1]})
     return replace(table, pairs=pairs)
 
 
-class _Under:
-    """Puts a prefix before the pointers of an InvalidError raised inside."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, InvalidError):
-            errors = tuple(FieldError(self.prefix + e.pointer, e.code, e.detail) for e in error.errors)
-            raise InvalidError(detail=error.detail, code=error.code, errors=errors) from None
-
-
 def quote_time(body: MarginQuoteIn, now: datetime) -> datetime:
-    """Return the moment that the quote is for: the request's own, else now."""
-    return now if body.as_of is None else body.as_of.astimezone(UTC)
-
-
-def known_models() -> tuple[str, ...]:
-    """Return the names of the margin models, in the order of their registry."""
-    return tuple(MODELS)
-
-
-def factors_of(parameters: MarketParameters) -> dict[str, float]:
-    """Return every factor and threshold by its flat name, as `settings` takes them."""
-    return asdict(parameters.models) | asdict(parameters.policy)
+    """Return the moment that the quote is for: the request's own, else now. Raises InvalidError."""
+    if body.as_of is None:
+        return now
+    as_of = moment(body.as_of, "/as_of")
+    if not AS_OF_MIN <= as_of <= AS_OF_MAX:
+        raise invalid("/as_of", "invalid_as_of", f"as_of lies between {AS_OF_MIN:%Y} and {AS_OF_MAX:%Y}")
+    return as_of.astimezone(UTC)

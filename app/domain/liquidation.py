@@ -70,9 +70,10 @@ def distances(curve: AccountCurve, here: Here, underlyings: int, breach_utilizat
         breach, liquidation = closed_form(curve).common_roots(breach_utilization)
     else:
         breach, liquidation = _common_roots(curve, (to_breach, to_liquidation), grid)
-    singles, open_lanes = _closed_singles(curve, surplus, underlyings)
-    for j in open_lanes:
-        singles[j] = _single_root(curve, j, to_liquidation, grid)
+    if isinstance(curve, AdditiveCurve):
+        singles = _additive_singles(curve, surplus, to_liquidation, grid)
+    else:
+        singles = np.array([_single_root(curve, j, to_liquidation, grid) for j in range(underlyings)])
     known = [root for root in (breach, liquidation) if root is not None]
     breached = surplus < 0.0 or here.required_initial > 0.0 >= spare
     return Distances(
@@ -84,12 +85,18 @@ def distances(curve: AccountCurve, here: Here, underlyings: int, breach_utilizat
     )
 
 
-def _closed_singles(curve: AccountCurve, surplus: float, underlyings: int) -> tuple[Floats, Sequence[int]]:
-    """Return the roots (J,) that have a closed form, and the underlyings whose roots are to be searched."""
-    if not isinstance(curve, AdditiveCurve):
-        return np.full(underlyings, np.nan), range(underlyings)
-    options = curve.pool.portfolio.options
-    return closed_form(curve).single_roots(surplus), sorted(set(options.underlying.tolist()))
+def _additive_singles(curve: AdditiveCurve, here: float, surplus: Surplus, grid: Floats) -> Floats:
+    """Return the roots (J,) of each underlying alone: closed forms, but for underlyings with options."""
+    roots = closed_form(curve).single_roots(here)
+    optioned = sorted(set(curve.pool.portfolio.options.underlying.tolist()))
+    if not optioned:
+        return roots
+    # all lanes at once: one revaluation of every option on the grid serves them all
+    lanes = surplus(curve.lanes(grid))
+    still = int(np.argmin(np.abs(grid)))
+    for j in optioned:
+        roots[j] = _single_root(curve, j, surplus, grid, here + lanes[j] - lanes[j, still])
+    return roots
 
 
 def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus], grid: Floats) -> list[float | None]:
@@ -100,9 +107,12 @@ def _common_roots(curve: AccountCurve, surpluses: Sequence[Surplus], grid: Float
     ]
 
 
-def _single_root(curve: AccountCurve, underlying: int, surplus: Surplus, grid: Floats = SEARCH_GRID) -> float:
+def _single_root(
+    curve: AccountCurve, underlying: int, surplus: Surplus, grid: Floats, on_grid: Floats | None = None
+) -> float:
     line = curve.single(underlying)
-    root = nearest_root(curve, lambda moves: surplus(line(moves)), grid, surplus(line(grid)))
+    values = surplus(line(grid)) if on_grid is None else on_grid
+    root = nearest_root(curve, lambda moves: surplus(line(moves)), grid, values)
     return np.nan if root is None else root
 
 
@@ -118,7 +128,7 @@ def isolated_roots(portfolio: Portfolio, terms: MarginTerms) -> tuple[Floats, Fl
     roots = nearest_of(quadratic_roots(bend, portfolio.exposure - keeping, surplus))
     for i in portfolio.options.row[portfolio.isolated[portfolio.options.row]].tolist():
         curve = AdditiveCurve.of(_alone(portfolio, i, terms))
-        roots[i] = _single_root(curve, int(portfolio.underlying[i]), lambda f: f.equity - f.maintenance)
+        roots[i] = _single_root(curve, int(portfolio.underlying[i]), lambda f: f.equity - f.maintenance, SEARCH_GRID)
     return roots, surplus < 0.0
 
 

@@ -204,6 +204,11 @@ class Portfolio:
         """Return the sums (J,) of a column (n,) by underlying."""
         return sums(self.underlying, values, len(self.underlyings.names))
 
+    def spread(self, amounts: Floats) -> Floats:
+        """Return each position's part (n,) of amounts by underlying (J,), in proportion to gross exposure."""
+        per_dollar = np.divide(amounts, self.gross, out=np.zeros_like(amounts), where=self.gross > 0.0)
+        return per_dollar[self.underlying] * np.abs(self.exposure)
+
     def take(self, keep: Flags) -> Portfolio:
         """Return the chosen positions, on the same underlyings."""
         if keep.all():

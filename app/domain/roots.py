@@ -12,8 +12,8 @@ from app.domain.black76 import Floats
 from app.domain.curves import MOVE_MAX, AccountCurve, AdditiveCurve
 from app.domain.portfolio import Flags
 
-_REFINE_POINTS = 33
-_REFINE_ROUNDS = 3
+_REFINE_POINTS = 65
+_REFINE_ROUNDS = 2
 
 
 def closed_form(curve: AdditiveCurve) -> Lines | Polynomials:
@@ -188,7 +188,7 @@ def _refine_one_by_one(surplus: Callable[[Floats], Floats], low: float, high: fl
 
 
 def _refine_at_once(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:
-    """Narrow the bracket 32-fold a round; within the last, which is some 1e-6 wide, the line is straight."""
+    """Narrow the bracket 64-fold a round; within the last, which is some 1e-5 wide, the line is straight."""
     left = right = 0.0
     for _ in range(_REFINE_ROUNDS):
         points = np.linspace(low, high, _REFINE_POINTS)

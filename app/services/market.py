@@ -8,6 +8,7 @@ each change appends one under the next version, and the greatest version of a ke
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
@@ -52,18 +53,19 @@ from app.domain.parameters import (
     ModelParameters,
 )
 from app.domain.prices import StoredPrice
-from app.errors import ConflictError, FieldError, NotFoundError, invalid
+from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to
 from app.services import market_rules as rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from datetime import datetime, timedelta
+    from datetime import timedelta
 
     from sqlalchemy import Column, ColumnElement, RowMapping, Table
 
     from app.db.session import Tx
 
 PRICES_A_POST_MAX = 10_000
+PRICE_MOMENT_MIN = datetime(2000, 1, 1, tzinfo=UTC)
 CHANGES_A_PAGE_MAX = 200
 
 Matrix = Literal["stress", "hedge"]
@@ -258,7 +260,7 @@ async def put_model_parameters(
     Returns every value. `expected` is the version of the latest change to any of them.
     """
     unknown = changes.keys() - {*_MODEL_NAMES, *_POLICY_NAMES}
-    rules.refuse(FieldError(f"/{n}", "unknown_parameter", f"There is no {n}.") for n in sorted(unknown))
+    rules.refuse(FieldError(pointer_to(n), "unknown_parameter", "There is no such parameter.") for n in sorted(unknown))
     parameters = await _locked_parameters(tx)
     stored = await _version_of(tx, model_parameters)
     _check_expected("models", stored, expected)
@@ -348,6 +350,8 @@ def _checked_moment(tx: Tx, as_of: datetime | None, skew: timedelta) -> datetime
         return tx.now
     if as_of.tzinfo is None:
         raise invalid("/as_of", "no_zone", "as_of needs a time zone, such as Z.")
+    if as_of < PRICE_MOMENT_MIN:
+        raise invalid("/as_of", "in_the_past", f"as_of is before {PRICE_MOMENT_MIN:%Y-%m-%d}.")
     if as_of > tx.now + skew:
         raise invalid("/as_of", "in_the_future", f"as_of is over {skew.total_seconds():g} s ahead of now.")
     return as_of
@@ -394,11 +398,11 @@ def _check_same_contract(current: InstrumentParameters, merged: InstrumentParame
 def _sorted_pair(pair: tuple[str, str] | None) -> tuple[str, str]:
     if pair is None:
         return OTHER_PAIR, OTHER_PAIR
+    for index, name in enumerate(pair):
+        rules.check_symbol(f"/pair/{index}", name)
     a, b = min(pair), max(pair)
-    rules.check_symbol("/a", a)
-    rules.check_symbol("/b", b)
     if a == b:
-        raise invalid("/b", "same_asset", "The correlation of an asset with itself is 1.")
+        raise invalid("/pair/1", "same_asset", "The correlation of an asset with itself is 1.")
     return a, b
 
 

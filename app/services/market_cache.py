@@ -66,13 +66,19 @@ class MarketCache:
             self._done, self._read = self._begun, time.monotonic()
             return self.view
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the last read of the database succeeded."""
+        return self._read is not None and not self._failing
+
     async def run(self, every_seconds: float) -> None:
         """Refresh for ever; an outage is logged when it begins and when it ends."""
         while True:
-            await self._try_refresh()
+            await self.try_refresh()
             await asyncio.sleep(every_seconds)
 
-    async def _try_refresh(self) -> None:
+    async def try_refresh(self) -> None:
+        """Refresh, or keep the last view where the database is away or not migrated yet."""
         try:
             await self.refresh()
         except (DatabaseUnavailableError, SQLAlchemyError) as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from app.db.tables import SYMBOL_PATTERN
 from app.domain.money import AMOUNT_MAX, DECIMALS_MAX
-from app.errors import FieldError, InvalidError
+from app.errors import FieldError, InvalidError, pointer_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -153,7 +153,7 @@ def check_prices(prices: Mapping[str, Decimal]) -> None:
     refuse(_symbol_errors("/prices/{}", prices))
     refuse(
         FieldError(
-            f"/prices/{_escaped(symbol)}",
+            pointer_to("prices", symbol),
             "out_of_range",
             f"A price is > 0, < {AMOUNT_MAX:.0e} and has at most {DECIMALS_MAX} decimals.",
         )
@@ -173,12 +173,7 @@ def _symbol_errors(pointer: str, symbols: Iterable[str]) -> Iterator[FieldError]
     for symbol in symbols:
         if not _SYMBOL.fullmatch(symbol):
             detail = "A symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit."
-            yield FieldError(pointer.format(_escaped(symbol)), "invalid_symbol", detail)
-
-
-def _escaped(name: str) -> str:
-    """Escape a JSON pointer's token (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
+            yield FieldError(pointer.format(pointer_to(symbol)[1:]), "invalid_symbol", detail)
 
 
 def _is_price(price: Decimal) -> bool:
@@ -192,7 +187,7 @@ def _range_errors(values: Mapping[str, float | None], ranges: Mapping[str, Range
     for name, allowed in ranges.items():
         value = values[name]
         if value is not None and value not in allowed:
-            yield FieldError(f"/{name}", "out_of_range", f"{name} must be {allowed}.")
+            yield FieldError(pointer_to(name), "out_of_range", f"{name} must be {allowed}.")
 
 
 def _margin_errors(initial: float, maintenance: float, whose: str) -> Iterator[FieldError]:

@@ -128,8 +128,8 @@ DUPLICATES = [
     Case("key twice with a null", _linear("size", 'null,"size":2'), 422, "duplicate_key", SIZE),
     Case("key twice in a shock", _with('"scenarios":[{"shocks":{"BTC":0.1,"BTC":-0.1}}]'), 422, "duplicate_key",
          "/scenarios/0/shocks/BTC"),
-    Case("keys twice behind an epoch", _option(expiry=7).replace(b": 7", b':1829000000,"size":2,"iv":1'), 422,
-         "duplicate_key"),
+    Case("keys twice behind an epoch", _option(expiry="7").replace(b': "7"', b':1829000000,"size":2,"iv":1'), 422,
+         "invalid_value", EXPIRY),
     Case("key twice behind a zone", _option().replace(b'00Z"', b'00+0530","size":2'), 422, "duplicate_key"),
 ]  # fmt: skip
 

@@ -307,7 +307,7 @@ def _shares(portfolio: Portfolio, models: ModelParameters, scan: _Scan, required
     else:
         share = _risk_shares(portfolio, scan, required.rule) * (models.portfolio_factor * required.multiplier)
     if portfolio.underlyings.any_limit:
-        share += _spread(portfolio, required.add_on)
+        share += portfolio.spread(required.add_on)
     if required.initial < required.uncapped:
         share *= required.initial / required.uncapped
     return share
@@ -343,13 +343,6 @@ def _gradients(losses: Sides, joint: Joint) -> tuple[Floats, Floats]:
         by_down = by_down + np.where(down_is_smaller, joint.by_two_sided, 0.0)
         by_up = by_up + np.where(down_is_smaller, 0.0, joint.by_two_sided)
     return by_down * (losses.down > 0.0), by_up * (losses.up > 0.0)
-
-
-def _spread(portfolio: Portfolio, add_on: Floats) -> Floats:
-    """Return each position's part (n,) of its underlying's add-on, by gross exposure."""
-    gross = portfolio.gross
-    per_dollar = np.divide(add_on, gross, out=np.zeros_like(gross), where=gross > 0.0)
-    return cast("Floats", per_dollar[portfolio.underlying] * np.abs(portfolio.exposure))
 
 
 def _parameters(models: ModelParameters, terms: MarginTerms) -> dict[str, float | str | bool | None]:

@@ -65,7 +65,7 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return MM = Σ requirement by underlying, IM = factor x MM; net option value is reported, not subtracted.
 
     The price scan is each underlying's `price_range` R, the volatility scan its `volatility_range`. Charges fall
-    on an underlying as a whole, not on its positions.
+    on an underlying as a whole; its positions share them by gross exposure.
     """
     models = terms.parameters.models
     table = portfolio.underlyings
@@ -79,6 +79,8 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     required = requirement(risk, charges)
     chosen = np.where((np.arange(1, 17) == binding[:, None]) & (risk > 0.0)[:, None], weights, 0.0)
     share = 0.0 - position_pnl(portfolio, grid, each_option, chosen)
+    if terms.span_charges:
+        share += portfolio.spread(required - risk)
     columns = _charge_columns(charges)
     maintenance = float(required.sum())
     total = pnl.sum(axis=0)
