@@ -449,8 +449,8 @@ async def test_a_refresh_after_the_commit_sees_it(database: Database) -> None:
     await _post(database, {"ETH": "3000"})
     view = await cache.refresh()
     assert view.parameters.asset("BTC").haircut == 0.2
-    values = {s: p.value for s in ("BTC-PERP", "ETH-PERP", "ETH") if (p := view.prices.get(s))}
-    assert values == {"BTC-PERP": 60000.0, "ETH-PERP": 3001.0, "ETH": 3000.0}
+    values = {s: p.value for s in ("BTC", "ETH-PERP", "ETH") if (p := view.prices.get(s))}
+    assert values == {"BTC": 60000.0, "ETH-PERP": 3001.0, "ETH": 3000.0}
     assert view.prices.get("DOGE") is None
 
 
