@@ -155,7 +155,7 @@ class AdditiveCurve:
         rows = np.array([held, held + book.taylor_delta, *self.straight_margins()])
         now = rows.sum(axis=1, keepdims=True)
         stable = book.underlyings.stable
-        slope = rows[:, ~stable].sum(axis=1, keepdims=True) if stable.any() else now
+        slope = rows[:, ~stable].sum(axis=1, keepdims=True) if book.underlyings.any_stable else now
         base = pool.fixed_equity + pool.backing.other
         return (
             Figures(base + now[0], pool.reserved + now[2], pool.reserved + now[3]),
@@ -179,7 +179,7 @@ class AdditiveCurve:
                 now.maintenance + slope.maintenance * moves,
             )
         lanes, still = self.lanes(moves), self.pool.portfolio.underlyings.stable
-        if still.any():
+        if self.pool.portfolio.underlyings.any_stable:
             here = self.lanes(np.zeros(1))
             lanes = Figures(
                 *(np.where(still[:, None], h, m) for m, h in zip(_columns(lanes), _columns(here), strict=True))

@@ -123,7 +123,7 @@ def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
     figures = curve.common(np.array([-move, move]))
     open_after = figures.maintenance > MAINTENANCE_MIN
-    if not open_after.any():
+    if not np.count_nonzero(open_after):
         return None
     return float((figures.equity[open_after] / figures.maintenance[open_after]).min())
 
@@ -223,7 +223,7 @@ def _share_advisories(collateral: Collateral, policy: HealthPolicy) -> list[Advi
 
 
 def _lent_advisories(collateral: Collateral, policy: HealthPolicy) -> list[Advisory]:
-    if not collateral.lent.any():
+    if not np.count_nonzero(collateral.lent):
         return []
     share = np.divide(collateral.lent, collateral.amount, out=np.zeros_like(collateral.lent), where=collateral.lent > 0)
     return [

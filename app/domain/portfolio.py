@@ -50,6 +50,11 @@ class Underlyings:
         return correlation_matrix(self.names, self.hedge_table)
 
     @cached_property
+    def any_stable(self) -> bool:
+        """Whether any underlying is a stablecoin."""
+        return bool(np.count_nonzero(self.stable))
+
+    @cached_property
     def any_limit(self) -> bool:
         """Whether any underlying has a concentration limit."""
         return not bool(np.isnan(self.concentration_limit).all())
@@ -164,22 +169,37 @@ class Portfolio:
     @cached_property
     def taylor_gamma(self) -> Floats:
         """Σ gamma x notional by underlying, USD per return² (J,)."""
-        return self.by_underlying(self.gamma * self.notional) if self.gamma.any() else np.zeros(len(self.prices))
+        return self.by_underlying(self.gamma * self.notional) if self.any_gamma else np.zeros(len(self.prices))
 
     @cached_property
     def taylor_vega(self) -> Floats:
         """Σ vega by underlying, USD per +1.00 of volatility move (J,)."""
-        return self.by_underlying(self.vega) if self.vega.any() else np.zeros(len(self.prices))
+        return self.by_underlying(self.vega) if self.any_vega else np.zeros(len(self.prices))
+
+    @cached_property
+    def any_gamma(self) -> bool:
+        """Whether any position has gamma."""
+        return bool(np.count_nonzero(self.gamma))
+
+    @cached_property
+    def any_vega(self) -> bool:
+        """Whether any position has vega."""
+        return bool(np.count_nonzero(self.vega))
+
+    @cached_property
+    def any_isolated(self) -> bool:
+        """Whether any position stands alone."""
+        return bool(np.count_nonzero(self.isolated))
 
     @cached_property
     def has_gamma(self) -> bool:
         """Whether any underlying has gamma left after netting."""
-        return bool(self.taylor_gamma.any())
+        return self.any_gamma and bool(np.count_nonzero(self.taylor_gamma))
 
     @cached_property
     def has_vega(self) -> bool:
         """Whether any underlying has vega left after netting."""
-        return bool(self.taylor_vega.any())
+        return self.any_vega and bool(np.count_nonzero(self.taylor_vega))
 
     @cached_property
     def highest_rates(self) -> tuple[Floats, Floats]:

@@ -67,7 +67,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     parameters = terms.margin.parameters
     finder = PriceFinder(parameters, _requested(terms), stored)
     portfolio = build_portfolio(terms.positions, parameters, finder, now)
-    if portfolio.isolated.any():
+    if portfolio.any_isolated:
         portfolio = replace(portfolio, allocated=_allocations(portfolio))
     collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
     wanted = dict.fromkeys([*terms.models, "isolated"])
@@ -121,7 +121,7 @@ def _allocations(portfolio: Portfolio) -> Floats:
 
 def _pool(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> Pool:
     split = collateral.split(portfolio.underlyings)
-    if portfolio.isolated.any():
+    if portfolio.any_isolated:
         split = replace(split, stable=split.stable - _allocated(portfolio))
         portfolio = portfolio.take(~portfolio.isolated)
     return Pool(portfolio, split, terms.reserved, terms.margin_mode, terms.margin)
@@ -129,7 +129,7 @@ def _pool(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> Po
 
 def _allocated(portfolio: Portfolio) -> float:
     """Return what isolated positions hold for themselves, USD."""
-    return float(portfolio.allocated[portfolio.isolated].sum()) if portfolio.isolated.any() else 0.0
+    return float(portfolio.allocated[portfolio.isolated].sum()) if portfolio.any_isolated else 0.0
 
 
 def _standing(pool: Pool, results: Mapping[str, MarginResult], whole: Portfolio) -> Standing:
@@ -159,7 +159,7 @@ def _position_moves(portfolio: Portfolio, distance: Distances, margin: MarginTer
     """Return the move to liquidation (n,) of each position's price, and whether it is there already (n,)."""
     moves = distance.by_underlying[portfolio.underlying]
     breached = np.full(len(portfolio), distance.liquidatable)
-    if portfolio.isolated.any():
+    if portfolio.any_isolated:
         own, beyond = isolated_roots(portfolio, margin)
         moves = np.where(portfolio.isolated, own, moves)
         breached = np.where(portfolio.isolated, beyond, breached)

@@ -73,9 +73,9 @@ def position_pnl(portfolio: Portfolio, grid: ScenarioGrid, each_option: Floats, 
     vol = (chosen * grid.vol_moves).sum(axis=1)
     u = portfolio.underlying
     pnl = portfolio.exposure * first[u]
-    if portfolio.gamma.any():
+    if portfolio.any_gamma:
         pnl += 0.5 * portfolio.gamma * portfolio.notional * second[u]
-    if portfolio.vega.any():
+    if portfolio.any_vega:
         pnl += portfolio.vega * vol[u]
     if len(portfolio.options):
         options = portfolio.options

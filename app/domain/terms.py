@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -84,12 +85,20 @@ def _flags(column: Sequence[Any]) -> Flags:
     return np.array([v is not None for v in column], dtype=np.bool_)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class _Kinds:
     option: Flags
     greeks: Flags
 
-    @property
+    @cached_property
+    def any_option(self) -> bool:
+        return bool(np.count_nonzero(self.option))
+
+    @cached_property
+    def any_greeks(self) -> bool:
+        return bool(np.count_nonzero(self.greeks))
+
+    @cached_property
     def linear(self) -> Flags:
         return ~(self.option | self.greeks)
 
@@ -126,7 +135,7 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
     errors: list[FieldError] = []
     for kind in ("linear", "greeks", "option"):
         mask = cast("Flags", getattr(kinds, kind))
-        if not mask.any():
+        if not np.count_nonzero(mask):
             continue
         for name in _NEEDS[kind]:
             column = getattr(terms, name)
@@ -256,17 +265,17 @@ def build_portfolio(
     units = _units(terms, code, markets)
     notional = units * marks
     delta, options = side, no_options()
-    if kinds.option.any():
+    if kinds.any_option:
         marks = np.where(kinds.option, under_prices[underlying], marks)
         notional = units * marks
         options = _options(terms, kinds.option, underlying, side * units, under_prices, parameters.models, now)
-    if kinds.greeks.any():
+    if kinds.any_greeks:
         notional = np.where(kinds.greeks, _floats(terms.notional, 0.0), notional)
         delta = np.where(kinds.greeks, _floats(terms.delta), delta)
     if len(options):
         delta = _with_option_delta(delta, notional, options)
     gamma, vega = _floats(terms.gamma, 0.0), _floats(terms.vega, 0.0)
-    if not notional.all():
+    if np.count_nonzero(notional) < len(notional):
         markets = _without_flat(markets, code, notional > 0.0)
     return Portfolio(
         symbols=_labels(terms, kinds, code, markets),
@@ -298,7 +307,7 @@ def _units(terms: PositionTerms, code: Rows, markets: _Markets) -> Floats:
 
 
 def _labels(terms: PositionTerms, kinds: _Kinds, code: Rows, markets: _Markets) -> tuple[str, ...]:
-    if not kinds.option.any():
+    if not kinds.any_option:
         return tuple([markets.symbols[c] for c in code.tolist()])
     rows = zip(terms.symbol, terms.underlying, terms.expiry, terms.strike, terms.type, strict=True)
     return tuple([s if s is not None else _option_label(u, e, k, t) for s, u, e, k, t in rows])
@@ -314,7 +323,7 @@ def _fill_marks(
 ) -> Floats:
     """Return the marks with those left out found; greeks rows keep NaN where nothing is known."""
     absent = np.isnan(marks) & ~kinds.option
-    if not absent.any():
+    if not np.count_nonzero(absent):
         return marks
     found = np.where(np.isinf(lowest), np.nan, lowest)
     for c, row in _first_rows(code, absent & kinds.linear & np.isnan(found[code])):
@@ -335,7 +344,7 @@ def _first_rows(groups: Rows, mask: Flags) -> list[tuple[int, int]]:
 
 def _underlying_prices(kinds: _Kinds, markets: _Markets, prices: PriceFinder, underlying: Rows) -> Floats:
     """Return the price of each underlying: needed under an option, else NaN where unknown."""
-    needed = dict(_first_rows(underlying, kinds.option)) if kinds.option.any() else {}
+    needed = dict(_first_rows(underlying, kinds.option)) if kinds.any_option else {}
     return np.array(
         [
             prices.asset(name, f"/positions/{needed[j]}/underlying") if j in needed else prices.known(name)

@@ -115,7 +115,8 @@ def serving(place: Home, *arguments: str, **given: str) -> Iterator[Serving]:
 def _greeting(process: subprocess.Popen[bytes], log: Path) -> Greeting:
     deadline = time.monotonic() + START_SECONDS_MAX
     pattern = re.compile(
-        r"primerisk is at (?P<address>\S+).*?^key: +(?P<key>\S+)[^\n]*$.*?^try: +(?P<curl>[^\n]+)\n", re.MULTILINE | re.DOTALL
+        r"primerisk is at (?P<address>\S+).*?^key: +(?P<key>\S+)[^\n]*$.*?^try: +(?P<curl>[^\n]+)\n",
+        re.MULTILINE | re.DOTALL,
     )
     while (found := pattern.search(log.read_text())) is None:
         assert process.poll() is None, log.read_text()

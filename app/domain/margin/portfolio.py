@@ -337,7 +337,7 @@ def _risk_shares(portfolio: Portfolio, scan: _Scan, rule: str) -> Floats:
 def _gradients(losses: Sides, joint: Joint) -> tuple[Floats, Floats]:
     """Return the derivatives (J,) of the joined loss by D and by U; a side without a loss takes no part."""
     by_down, by_up = joint.by_directional, -joint.by_directional
-    if joint.by_two_sided.any():
+    if np.count_nonzero(joint.by_two_sided):
         # n = min(D, U) moves with the smaller side, d = D - U with both
         down_is_smaller = losses.down <= losses.up
         by_down = by_down + np.where(down_is_smaller, joint.by_two_sided, 0.0)
