@@ -27,6 +27,7 @@ lint: $(INSTALLED_DEV)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quote
+	$(BIN)/python -m benchmarks.http
 
 lock: $(INSTALLED)
 	@$(PIP) install uv

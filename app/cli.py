@@ -85,6 +85,18 @@ def key(
 
 
 @cli.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="what stands between pr_ and the next _ of the key")]) -> None:
+    """Revoke an API key; running processes refuse it after PRIMERISK_KEY_CACHE_SECONDS at the latest."""
+    import asyncio  # noqa: PLC0415
+
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        asyncio.run(server.revoke_key(settings, key_id))
+    typer.echo(f"the key {key_id} is revoked")
+
+
+@cli.command()
 def settings() -> None:
     """List every setting with its value; secrets are masked."""
     from rich.console import Console  # noqa: PLC0415

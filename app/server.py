@@ -10,7 +10,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -24,7 +24,7 @@ from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
 from app.errors import StartupError
 from app.main import create_app
-from app.services.accounts import Scope, create_first_key, create_key
+from app.services import accounts
 from app.settings import Settings
 
 GRACE_SECONDS_AT_STOP = 10
@@ -95,7 +95,7 @@ async def _first_key(database: Database, settings: Settings, embedded_in: Path |
     """Return the key to show: none where the operator brought a database or a key of their own."""
     if settings.admin_key is not None or embedded_in is None:
         return None
-    return await create_first_key(database, embedded_in / _FIRST_KEY_FILE)
+    return await accounts.create_first_key(database, embedded_in / _FIRST_KEY_FILE)
 
 
 def _settle_memory() -> None:
@@ -174,10 +174,21 @@ def _terminable() -> Iterator[None]:
 
 async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:
     """Return a new key of the service. Raises InvalidError for an unknown scope."""
+    async with _prepared(settings) as database, database.transaction("command-line") as tx:
+        return (await accounts.create_key(tx, None, cast("list[accounts.Scope]", scopes), name)).text
+
+
+async def revoke_key(settings: Settings, key_id: str) -> None:
+    """Revoke a key. Raises NotFoundError."""
+    async with _prepared(settings) as database, database.transaction("command-line") as tx:
+        await accounts.revoke_key(tx, key_id)
+
+
+@contextlib.asynccontextmanager
+async def _prepared(settings: Settings) -> AsyncIterator[Database]:
     await prepare(settings)
     database = Database(_url(settings), settings)
     try:
-        async with database.transaction("command-line") as tx:
-            return (await create_key(tx, None, cast("list[Scope]", scopes), name)).text
+        yield database
     finally:
         await database.close()

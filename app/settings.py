@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     positions_max: Annotated[int, Field(ge=1, description="positions a portfolio")] = 5_000
     scenarios_max: Annotated[int, Field(ge=1, description="scenarios a request")] = 1_000
     underlyings_max: Annotated[int, Field(ge=1, description="different underlyings a portfolio")] = 500
+    quote_milliseconds_max: Annotated[
+        float, Field(gt=0, description="estimated work of one quote before it is refused")
+    ] = 5_000.0
     market_refresh_seconds: Annotated[
         float, Field(gt=0, le=60, description="how often a process reads new prices and parameters")
     ] = 0.5

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
-from app.errors import BadRequestError, FieldError, InvalidError, invalid, pointer_to
+from app.errors import BadRequestError, InvalidError, invalid, pointer_to
 
 T = TypeVar("T")
 
@@ -35,6 +35,8 @@ _ANY_KEY = "..."
 _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]*)`")
 _MESSAGE_MAX = 200
+BRACKETS_MAX = 200_000
+"""Arrays or objects that the second look takes: more than any limit of ours lets through."""
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -85,7 +87,7 @@ class Body(Generic[T]):
             _check_keys(_parse(raw))
         return value
 
-    def _refused(self, raw: bytes, text: str) -> InvalidError:
+    def _refused(self, raw: bytes, text: str) -> InvalidError | BadRequestError:
         """Return the refusal with a pointer to the field, taken from the decoder's message."""
         match = _PATH.match(text)
         message, path = (match["message"], match["path"] or "") if match else (text, "")
@@ -98,17 +100,26 @@ class Body(Generic[T]):
         elif "out of range" in message:
             code = "number_out_of_range"
         if _ANY_KEY in steps:
-            steps = self._with_keys(raw, steps)
-        shown = message if len(message) <= _MESSAGE_MAX else message[:_MESSAGE_MAX] + "…"
-        return invalid(pointer_to(*steps), code, shown)
+            return self._refused_entry(raw, steps, code, message)
+        return invalid(pointer_to(*steps), code, _cut(message))
 
-    def _with_keys(self, raw: bytes, steps: list[str]) -> list[str]:
-        """Replace each `...` of the decoder by the key that it refused."""
-        document = _plain(_parse(raw))
+    def _refused_entry(self, raw: bytes, steps: list[str], code: str, message: str) -> InvalidError | BadRequestError:
+        """Return the refusal of an object's entry, whose key the decoder leaves out: it is looked for.
+
+        The decoder stopped there, so that what follows may be no JSON, or hold the same keys again.
+        """
+        try:
+            document = _parse(raw)
+            _check_keys(document)
+        except InvalidError as error:
+            return error
+        except ValueError:
+            return BadRequestError(detail="the body is malformed", code="not_json")
+        plain = _plain(document)
         while _ANY_KEY in steps:
             at = steps.index(_ANY_KEY)
-            steps[at] = self._refused_key(document, steps[:at])
-        return steps
+            steps[at] = self._refused_key(plain, steps[:at])
+        return invalid(pointer_to(*steps), code, _cut(message))
 
     def _refused_key(self, document: Any, steps: list[str]) -> str:
         """Return the key of the object at `steps` whose value is refused, found by halving its keys."""
@@ -132,6 +143,10 @@ class Body(Generic[T]):
         return False
 
 
+def _cut(message: str) -> str:
+    return message if len(message) <= _MESSAGE_MAX else message[:_MESSAGE_MAX] + "…"
+
+
 def _may_hide_keys(raw: bytes, value: object) -> bool:
     """Whether the body may hold a key twice: it has more colons than what was understood of it.
 
@@ -146,6 +161,8 @@ class _Pairs(list[tuple[str, Any]]):
 
 def _parse(raw: bytes) -> Any:
     """Parse with every key kept. Raises ValueError where it is no JSON, InvalidError where it nests too deeply."""
+    if max(raw.count(b"["), raw.count(b"{")) > BRACKETS_MAX:
+        raise _too_deep()
     try:
         return json.loads(raw.decode(), object_pairs_hook=_Pairs)
     except RecursionError:
@@ -161,8 +178,9 @@ def _malformed(raw: bytes, message: str) -> BadRequestError | InvalidError:
         return error
     except ValueError:
         return BadRequestError(detail=message, code="not_json")
-    for steps in _not_finite(document, ()):
-        return invalid(pointer_to(*steps), "not_finite", "a number must be finite")
+    for value, path in _walk(document):
+        if isinstance(value, float) and not math.isfinite(value):
+            return invalid(pointer_to(*_steps(path)), "not_finite", "a number must be finite")
     return BadRequestError(detail=message, code="not_json")
 
 
@@ -172,31 +190,34 @@ def _too_deep() -> InvalidError:
 
 def _check_keys(document: Any) -> None:
     """Refuse a key that stands twice in one object. Raises InvalidError."""
-    errors = [FieldError(pointer_to(*steps), "duplicate_key", "a key stands twice") for steps in _twice(document, ())]
-    if errors:
-        raise InvalidError(detail=errors[0].detail, code="duplicate_key", errors=tuple(errors[:5]))
+    for value, path in _walk(document):
+        if isinstance(value, _Pairs) and len(dict(value)) < len(value):
+            name = next(name for name, count in Counter(name for name, _ in value).items() if count > 1)
+            raise invalid(pointer_to(*_steps(path), name), "duplicate_key", "a key stands twice in one object")
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, _Pairs):
-        yield from value
-    elif isinstance(value, list):
-        yield from ((str(index), item) for index, item in enumerate(value))
+_Path = tuple[Any, str] | None
+"""A linked list from a value up to the document: (path of the parent, key or index)."""
 
 
-def _twice(value: Any, steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if isinstance(value, _Pairs) and len(dict(value)) < len(value):
-        counts = Counter(name for name, _ in value)
-        yield from ((*steps, name) for name, count in counts.items() if count > 1)
-    for name, item in _children(value):
-        yield from _twice(item, (*steps, name))
+def _walk(document: Any) -> Iterator[tuple[Any, _Path]]:
+    """Yield every object, array and value with its path, without recursion: depth costs nothing."""
+    stack: list[tuple[Any, _Path]] = [(document, None)]
+    while stack:
+        value, path = stack.pop()
+        yield value, path
+        if isinstance(value, _Pairs):
+            stack.extend((item, (path, name)) for name, item in reversed(value))
+        elif isinstance(value, list):
+            stack.extend((value[i], (path, str(i))) for i in range(len(value) - 1, -1, -1))
 
 
-def _not_finite(value: Any, steps: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield steps
-    for name, item in _children(value):
-        yield from _not_finite(item, (*steps, name))
+def _steps(path: _Path) -> list[str]:
+    steps: list[str] = []
+    while path is not None:
+        path, name = path
+        steps.append(name)
+    return steps[::-1]
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ VERSION_MAX = 2**63 - 1
 _NUMBER = re.compile(rb'\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*')
 
 Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
-Cursor = Annotated[str, Query(max_length=64, description="next_cursor of the page before")]
+Cursor = Annotated[str, Query(max_length=64, pattern=r"^[ -~]*$", description="next_cursor of the page before")]
 Version = Annotated[int | None, Query(ge=1, le=VERSION_MAX, description="as of this version of the parameters")]
 
 

@@ -52,6 +52,6 @@ async def metrics(request: Request) -> Response:
     parts = parts_of(request)
     age = parts.market.age_seconds
     parts.metrics.market_age_seconds.set(float("nan") if age is None else age)
-    parts.metrics.database_up.set(parts.market.reachable)
+    parts.metrics.database_up.set(parts.database.reachable)
     parts.metrics.market_version.set(parts.market.view.parameters.version)
     return Response(generate_latest(parts.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -118,7 +118,7 @@ def _positions(quote: MarginQuote, positions: list[PositionIn], alone: tuple[Flo
             ["short" if delta < 0.0 else "long" for delta in book.delta.tolist()]
             if not len(book.options)
             else [p.side or ("short" if d < 0.0 else "long") for p, d in zip(positions, book.delta, strict=True)],
-            [p.margin_mode or quote.health.model for p in positions],
+            ["isolated" if alone else quote.health.model for alone in book.isolated.tolist()],
             book.notional.tolist(),
             book.exposure.tolist(),
             book.mark.tolist(),

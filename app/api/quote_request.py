@@ -36,6 +36,7 @@ from app.settings import Settings
 
 YEARS_TO_EXPIRY_MAX = 50
 MARKET_ENTRIES_MAX = 10_000
+OVERRIDES_MAX = 1_000
 AS_OF_MIN, AS_OF_MAX = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 
 SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
@@ -149,6 +150,11 @@ class MarketIn(Request):
     hedge_correlation: dict[Symbol, dict[Symbol, Correlation]] | None = None
     span_charges: dict[Symbol, SpanChargesIn] | None = None
 
+    @property
+    def prices_only(self) -> bool:
+        """Whether no parameter is overridden."""
+        return fields_given(self).keys() <= {"prices"}
+
 
 _FACTORS = tuple(f.name for cls in (ModelParameters, HealthPolicy) for f in fields(cls))
 SettingsIn = msgspec.defstruct(
@@ -176,7 +182,6 @@ class MarginQuoteIn(Request):
 
 MARGIN_QUOTE = Body(MarginQuoteIn)
 
-_PARAMETER_FIELDS = {"assets", "instruments", "correlation", "hedge_correlation"}
 _FIELDS = tuple(f.name for f in fields(PositionTerms))
 _NO_ROWS: Mapping[str, Sequence[Any]] = MappingProxyType(dict.fromkeys(_FIELDS, ()))
 _DEFAULT_MODELS = ("isolated", "cross", "portfolio")
@@ -190,11 +195,14 @@ class Limits:
     positions_max: int
     scenarios_max: int
     underlyings_max: int
+    quote_milliseconds_max: float
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
         """Return the limits of the settings."""
-        return cls(settings.positions_max, settings.scenarios_max, settings.underlyings_max)
+        return cls(
+            settings.positions_max, settings.scenarios_max, settings.underlyings_max, settings.quote_milliseconds_max
+        )
 
 
 def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
@@ -205,11 +213,12 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     settings = {} if own is None else fields_given(own)
     mode = settings.pop("margin_mode", "cross")
     market = body.market
-    if settings or (market is not None and fields_given(market).keys() & _PARAMETER_FIELDS):
+    if settings or not (market is None or market.prices_only):
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
     positions = position_terms(body.positions)
-    _check_positions(positions, limits, quote_time(body, now))
+    _check_positions(positions, parameters, limits, quote_time(body, now))
+    _check_work(estimated_work(positions, parameters, mode), limits)
     return QuoteTerms(
         positions=positions,
         collateral=_holdings(body.collateral, "/collateral"),
@@ -253,15 +262,44 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     _check_length("/reservations", body.reservations, limits.positions_max)
     if body.market is not None:
         for name, items in fields_given(body.market).items():
-            _check_length(f"/market/{name}", items, MARKET_ENTRIES_MAX)
+            _check_length(f"/market/{name}", items, MARKET_ENTRIES_MAX if name == "prices" else OVERRIDES_MAX)
     if isinstance(body.scenarios, list):
         _check_length("/scenarios", body.scenarios, limits.scenarios_max)
 
 
-def _check_positions(terms: PositionTerms, limits: Limits, now: datetime) -> None:
+def _underlyings(terms: PositionTerms, parameters: MarketParameters) -> int:
     markets = set(zip(terms.symbol, terms.underlying, strict=True))
-    if len(markets) > limits.underlyings_max:
-        detail = f"at most {limits.underlyings_max} different markets a portfolio, not {len(markets)}"
+    return len({u if u is not None else parameters.underlying_of(s or "") for s, u in markets})
+
+
+def estimated_work(terms: PositionTerms, parameters: MarketParameters, mode: MarginMode) -> float:
+    """Return roughly the milliseconds of one core that a quote takes, from what was measured on small machines.
+
+    Under portfolio margin every move of the liquidation search is a margin assessment of its own.
+    """
+    options = len(terms) - terms.strike.count(None) if any(terms.strike) else 0
+    once = 0.5 + len(terms) * 0.002 + options * 0.06
+    if mode != "portfolio":
+        return once
+    underlyings = _underlyings(terms, parameters)
+    curved = options or any(terms.gamma) or any(terms.vega)
+    assessment = 0.25 + len(terms) * 0.0005 + options * 0.002 + underlyings**2 * 0.0001
+    return once + (underlyings + 1) * (110 if curved else 22) * assessment
+
+
+def _check_work(milliseconds: float, limits: Limits) -> None:
+    if milliseconds > limits.quote_milliseconds_max:
+        detail = (
+            f"some {milliseconds / 1e3:,.0f} s of work, over the limit of {limits.quote_milliseconds_max / 1e3:g} s: "
+            "ask for fewer underlyings and options, or for another settings.margin_mode"
+        )
+        raise invalid("/positions", "too_much_work", detail)
+
+
+def _check_positions(terms: PositionTerms, parameters: MarketParameters, limits: Limits, now: datetime) -> None:
+    underlyings = _underlyings(terms, parameters)
+    if underlyings > limits.underlyings_max:
+        detail = f"at most {limits.underlyings_max} different underlyings a portfolio, not {underlyings}"
         raise invalid("/positions", "too_many_underlyings", detail)
     for field in ("symbol", "underlying"):
         column = getattr(terms, field)

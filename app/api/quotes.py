@@ -11,15 +11,14 @@ from starlette.responses import Response
 
 from app.api.body import encoder
 from app.api.deps import Parts, body_of, caller_of, document, parts_of
-from app.api.quote_reply import margin_reply
+from app.api.quote_reply import is_finite, margin_reply
 from app.api.quote_request import MARGIN_QUOTE, Limits, MarginQuoteIn, quote_terms, quote_time
 from app.domain.quote import margin_quote
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
 
-INLINE_COST_MAX = 1_500
-"""Position x model cells below which handing a quote to a thread costs more than it frees the loop."""
-OPTION_COST = 40
+INLINE_POSITIONS_MAX = 400
+"""Positions up to which handing a quote to a thread costs more than it frees the loop."""
 
 
 @router.post("/margin", openapi_extra=document("A margin quote under several models", request=MarginQuoteIn))
@@ -29,16 +28,25 @@ async def quote_margin(request: Request) -> Response:
     await caller_of(request)
     body = await body_of(request, MARGIN_QUOTE)
     now = parts.database.clock.now()
-    if _cost(body) <= INLINE_COST_MAX:
+    if _is_light(body):
         reply = _quote(parts, body, now)
     else:
         reply = await asyncio.to_thread(_quote, parts, body, now)
     return Response(reply, media_type="application/json")
 
 
-def _cost(body: MarginQuoteIn) -> int:
-    options = sum(p.strike is not None for p in body.positions)
-    return (len(body.positions) + OPTION_COST * options) * len(body.models or (1, 2, 3))
+def _is_light(body: MarginQuoteIn) -> bool:
+    """Whether the quote holds the event loop for a millisecond or two at most."""
+    # typed as it is made, from the parameter classes, the settings look always there
+    settings: object = body.settings
+    return (
+        settings is None
+        and (body.market is None or body.market.prices_only)
+        and len(body.positions) <= INLINE_POSITIONS_MAX
+        and len(body.collateral or ()) + len(body.liabilities or ()) <= INLINE_POSITIONS_MAX
+        and not isinstance(body.scenarios, list)
+        and not any(p.strike is not None for p in body.positions)
+    )
 
 
 def _quote(parts: Parts, body: MarginQuoteIn, now: datetime) -> bytes:
@@ -48,4 +56,6 @@ def _quote(parts: Parts, body: MarginQuoteIn, now: datetime) -> bytes:
     quote = margin_quote(terms, view.prices, quote_time(body, now))
     parts.metrics.quote_seconds.labels("margin").observe(time.perf_counter() - started)
     parts.metrics.quote_positions.labels("margin").observe(len(body.positions))
+    if not is_finite(quote):
+        raise ArithmeticError("a quote came out without a number")
     return encoder.encode(margin_reply(quote, body.positions, terms.margin, parts.settings.price_age_seconds_max))

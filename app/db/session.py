@@ -77,6 +77,8 @@ class Database:
     def __init__(self, url: URL, settings: Settings) -> None:
         self.url = url
         self.clock = Clock()
+        self.reachable = False
+        """Whether the last transaction found the server."""
         self.engine = _engine(url, settings)
 
     @asynccontextmanager
@@ -85,11 +87,16 @@ class Database:
 
         Raises DatabaseUnavailableError when the server is away, or too busy to answer in time.
         """
-        with _outages_named():
-            async with self.engine.begin() as connection:
-                now: datetime = (await connection.execute(select(func.now()))).scalar_one()
-                self.clock.set(now)
-                yield Tx(connection, now, actor)
+        try:
+            with _outages_named():
+                async with self.engine.begin() as connection:
+                    now: datetime = (await connection.execute(select(func.now()))).scalar_one()
+                    self.clock.set(now)
+                    self.reachable = True
+                    yield Tx(connection, now, actor)
+        except DatabaseUnavailableError:
+            self.reachable = False
+            raise
 
     async def ping(self) -> None:
         """Return once the server has answered a query; DatabaseUnavailableError when it does not."""
@@ -101,7 +108,7 @@ class Database:
         try:
             async with self.engine.connect() as connection:
                 number = (await connection.execute(text("SHOW server_version_num"))).scalar_one()
-        except (OSError, SQLAlchemyError) as error:
+        except (OSError, SQLAlchemyError, ValueError) as error:  # ValueError: a host name that can't be encoded
             raise StartupError(f"{_shown(self.url)}: {_reason(error, self.url)}") from error
         if int(number) < POSTGRES_VERSION_MIN:
             raise StartupError(f"{_shown(self.url)}: Postgres 15 or later is needed, this is {number}")
@@ -130,7 +137,12 @@ def parse_database_url(value: str) -> URL:
     if unknown:
         raise StartupError(f"database URL: unknown option {unknown[0]} (known: {', '.join(_QUERY_NAMES)})")
     query = {_QUERY_NAMES[name]: value for name, value in url.query.items()}
-    return url.set(drivername=_DRIVER, query=query)
+    ready = url.set(drivername=_DRIVER, query=query)
+    try:
+        ready.get_dialect()().create_connect_args(ready)
+    except (ArgumentError, ValueError):
+        raise StartupError(f"{_shown(url)}: the database URL has a host or port that can't be read") from None
+    return ready
 
 
 def _engine(url: URL, settings: Settings) -> AsyncEngine:

@@ -11,7 +11,7 @@ from scipy.linalg.lapack import dpotrf
 from app.domain.black76 import Floats
 from app.domain.parameters import CorrelationTable
 
-REPAIR_SIZE_MAX = 200
+REPAIR_SIZE_MAX = 40
 """Largest matrix that is repaired: the eigendecompositions grow with its cube."""
 
 
@@ -34,7 +34,7 @@ def is_positive_semidefinite(matrix: Floats, tolerance: float = 1e-10) -> bool:
     return bool(failed_at == 0)
 
 
-def nearest_correlation(matrix: Floats, tolerance: float = 1e-12, rounds_max: int = 1_000) -> Floats:
+def nearest_correlation(matrix: Floats, tolerance: float = 1e-12, rounds_max: int = 500) -> Floats:
     """Return the correlation matrix nearest in the Frobenius norm, (J, J).
 
     Higham 2002, "Computing the nearest correlation matrix": alternating projections on the semidefinite cone

@@ -273,7 +273,7 @@ class PortfolioCurve:
     @property
     def concave(self) -> bool:
         """See AccountCurve."""
-        return self.pool.portfolio.is_linear
+        return self.pool.portfolio.is_linear and not self.pool.portfolio.has_vega
 
     def common(self, moves: Floats) -> Figures:
         """See AccountCurve."""

@@ -18,7 +18,7 @@ MarginMode = Literal["cross", "isolated", "portfolio"]
 T = TypeVar("T")
 
 DEFAULT_ASSET = "default"
-MEMO_MAX = 1_024
+MEMO_MAX = 256
 """Derived tables that one version of the parameters keeps."""
 
 

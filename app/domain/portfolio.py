@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from app.domain import black76
 from app.domain.black76 import Floats
 from app.domain.correlation import correlation_matrix
 from app.domain.parameters import CorrelationTable, MarketParameters
+
+T = TypeVar("T")
 
 Rows = NDArray[np.intp]
 Flags = NDArray[np.bool_]
@@ -58,6 +61,17 @@ class Underlyings:
     def any_limit(self) -> bool:
         """Whether any underlying has a concentration limit."""
         return not bool(np.isnan(self.concentration_limit).all())
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, object]:
+        return {}
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` gave for this key; it lives as long as the table, and depends on nothing else."""
+        found = self._derived.get(key)
+        if found is None:
+            found = self._derived[key] = make()
+        return cast("T", found)
 
     def take(self, keep: Flags) -> Underlyings:
         """Return the chosen underlyings only."""

@@ -34,14 +34,15 @@ class Price:
 class PriceFinder:
     """Finds prices in a fixed order and remembers each one used, for the reply.
 
-    Of an asset: the request's own, a mark that the request gives for the asset or its perpetual, the stored
-    one, 1 for a stablecoin. Nothing found is an error, never zero.
+    Of an asset: the request's own, the mark of an open position on the asset or its perpetual, the stored one, the
+    mark of an open position on another of its markets, 1 for a stablecoin. Nothing found is an error, never zero.
     """
 
     parameters: MarketParameters
     requested: Mapping[str, float]
     stored: Mapping[str, StoredPrice]
     marks: Mapping[str, float] = field(default_factory=dict)
+    other_marks: Mapping[str, float] = field(default_factory=dict)
     used: dict[str, Price] = field(default_factory=dict)
 
     def asset(self, name: str, pointer: str) -> float:
@@ -72,6 +73,8 @@ class PriceFinder:
             return Price(self.marks[name], "position")
         if name in self.stored:
             return Price(self.stored[name].value, "stored", self.stored[name].as_of)
+        if name in self.other_marks:
+            return Price(self.other_marks[name], "position")
         return Price(1.0, "par") if self.parameters.asset(name).kind == "stable" else None
 
     def _mark(self, symbol: str, underlying: str) -> Price | None:

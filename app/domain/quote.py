@@ -13,6 +13,7 @@ from app.domain.collateral import Collateral, CollateralTerms, value_collateral
 from app.domain.curves import Pool
 from app.domain.health import Advisory, Health, Standing, advisories, assess
 from app.domain.liquidation import Distances, distances, isolated_roots
+from app.domain.margin.isolated import position_margin
 from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
@@ -111,10 +112,12 @@ def _requested(terms: QuoteTerms) -> dict[str, float]:
 def _allocations(portfolio: Portfolio) -> Floats:
     """Return each isolated position's allocation (n,), 0 for pooled ones.
 
-    One that is not given is the initial margin at entry, as a venue would have posted it.
+    One that is not given is the initial margin at entry, as a venue would have posted it; an option's is its initial
+    margin now, since its premium is not part of a profit and loss.
     """
     at_entry = portfolio.notional - np.sign(portfolio.delta) * portfolio.unrealized_pnl
-    posted = portfolio.initial_rate * np.where(portfolio.is_option, portfolio.notional, at_entry)
+    now = position_margin(portfolio, portfolio.initial_rate)
+    posted = np.where(portfolio.is_option, now, portfolio.initial_rate * at_entry)
     given = np.where(np.isnan(portfolio.allocated), posted, portfolio.allocated)
     return np.where(portfolio.isolated, given, 0.0)
 

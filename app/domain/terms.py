@@ -226,12 +226,14 @@ def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Fl
     """
     lowest = np.full(len(markets.symbols), np.inf)
     if _given(terms.mark_price):
-        np.fmin.at(lowest, code, marks)
+        # a flat row prices nothing but itself
+        is_open = np.flatnonzero(_floats(terms.size, 1.0) > 0.0)
+        np.fmin.at(lowest, code[is_open], marks[is_open])
     return lowest
 
 
-def _asset_marks(markets: _Markets, lowest: Floats) -> dict[str, float]:
-    """Return the asset prices that the marks imply: of the asset's own symbol, its perpetual, its other markets."""
+def _asset_marks(markets: _Markets, lowest: Floats) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the asset prices that the marks imply: of an asset itself or its perpetual, and of its other markets."""
     best: dict[str, tuple[int, str, float]] = {}
     for symbol, j, mark in zip(markets.symbols, markets.underlying.tolist(), lowest.tolist(), strict=True):
         if mark == np.inf:
@@ -239,7 +241,9 @@ def _asset_marks(markets: _Markets, lowest: Floats) -> dict[str, float]:
         name = markets.table.names[j]
         rank = 0 if symbol == name else 1 if symbol == f"{name}-PERP" else 2
         best[name] = min(best.get(name, (3, "", 0.0)), (rank, symbol, mark))
-    return {name: price for name, (_, _, price) in best.items()}
+    near = {name: price for name, (rank, _, price) in best.items() if rank < 2}
+    far = {name: price for name, (rank, _, price) in best.items() if rank == 2}
+    return near, far
 
 
 def build_portfolio(
@@ -255,7 +259,7 @@ def build_portfolio(
     code, markets = _markets(terms, parameters)
     given_marks = _floats(terms.mark_price)
     lowest = _lowest_marks(terms, code, markets, given_marks)
-    prices.marks = _asset_marks(markets, lowest)
+    prices.marks, prices.other_marks = _asset_marks(markets, lowest)
     marks = given_marks
     if not all(terms.mark_price):
         marks = _fill_marks(given_marks, lowest, kinds, code, markets, prices)

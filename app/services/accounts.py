@@ -235,7 +235,7 @@ async def _is_admin(tx: Tx, key: str) -> bool:
 
 
 def _read_private(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
 def _write_private(path: Path, key: str) -> None:

@@ -66,11 +66,6 @@ class MarketCache:
             self._done, self._read = self._begun, time.monotonic()
             return self.view
 
-    @property
-    def reachable(self) -> bool:
-        """Whether the last read of the database succeeded."""
-        return self._read is not None and not self._failing
-
     async def run(self, every_seconds: float) -> None:
         """Refresh for ever; an outage is logged when it begins and when it ends."""
         while True:

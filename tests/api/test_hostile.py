@@ -133,6 +133,16 @@ DUPLICATES = [
     Case("key twice behind a zone", _option().replace(b'00Z"', b'00+0530","size":2'), 422, "duplicate_key"),
 ]  # fmt: skip
 
+BEHIND_A_REFUSED_ENTRY = b'{"positions":[],"market":{"prices":{"A":-1}}'
+REFUSED_ENTRIES = [
+    Case("an entry, then nothing", BEHIND_A_REFUSED_ENTRY + b",", 400, "not_json"),
+    Case("an entry, then its object again", BEHIND_A_REFUSED_ENTRY + b',"market":{"prices":{}}}', 422, "duplicate_key"),
+    Case("an entry, then null for it", BEHIND_A_REFUSED_ENTRY + b',"market":null}', 422, "duplicate_key"),
+    Case("an entry, then no UTF-8", BEHIND_A_REFUSED_ENTRY + b',"\xff":1}', 400, "not_json"),
+    Case("an entry, then 5,000 digits", BEHIND_A_REFUSED_ENTRY + b',"x":' + b"9" * 5_000 + b"}", 400, "not_json"),
+    Case("an entry", BEHIND_A_REFUSED_ENTRY + b"}", 422, "invalid_value", "/market/prices/A"),
+]
+
 SHAPES = [
     Case("null", b"null", 422, "invalid_value", ""),
     Case("array", b"[]", 422, "invalid_value", ""),
@@ -225,7 +235,7 @@ MEANING = [
          "/scenarios/0/price_move"),
 ]  # fmt: skip
 
-TABLE = [*NOT_JSON, *NUMBERS, *DUPLICATES, *SHAPES, *LIMITS, *MEANING]
+TABLE = [*NOT_JSON, *NUMBERS, *DUPLICATES, *REFUSED_ENTRIES, *SHAPES, *LIMITS, *MEANING]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
@@ -285,6 +295,24 @@ async def test_body_over_the_limit_with_and_without_its_length(shared: Service) 
 async def test_a_body_of_just_the_limit_is_read(shared: Service) -> None:
     answer = await shared.post(MARGIN, content=_positions().ljust(2_000_000))
     assert answer.status_code == 200
+
+
+async def test_work_past_the_limit_is_refused(shared: Service) -> None:
+    """A few kilobytes can ask for minutes of work under portfolio margin: they are refused before any is done."""
+    options = [OPTION | {"underlying": f"A{i}"} for i in range(200)]
+    prices = {f"A{i}": 61_000 for i in range(200)}
+    body = _positions(*options, market={"prices": prices}, settings={"margin_mode": "portfolio"})
+    problem(await shared.post(MARGIN, content=body), 422, "too_much_work", "/positions")
+
+
+async def test_options_of_one_underlying_are_one_underlying(shared: Service) -> None:
+    options = [OPTION | {"symbol": f"BTC-{i}"} for i in range(501)]
+    answer = await shared.post(MARGIN, content=_positions(*options, market={"prices": {"BTC": 61_000}}))
+    assert answer.status_code == 200
+
+
+async def test_a_cursor_is_text(shared: Service) -> None:
+    problem(await shared.get("/api/market/prices?cursor=%00"), 422, "invalid_parameter", "/cursor")
 
 
 async def test_a_refusal_costs_little_time(shared: Service) -> None:

@@ -138,8 +138,12 @@ class Book:
         own = row.get("mark_price")
         if own:
             return float(own)
-        alike = [r["mark_price"] for r in self.rows if r.get("symbol") == row["symbol"] and r.get("mark_price")]
+        alike = [r["mark_price"] for r in self.rows if self._marks(r, row)]
         return float(min(alike, default=0.0) or self.prices.get(row["symbol"]) or self.prices[underlying_of(row)])
+
+    def _marks(self, other: Row, row: Row) -> bool:
+        alike = other.get("symbol") == row["symbol"] and other.get("underlying") == row.get("underlying")
+        return bool(alike and other.get("mark_price") and other.get("size", 1.0) > 0)
 
     def _moved_row(self, row: Row, move: float) -> tuple[Row, float]:
         factor = 1 + move

@@ -165,7 +165,9 @@ class Reference:
                 rate=row.get("rate") or 0.0,
             )
             exposure = sign * units * contract.delta() * contract.forward
-            posted = initial * units * price
+            value = units * contract.value(contract.forward, contract.iv)
+            # a long option posts what it is worth, a short one its rate on the underlying on top of that
+            posted = value if sign > 0 else initial * units * price + value
             return Leg(
                 underlying,
                 units * price,

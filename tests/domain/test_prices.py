@@ -56,7 +56,9 @@ def test_the_assets_own_symbol_goes_before_its_perpetual_and_that_before_others(
     future, perpetual, spot = future | {"mark_price": 1.0}, perpetual | {"mark_price": 2.0}, spot | {"mark_price": 3.0}
     assert notional(call, future, perpetual, spot)[0] == 3.0
     assert notional(call, future, perpetual)[0] == 2.0
-    assert notional(call, future)[0] == 1.0
+    # the mark of a dated future prices its underlying only where nothing else does
+    assert notional(call, future)[0] == 50_000.0
+    assert Book(rows=(call, future), prices={}).quote().portfolio.notional[0] == 1.0
 
 
 def test_marks_of_one_symbol_count_in_any_order() -> None:
@@ -128,3 +130,16 @@ def test_a_position_of_the_wrong_form_is_refused(row: Row, name: str, code: str)
 def test_an_expired_option_is_refused(days: float) -> None:
     whole = book(BTC, option("BTC", "call", "long", 1.0, 50_000.0, days, 0.5))
     assert refused(whole) == [("/positions/1/expiry", "option_expired")]
+
+
+def test_a_flat_position_prices_nothing_but_itself() -> None:
+    held = (Holding("BTC", 1.0),)
+    flat = linear("BTC-PERP", "long", 0.0, mark_price=90_000.0)
+    with_flat, without = (Book(rows=rows, held=held, prices={}).quote(stored=STORED) for rows in ((flat,), ()))
+    assert with_flat.equity == without.equity
+
+
+def test_the_mark_of_a_dated_future_does_not_go_before_the_stored_price() -> None:
+    made_up = linear("BTC-FOO", "long", 1e-9, mark_price=1e9)
+    quote = Book(rows=(made_up,), held=(Holding("BTC", 1.0),), prices={}).quote(stored=STORED)
+    assert quote.prices["BTC"].source == "stored"

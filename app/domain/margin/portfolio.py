@@ -8,7 +8,6 @@ credit than a concentration is charged. The same-cell scan over all underlyings 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -42,12 +41,15 @@ _DOWN = slice(0, 13)
 _UP = slice(10, 23)
 
 
-@lru_cache(maxsize=256)
 def cells(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
     """Return the 23 cells over each underlying's ranges: a tail, 7 prices x 3 volatilities, the other tail."""
-    multiples = np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES
-    weights = np.where(_TAIL, models.portfolio_tail_weight, 1.0)
-    return scan(table.price_range, table.volatility_range, multiples, _VOLS, weights, term_scaled=True)
+
+    def make() -> ScenarioGrid:
+        multiples = np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES
+        weights = np.where(_TAIL, models.portfolio_tail_weight, 1.0)
+        return scan(table.price_range, table.volatility_range, multiples, _VOLS, weights, term_scaled=True)
+
+    return table.derived(("cells", models), make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +101,23 @@ def signed_correlation(directional: Floats, stress: Floats, hedge: Floats) -> Fl
     return np.where(offset, hedge, stress)
 
 
-def join(losses: Sides, stress: Floats, hedge: Floats) -> Joint:
+def join(losses: Sides, table: Underlyings) -> Joint:
     """Return the joined loss; a ρ' (or ρ) that is no correlation matrix is replaced by the nearest one."""
     directional, two_sided = losses.directional, losses.two_sided
-    signed = signed_correlation(directional, stress, hedge)
-    first, by_directional, signed_distance = _norm(directional, signed)
-    second, by_two_sided, stress_distance = _norm(two_sided, stress)
+    signed = signed_correlation(directional, table.stress, table.hedge)
+    first, by_directional, signed_distance = _norm(directional, signed, table)
+    second, by_two_sided, stress_distance = _norm(two_sided, table.stress, table)
     return Joint(first + second, by_directional, by_two_sided, max(signed_distance, stress_distance))
 
 
-def _norm(vector: Floats, matrix: Floats) -> tuple[float, Floats, float]:
+def _norm(vector: Floats, matrix: Floats, table: Underlyings) -> tuple[float, Floats, float]:
     """Return √(x'Mx), its gradient and the distance of the repair; zeros of x need no correlation."""
     gradient = np.zeros_like(vector)
     live = np.flatnonzero(vector)
     if not live.size:
         return 0.0, gradient, 0.0
     x = vector[live]
-    part, distance = _repaired(matrix if live.size == vector.size else matrix[np.ix_(live, live)])
+    part, distance = _repaired(matrix if live.size == vector.size else matrix[np.ix_(live, live)], table)
     product = part @ x
     norm = float(np.sqrt(max(0.0, float(x @ product))))
     if norm > 0.0:
@@ -123,7 +125,7 @@ def _norm(vector: Floats, matrix: Floats) -> tuple[float, Floats, float]:
     return norm, gradient, distance
 
 
-def _repaired(matrix: Floats) -> tuple[Floats, float]:
+def _repaired(matrix: Floats, table: Underlyings) -> tuple[Floats, float]:
     if is_positive_semidefinite(matrix):
         return matrix, 0.0
     if len(matrix) > REPAIR_SIZE_MAX:
@@ -132,7 +134,8 @@ def _repaired(matrix: Floats) -> tuple[Floats, float]:
             "correlation_not_repairable",
             f"the correlation matrix is not positive semidefinite and has over {REPAIR_SIZE_MAX} underlyings",
         )
-    nearest = nearest_correlation(matrix)
+    # along a move the signs of the losses, and with them the matrix, hardly ever change
+    nearest = table.derived(("repaired", matrix.tobytes()), lambda: nearest_correlation(matrix))
     return nearest, float(np.linalg.norm(nearest - matrix))
 
 
@@ -196,7 +199,7 @@ def _scan(portfolio: Portfolio, models: ModelParameters) -> _Scan:
     pnl, each_option = pnl_by_underlying(portfolio, grid)
     pnl = pnl * grid.weights
     total, losses = pnl.sum(axis=0), sides(pnl)
-    joint = join(losses, table.stress, table.hedge)
+    joint = join(losses, table)
     return _Scan(grid, pnl, each_option, total, losses, joint, int(worst_scenarios(total)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -48,16 +47,18 @@ def _charge_columns(charges: Sequence[SpanCharges]) -> dict[str, Floats]:
     return {name: np.array([getattr(c, name) for c in charges]) for name in SpanCharges.__slots__}
 
 
-@lru_cache(maxsize=256)
 def _grid(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
     scenarios = span_scenarios(1.0, models.span_tail_multiple, models.span_tail_weight)
-    return scan(
-        table.price_range,
-        table.volatility_range,
-        np.array([s.price_move for s in scenarios]),
-        np.array([s.vol_move for s in scenarios]),
-        np.array([s.weight for s in scenarios]),
-        term_scaled=False,
+    return table.derived(
+        ("span", models),
+        lambda: scan(
+            table.price_range,
+            table.volatility_range,
+            np.array([s.price_move for s in scenarios]),
+            np.array([s.vol_move for s in scenarios]),
+            np.array([s.weight for s in scenarios]),
+            term_scaled=False,
+        ),
     )
 
 
