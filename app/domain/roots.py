@@ -184,6 +184,9 @@ def nearest_root(
 
 
 def _refine_one_by_one(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:
+    ends = [float(surplus(np.array([x]))[0]) for x in (low, high)]
+    if (ends[0] < 0.0) == (ends[1] < 0.0):
+        return _flat_root(low, high, *ends)
     return brentq(lambda x: float(surplus(np.array([x]))[0]), low, high, xtol=1e-14, rtol=1e-14)
 
 
@@ -194,6 +197,14 @@ def _refine_at_once(surplus: Callable[[Floats], Floats], low: float, high: float
         points = np.linspace(low, high, _REFINE_POINTS)
         values = surplus(points)
         signs = np.signbit(values)
-        i = int(np.argmax(signs[:-1] != signs[1:]))
+        crossing = np.flatnonzero(signs[:-1] != signs[1:])
+        if not crossing.size:
+            return _flat_root(low, high, float(values[0]), float(values[-1]))
+        i = int(crossing[0])
         low, high, left, right = (float(v) for v in (points[i], points[i + 1], values[i], values[i + 1]))
     return low - left * (high - low) / (right - left)
+
+
+def _flat_root(low: float, high: float, left: float, right: float) -> float:
+    """Return the end nearer to zero: where the grid saw a crossing that is gone here, rounding made it."""
+    return low if abs(left) <= abs(right) else high
