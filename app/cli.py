@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,9 @@ from app.telemetry import configure_logging
 
 # What serves imports the web framework, what quotes imports the risk core: each command imports its own,
 # so that `primerisk settings` answers at once.
+
+# Before numpy is loaded: on matrices as small as ours its threads only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 cli = typer.Typer(
     add_completion=False,

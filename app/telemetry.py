@@ -105,3 +105,5 @@ def configure_logging(level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # it says on each look at the revision that it looked
+    logging.getLogger("alembic").setLevel(logging.WARNING)

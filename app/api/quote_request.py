@@ -218,7 +218,8 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     scenario_set, scenarios = _scenarios(body.scenarios)
     positions = position_terms(body.positions)
     _check_positions(positions, parameters, limits, quote_time(body, now))
-    _check_work(estimated_work(positions, parameters, mode), limits)
+    repairs = market is not None and not (market.correlation is None and market.hedge_correlation is None)
+    _check_work(estimated_work(positions, parameters, mode, repairs=repairs), limits)
     return QuoteTerms(
         positions=positions,
         collateral=_holdings(body.collateral, "/collateral"),
@@ -272,10 +273,13 @@ def _underlyings(terms: PositionTerms, parameters: MarketParameters) -> int:
     return len({u if u is not None else parameters.underlying_of(s or "") for s, u in markets})
 
 
-def estimated_work(terms: PositionTerms, parameters: MarketParameters, mode: MarginMode) -> float:
+def estimated_work(
+    terms: PositionTerms, parameters: MarketParameters, mode: MarginMode, *, repairs: bool = False
+) -> float:
     """Return roughly the milliseconds of one core that a quote takes, from what was measured on small machines.
 
-    Under portfolio margin every move of the liquidation search is a margin assessment of its own.
+    Under portfolio margin every move of the liquidation search is a margin assessment of its own; with correlations of
+    the request's own (`repairs`) each may need its matrix repaired.
     """
     options = len(terms) - terms.strike.count(None) if any(terms.strike) else 0
     once = 0.5 + len(terms) * 0.002 + options * 0.06
@@ -283,7 +287,7 @@ def estimated_work(terms: PositionTerms, parameters: MarketParameters, mode: Mar
         return once
     underlyings = _underlyings(terms, parameters)
     curved = options or any(terms.gamma) or any(terms.vega)
-    assessment = 0.25 + len(terms) * 0.0005 + options * 0.002 + underlyings**2 * 0.0001
+    assessment = 0.25 + len(terms) * 0.0005 + options * 0.002 + underlyings**2 * (0.005 if repairs else 0.0001)
     return once + (underlyings + 1) * (110 if curved else 22) * assessment
 
 

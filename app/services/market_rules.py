@@ -82,6 +82,7 @@ _MODEL_RANGES = {
     "term_power_short": _FRACTION,
     "term_power_long": _FRACTION,
     "span_tail_weight": _FRACTION,
+    "span_initial_factor": Range(1, 1e15, low_open=False),
     "recall_haircut": _MOVE,
     "target_utilization": _FRACTION_ABOVE_0,
     "gate_utilization": _FRACTION_ABOVE_0,
