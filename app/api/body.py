@@ -84,10 +84,10 @@ class Body(Generic[T]):
         except RecursionError:
             raise _too_deep() from None
         if _may_hide_keys(raw, value):
-            _check_keys(_parse(raw))
+            _second_look(raw, "the body holds a number that is too long")
         return value
 
-    def _refused(self, raw: bytes, text: str) -> InvalidError | BadRequestError:
+    def _refused(self, raw: bytes, text: str) -> InvalidError:
         """Return the refusal with a pointer to the field, taken from the decoder's message."""
         match = _PATH.match(text)
         message, path = (match["message"], match["path"] or "") if match else (text, "")
@@ -103,19 +103,12 @@ class Body(Generic[T]):
             return self._refused_entry(raw, steps, code, message)
         return invalid(pointer_to(*steps), code, _cut(message))
 
-    def _refused_entry(self, raw: bytes, steps: list[str], code: str, message: str) -> InvalidError | BadRequestError:
+    def _refused_entry(self, raw: bytes, steps: list[str], code: str, message: str) -> InvalidError:
         """Return the refusal of an object's entry, whose key the decoder leaves out: it is looked for.
 
         The decoder stopped there, so that what follows may be no JSON, or hold the same keys again.
         """
-        try:
-            document = _parse(raw)
-            _check_keys(document)
-        except InvalidError as error:
-            return error
-        except ValueError:
-            return BadRequestError(detail="the body is malformed", code="not_json")
-        plain = _plain(document)
+        plain = _plain(_second_look(raw, "the body is malformed"))
         while _ANY_KEY in steps:
             at = steps.index(_ANY_KEY)
             steps[at] = self._refused_key(plain, steps[:at])
@@ -169,15 +162,19 @@ def _parse(raw: bytes) -> Any:
         raise _too_deep() from None
 
 
-def _malformed(raw: bytes, message: str) -> BadRequestError | InvalidError:
-    """Tell a body with NaN or Infinity, which other encoders emit, from one that is no JSON at all."""
+def _second_look(raw: bytes, message: str) -> Any:
+    """Return the document, in which no key stands twice. Raises InvalidError, or BadRequestError with the message."""
     try:
         document = _parse(raw)
-        _check_keys(document)
-    except InvalidError as error:
-        return error
     except ValueError:
-        return BadRequestError(detail=message, code="not_json")
+        raise BadRequestError(detail=message, code="not_json") from None
+    _check_keys(document)
+    return document
+
+
+def _malformed(raw: bytes, message: str) -> BadRequestError | InvalidError:
+    """Tell a body with NaN or Infinity, which other encoders emit, from one that is no JSON at all."""
+    document = _second_look(raw, message)
     for value, path in _walk(document):
         if isinstance(value, float) and not math.isfinite(value):
             return invalid(pointer_to(*_steps(path)), "not_finite", "a number must be finite")

@@ -344,3 +344,10 @@ async def test_writers_of_prices_in_any_order(service: Service) -> None:
     posts = [_post(service, dict.fromkeys(names[:: (1, -1)[i % 2]], 1 + i)) for i in range(10)]
     replies = await asyncio.gather(*posts)
     assert all(reply["accepted"] + reply["ignored"] == 500 for reply in replies)
+
+
+@SHARED
+async def test_a_number_of_5_000_digits_beside_an_escape_is_refused(shared: Service) -> None:
+    """The escape asks for a second look, whose parser takes no number of that length."""
+    answer = await shared.post(PRICES, key="market", content=b'{"prices":{"A\\u0042":' + b"9" * 5_000 + b"}}")
+    problem(answer, 400, "not_json")
