@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import repeat
@@ -21,6 +21,7 @@ from app.domain.parameters import CorrelationTable, HealthPolicy, MarketParamete
 from app.domain.portfolio import Portfolio
 from app.domain.prices import Price
 from app.domain.quote import MarginQuote
+from app.domain.terms import REMEMBERED_MARKETS_MAX
 
 
 class PositionOut(Struct, gc=False):
@@ -209,24 +210,38 @@ def _age(price: Price, now: datetime) -> float:
 
 def _parameters(quote: MarginQuote, terms: MarginTerms) -> dict[str, Any]:
     parameters = terms.parameters
-    names = dict.fromkeys([*quote.portfolio.underlyings.names, *quote.collateral.assets])
+    names = tuple(dict.fromkeys([*quote.portfolio.underlyings.names, *quote.collateral.assets]))
+    symbols = tuple(dict.fromkeys(quote.portfolio.symbols))
+    # the books that agents keep asking for are on the same few markets: their parameters are encoded once
+    key = ("reply", names, symbols) if len(names) + len(symbols) <= REMEMBERED_MARKETS_MAX else None
+    figures = _figures(names, symbols, parameters)
     return {
         "version": parameters.version,
         "regime": terms.regime,
-        "assets": {name: parameters.asset(name) for name in names},
-        "instruments": {
-            symbol: parameters.instruments[symbol]
-            for symbol in dict.fromkeys(quote.portfolio.symbols)
-            if symbol in parameters.instruments
-        },
-        "stress_correlation": _correlation(parameters.stress, names),
-        "hedge_correlation": _correlation(parameters.hedge, names),
+        **(figures() if key is None else parameters.remembered(key, figures)),
         "models": _encoded(parameters.models),
         "settings": _encoded(parameters.policy),
     }
 
 
-def _correlation(table: CorrelationTable, names: Mapping[str, None]) -> dict[str, Any]:
+def _figures(
+    names: Sequence[str], symbols: Sequence[str], parameters: MarketParameters
+) -> Callable[[], dict[str, msgspec.Raw]]:
+    """Return what makes the JSON of the parameters of these assets and symbols."""
+
+    def make() -> dict[str, msgspec.Raw]:
+        shown = {
+            "assets": {name: parameters.asset(name) for name in names},
+            "instruments": {s: parameters.instruments[s] for s in symbols if s in parameters.instruments},
+            "stress_correlation": _correlation(parameters.stress, names),
+            "hedge_correlation": _correlation(parameters.hedge, names),
+        }
+        return {name: msgspec.Raw(encoder.encode(value)) for name, value in shown.items()}
+
+    return make
+
+
+def _correlation(table: CorrelationTable, names: Sequence[str]) -> dict[str, Any]:
     pairs = {f"{a}:{b}": rho for (a, b), rho in table.pairs.items() if a in names and b in names}
     return {"pairs": pairs, "other": table.other}
 

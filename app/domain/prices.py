@@ -63,8 +63,11 @@ class PriceFinder:
 
     def known(self, name: str) -> float | None:
         """Return an asset's price where there is one, without an error."""
-        price = self._asset(name)
-        return None if price is None else self.asset(name, "")
+        price = self.used.get(name) or self._asset(name)
+        if price is None:
+            return None
+        self.used[name] = price
+        return price.value
 
     def _asset(self, name: str) -> Price | None:
         if name in self.requested:

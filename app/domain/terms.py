@@ -33,7 +33,7 @@ REMEMBERED_MARKETS_MAX = 64
 _SIGN = {"long": 1.0, "short": -1.0, None: np.nan, "call": 1.0, "put": -1.0}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class PositionTerms:
     """Positions as columns of n values, None where a caller left one out.
 
@@ -65,20 +65,21 @@ class PositionTerms:
     def __len__(self) -> int:
         return len(self.symbol)
 
+    @cached_property
+    def given(self) -> frozenset[str]:
+        """The columns that any row gives: of a usual book six out of twenty."""
+        columns = vars(self).items()
+        return frozenset([name for name, values in columns if any(values) or values.count(None) != len(values)])
 
-def _given(column: Sequence[Any]) -> bool:
-    """Whether any row gives this column; in C, and at once for the usual columns."""
-    return any(column) or column.count(None) != len(column)
-
-
-def _floats(column: Sequence[float | None], default: float = np.nan) -> Floats:
-    """Return the column with `default` for what was left out."""
-    if not _given(column):
-        return np.full(len(column), default)
-    values = np.array(column, dtype=np.float64)
-    if not np.isnan(default):
-        values[np.isnan(values)] = default
-    return values
+    def floats(self, name: str, default: float = np.nan) -> Floats:
+        """Return a column of numbers (n,) with `default` for what was left out."""
+        if name not in self.given:
+            return np.full(len(self), default)
+        column: Sequence[float | None] = getattr(self, name)
+        values = np.array(column, dtype=np.float64)
+        if None in column:  # it became NaN
+            values[np.isnan(values)] = default
+        return values
 
 
 def _flags(column: Sequence[Any]) -> Flags:
@@ -104,17 +105,16 @@ class _Kinds:
 
 
 def _kinds(terms: PositionTerms) -> _Kinds:
-    option = _any_flags(len(terms), (terms.strike, terms.type, terms.expiry))
-    greeks = _any_flags(len(terms), (terms.notional, terms.delta, terms.gamma, terms.vega))
+    option = _any_flags(terms, ("strike", "type", "expiry"))
+    greeks = _any_flags(terms, ("notional", "delta", "gamma", "vega"))
     return _Kinds(option, greeks & ~option)
 
 
-def _any_flags(count: int, columns: Sequence[Sequence[Any]]) -> Flags:
+def _any_flags(terms: PositionTerms, names: Sequence[str]) -> Flags:
     """Return the rows (n,) that give any of the columns."""
-    flags = np.zeros(count, dtype=np.bool_)
-    for column in columns:
-        if _given(column):
-            flags |= _flags(column)
+    flags = np.zeros(len(terms), dtype=np.bool_)
+    for name in terms.given.intersection(names):
+        flags |= _flags(getattr(terms, name))
     return flags
 
 
@@ -143,9 +143,8 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
                 absent = mask & ~_flags(column)
                 errors += [_field(i, name, "missing", f"a {kind} position needs {name}") for i in _first(absent)]
         for name in _FOREIGN[kind]:
-            column = getattr(terms, name)
-            if _given(column):
-                extra = mask & _flags(column)
+            if name in terms.given:
+                extra = mask & _flags(getattr(terms, name))
                 errors += [_field(i, name, "not_allowed", f"a {kind} position takes no {name}") for i in _first(extra)]
     if "short" in terms.side:
         short = kinds.greeks & np.array([side == "short" for side in terms.side], dtype=np.bool_)
@@ -225,9 +224,9 @@ def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Fl
     One mark for all the rows of a market that give none, so that the order of the rows does not matter.
     """
     lowest = np.full(len(markets.symbols), np.inf)
-    if _given(terms.mark_price):
+    if "mark_price" in terms.given:
         # a flat row prices nothing but itself
-        is_open = np.flatnonzero(_floats(terms.size, 1.0) > 0.0)
+        is_open = np.flatnonzero(terms.floats("size", 1.0) > 0.0)
         np.fmin.at(lowest, code[is_open], marks[is_open])
     return lowest
 
@@ -257,7 +256,7 @@ def build_portfolio(
     kinds = _kinds(terms)
     _check_columns(terms, kinds)
     code, markets = _markets(terms, parameters)
-    given_marks = _floats(terms.mark_price)
+    given_marks = terms.floats("mark_price")
     lowest = _lowest_marks(terms, code, markets, given_marks)
     prices.marks, prices.other_marks = _asset_marks(markets, lowest)
     marks = given_marks
@@ -274,11 +273,11 @@ def build_portfolio(
         notional = units * marks
         options = _options(terms, kinds.option, underlying, side * units, under_prices, parameters.models, now)
     if kinds.any_greeks:
-        notional = np.where(kinds.greeks, _floats(terms.notional, 0.0), notional)
-        delta = np.where(kinds.greeks, _floats(terms.delta), delta)
+        notional = np.where(kinds.greeks, terms.floats("notional", 0.0), notional)
+        delta = np.where(kinds.greeks, terms.floats("delta"), delta)
     if len(options):
         delta = _with_option_delta(delta, notional, options)
-    gamma, vega = _floats(terms.gamma, 0.0), _floats(terms.vega, 0.0)
+    gamma, vega = terms.floats("gamma", 0.0), terms.floats("vega", 0.0)
     if np.count_nonzero(notional) < len(notional):
         markets = _without_flat(markets, code, notional > 0.0)
     return Portfolio(
@@ -294,7 +293,7 @@ def build_portfolio(
         maintenance_rate=markets.maintenance_rate[code],
         is_option=kinds.option,
         isolated=_isolated(terms.margin_mode),
-        allocated=_floats(terms.allocated_collateral),
+        allocated=terms.floats("allocated_collateral"),
         options=options,
         underlyings=markets.table,
         prices=under_prices,
@@ -304,10 +303,10 @@ def build_portfolio(
 def _units(terms: PositionTerms, code: Rows, markets: _Markets) -> Floats:
     """Return size x contract size (n,); a contract size beside the position goes before its market's."""
     contract = markets.contract_size[code]
-    if _given(terms.contract_size):
-        own = _floats(terms.contract_size)
+    if "contract_size" in terms.given:
+        own = terms.floats("contract_size")
         contract = np.where(np.isnan(own), contract, own)
-    return _floats(terms.size, 0.0) * contract
+    return terms.floats("size", 0.0) * contract
 
 
 def _labels(terms: PositionTerms, kinds: _Kinds, code: Rows, markets: _Markets) -> tuple[str, ...]:
@@ -360,9 +359,9 @@ def _underlying_prices(kinds: _Kinds, markets: _Markets, prices: PriceFinder, un
 
 def _unrealized_pnl(terms: PositionTerms, kinds: _Kinds, units: Floats, marks: Floats) -> Floats:
     """Return signed units x (mark - entry) of linear rows that give an entry price, else 0."""
-    if not _given(terms.entry_price):
+    if "entry_price" not in terms.given:
         return np.zeros(len(units))
-    entry = _floats(terms.entry_price)
+    entry = terms.floats("entry_price")
     unknown = np.isnan(entry) | ~kinds.linear
     pnl: Floats = units * (marks - entry)
     pnl[unknown] = 0.0
@@ -371,9 +370,9 @@ def _unrealized_pnl(terms: PositionTerms, kinds: _Kinds, units: Floats, marks: F
 
 def _initial_rate(terms: PositionTerms, rate: Floats) -> Floats:
     """Return max(market rate, 1/leverage): a position's own leverage only raises it."""
-    if not _given(terms.leverage):
+    if "leverage" not in terms.given:
         return rate
-    return np.maximum(rate, 1.0 / _floats(terms.leverage, np.inf))
+    return np.maximum(rate, 1.0 / terms.floats("leverage", np.inf))
 
 
 def _with_option_delta(delta: Floats, notional: Floats, options: Options) -> Floats:
@@ -402,7 +401,7 @@ def _options(
     rows = np.flatnonzero(mask)
     rows = rows[np.argsort(underlying[rows], kind="stable")]
     years = _years(terms, rows, now)
-    forward = _floats(terms.forward)[rows]
+    forward = terms.floats("forward")[rows]
     forward = np.where(np.isnan(forward), under_prices[underlying[rows]], forward)
     days = years * YEAR_DAYS
     table = Options(
@@ -410,10 +409,10 @@ def _options(
         underlying=underlying[rows],
         quantity=quantity[rows],
         forward=forward,
-        strike=_floats(terms.strike)[rows],
+        strike=terms.floats("strike")[rows],
         years=years,
-        iv=_floats(terms.iv)[rows],
-        discount=np.exp(-_floats(terms.rate, 0.0)[rows] * years),
+        iv=terms.floats("iv")[rows],
+        discount=np.exp(-terms.floats("rate", 0.0)[rows] * years),
         sign=np.array([_SIGN[terms.type[i]] for i in rows.tolist()], dtype=np.float64),
         term=black76.term_factor(days, models.term_days, models.term_power_short, models.term_power_long),
         value=np.empty(len(rows)),
