@@ -16,9 +16,10 @@ PrimeriskError
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,16 @@ class FieldError:
 
 @dataclass(eq=False)
 class PrimeriskError(Exception):
-    """Base of every error that a caller is meant to see; `detail` never carries a secret or SQL."""
+    """Base of every error that a caller is meant to see; `detail` never carries a secret or SQL.
+
+    `figures` are members of the problem document beyond the usual ones, such as a shortfall.
+    """
 
     detail: str
     code: str = "error"
     errors: tuple[FieldError, ...] = ()
     headers: dict[str, str] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     status = 500
     title = "Error"

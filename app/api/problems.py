@@ -30,6 +30,7 @@ def problem_response(error: PrimeriskError) -> Response:
         "code": error.code,
         "request_id": telemetry.request_id.get(),
         "errors": error.errors,
+        **error.figures,
     }
     return Response(encoder.encode(body), error.status, error.headers, MEDIA_TYPE)
 

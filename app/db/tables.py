@@ -9,11 +9,14 @@ from __future__ import annotations
 from sqlalchemy import (
     DDL,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
     ForeignKey,
+    Identity,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
     Numeric,
@@ -21,14 +24,21 @@ from sqlalchemy import (
     Text,
     event,
     func,
+    text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 SYMBOL_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}"
 """Assets and instruments; read alike by Python's and Postgres's regular expressions."""
 
 OTHER_PAIR = "*"
 """Both halves of the correlation row that stands for every pair that is not listed."""
+
+SERVICE_PATTERN = "[a-z][a-z0-9_]{0,31}"
+"""Services that book against an agent's wallet: trading, escrow, casino, domains and others."""
+
+HOUSE = "house"
+"""The owner, in the ledger, of what is not an agent's: the outside world, the other side of profit and loss."""
 
 PARAMETERS = "parameters"
 PRICES = "prices"
@@ -222,14 +232,234 @@ market_prices = Table(
     info={"owner": "market"},
 )
 
+# One minute of a symbol's posted prices, by the time that they are dated.
+price_bars = Table(
+    "price_bars",
+    metadata,
+    _key("symbol"),
+    Column("minute", DateTime(timezone=True), primary_key=True),
+    _number("open"),
+    _number("high"),
+    _number("low"),
+    _number("close"),
+    _moment("opened_at"),
+    _moment("closed_at"),
+    _check("prices", "low > 0 AND low <= open AND low <= close AND open <= high AND close <= high AND high < 1e15"),
+    _check("times", "minute <= opened_at AND opened_at <= closed_at"),
+    info={"owner": "price_history"},
+)
+
+# The row of an agent's book that whoever changes the book locks first; `version` counts the changes.
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("agent_id", Text, ForeignKey("agents.id"), primary_key=True),
+    Column("margin_mode", Text, nullable=False, server_default="cross"),
+    Column("execution", Text, nullable=False, server_default="book"),
+    Column("auto_liquidate", Boolean, nullable=False, server_default=text("true")),
+    Column("notice_delay_seconds", Integer, nullable=False, server_default=text("0")),
+    Column("grace_period_seconds", Integer, nullable=False, server_default=text("300")),
+    _number("trailing_stop", nullable=True),
+    _number("target_utilization", nullable=True),
+    _number("gate_utilization", nullable=True),
+    _number("breach_utilization", nullable=True),
+    _number("cure_utilization", nullable=True),
+    _number("stop_utilization", nullable=True),
+    _number("shortfall_utilization", nullable=True),
+    Column("version", BigInteger, nullable=False, server_default=text("0")),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _check("margin_mode", "margin_mode IN ('cross', 'isolated', 'portfolio')"),
+    _check("execution", "execution IN ('book', 'venue')"),
+    _check("delays", "notice_delay_seconds BETWEEN 0 AND 86400 AND grace_period_seconds BETWEEN 0 AND 86400"),
+    _check("trailing_stop", "trailing_stop > 0 AND trailing_stop < 1"),
+    _check("target_utilization", "target_utilization > 0 AND target_utilization <= 1"),
+    _check("gate_utilization", "gate_utilization > 0 AND gate_utilization <= 1"),
+    _check("breach_utilization", "breach_utilization > 0 AND breach_utilization <= 1"),
+    _check("cure_utilization", "cure_utilization > 0 AND cure_utilization <= 1"),
+    _check("stop_utilization", "stop_utilization > 0 AND stop_utilization <= 1"),
+    _check("shortfall_utilization", "shortfall_utilization > 0 AND shortfall_utilization <= 1"),
+    info={"owner": "accounts"},
+)
+
+# An agent's units of each asset: free to spend, reserved by a service, allocated to an isolated position, owed.
+balances = Table(
+    "balances",
+    metadata,
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), primary_key=True),
+    _key("asset"),
+    _key("bucket"),
+    _number("amount"),
+    _symbol("asset"),
+    _check("bucket", "bucket IN ('free', 'reserved', 'allocated', 'owed')"),
+    _check("amount", "amount >= 0 AND amount < 1e15 AND scale(amount) <= 18"),
+    info={"owner": "ledger"},
+)
+
+# Every move of money, out of one bucket into another: each row balances by itself. What is owed is a claim of the
+# house on the agent: the owed bucket grows by what leaves it.
+ledger_entries = Table(
+    "ledger_entries",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("batch", BigInteger, nullable=False),
+    _text("agent_id"),
+    _text("service"),
+    _text("kind"),
+    Column("reference", Text),
+    Column("idempotency_key", Text),
+    _text("actor"),
+    _moment("posted_at"),
+    _text("asset"),
+    _number("amount"),
+    _text("from_owner"),
+    _text("from_bucket"),
+    _text("to_owner"),
+    _text("to_bucket"),
+    _symbol("asset"),
+    _check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
+    _check("sides", "from_owner <> to_owner OR from_bucket <> to_bucket"),
+    _check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
+    Index("ledger_entries_from_owner_idx", "from_owner", "id"),
+    Index("ledger_entries_to_owner_idx", "to_owner", "id"),
+    info={"owner": "ledger"},
+)
+
+reservations = Table(
+    "reservations",
+    metadata,
+    _key("id"),
+    Column("seq", BigInteger, Identity(always=True), nullable=False),
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), nullable=False),
+    _text("service"),
+    _text("asset"),
+    _number("amount"),
+    _number("remaining"),
+    _number("settled"),
+    Column("reference", Text),
+    Column("reducible", Boolean, nullable=False),
+    _text("status"),
+    _created_at(),
+    _moment("closed_at", nullable=True),
+    _symbol("asset"),
+    _check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
+    _check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
+    _check("remaining", "remaining >= 0 AND settled >= 0 AND remaining + settled <= amount"),
+    _check("status", "status IN ('open', 'settled', 'released')"),
+    _check("closed", "(status = 'open') = (remaining > 0) AND (status = 'open') = (closed_at IS NULL)"),
+    Index("reservations_agent_id_idx", "agent_id", "seq"),
+    Index("reservations_open_idx", "agent_id", postgresql_where=text("status = 'open'")),
+    info={"owner": "wallet"},
+)
+
+# One position a symbol while it is open; entry_price is the average over what was opened.
+positions = Table(
+    "positions",
+    metadata,
+    _key("id"),
+    Column("seq", BigInteger, Identity(always=True), nullable=False),
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), nullable=False),
+    _text("symbol"),
+    _text("side"),
+    _number("size"),
+    _number("entry_price"),
+    _number("leverage", nullable=True),
+    _text("margin_mode"),
+    _number("allocated"),
+    _number("realized_pnl"),
+    Column("reducible", Boolean, nullable=False, server_default=text("true")),
+    _moment("opened_at"),
+    _moment("updated_at"),
+    _moment("closed_at", nullable=True),
+    _symbol("symbol"),
+    _check("side", "side IN ('long', 'short')"),
+    _check("size", "size >= 0 AND size < 1e15 AND scale(size) <= 18 AND (size > 0) = (closed_at IS NULL)"),
+    _check("entry_price", "entry_price > 0 AND entry_price < 1e15"),
+    _check("leverage", "leverage >= 1 AND leverage <= 1000"),
+    _check("margin_mode", "margin_mode IN ('pooled', 'isolated')"),
+    _check(
+        "allocated",
+        "allocated >= 0 AND allocated < 1e15 AND (margin_mode = 'isolated' AND size > 0 OR allocated = 0)",
+    ),
+    Index("positions_open_idx", "agent_id", "symbol", unique=True, postgresql_where=text("closed_at IS NULL")),
+    Index("positions_agent_id_idx", "agent_id", "seq"),
+    info={"owner": "positions"},
+)
+
+orders = Table(
+    "orders",
+    metadata,
+    _key("id"),
+    Column("seq", BigInteger, Identity(always=True), nullable=False),
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), nullable=False),
+    _text("symbol"),
+    _text("side"),
+    _number("size"),
+    _text("order_type"),
+    Column("reduce_only", Boolean, nullable=False),
+    _number("leverage", nullable=True),
+    Column("meta", JSONB),
+    _text("reason"),
+    _text("status"),
+    _number("fill_price", nullable=True),
+    _number("filled_size"),
+    _number("realized_pnl"),
+    Column("position_id", Text, ForeignKey("positions.id")),
+    _created_at(),
+    _symbol("symbol"),
+    _check("side", "side IN ('buy', 'sell')"),
+    _check("size", "size > 0 AND size < 1e15 AND scale(size) <= 18"),
+    _check("order_type", "order_type IN ('market')"),
+    _check("status", "status IN ('filled')"),
+    _check("fill", "filled_size >= 0 AND filled_size <= size AND fill_price > 0 AND fill_price < 1e15"),
+    Index("orders_agent_id_idx", "agent_id", "seq"),
+    info={"owner": "trading"},
+)
+
+# The answer to each request that a caller named with a key, stored with its effect.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    _key("caller"),
+    _key("key"),
+    _text("request"),
+    Column("body_sha256", LargeBinary, nullable=False),
+    Column("status", Integer),
+    Column("reply", LargeBinary),
+    _created_at(),
+    _check("key", "length(key) BETWEEN 1 AND 255"),
+    Index("idempotency_keys_created_at_idx", "created_at"),
+    info={"owner": "idempotency"},
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    _moment("at"),
+    _text("actor"),
+    Column("agent_id", Text),
+    _text("action"),
+    _text("subject"),
+    Column("detail", JSONB, nullable=False),
+    Index("audit_log_agent_id_idx", "agent_id", "id"),
+    info={"owner": "audit"},
+)
+
 APPEND_ONLY = (
     market_changes,
     asset_parameters,
     instrument_parameters,
     model_parameters,
     correlation_parameters,
+    ledger_entries,
+    audit_log,
 )
 
+event.listen(
+    metadata,
+    "before_create",
+    DDL("CREATE SEQUENCE ledger_batches"),  # type: ignore[no-untyped-call]
+)
 event.listen(
     metadata,
     "before_create",
