@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.api import market, ops, problems, quotes
+from app.api import account, market, ops, problems, quotes, trading, wallet
 from app.api.deps import Parts, RateLimiter
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.parts = parts
-    for router in (quotes.router, market.router, ops.router):
+    for router in (quotes.router, account.router, wallet.router, trading.router, market.router, ops.router):
         app.include_router(router)
     problems.install(app)
     app.add_exception_handler(RequestValidationError, _refused_parameters)

@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     price_age_seconds_max: Annotated[
         float, Field(gt=0, description="age past which a stored price is called stale")
     ] = 60.0
+    agents_may_deposit: Annotated[
+        bool, Field(description="whether agents book their own deposits; false: only admin keys do")
+    ] = True
     price_skew_seconds_max: Annotated[
         float, Field(ge=0, description="how far in the future a posted price may be dated")
     ] = 5.0

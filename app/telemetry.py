@@ -51,6 +51,12 @@ class Metrics:
         self.requests_under_way = Gauge(
             "primerisk_http_requests_under_way", "Requests being answered now.", registry=self.registry
         )
+        self.orders = Counter("primerisk_orders_total", "Orders by result.", ("result",), registry=self.registry)
+        self.idempotent_replays = Counter(
+            "primerisk_idempotent_replays_total",
+            "Requests answered again from their Idempotency-Key.",
+            registry=self.registry,
+        )
         self.quote_seconds = Histogram(
             "primerisk_quote_core_seconds",
             "Time of the risk core for one quote, by kind, without decoding and encoding.",

@@ -112,9 +112,12 @@ def _bearer(request: Request) -> str:
     return key.strip()
 
 
-async def body_of(request: Request, body: Body[T]) -> T:
-    """Return the request's body, decoded. Raises BadRequestError, InvalidError, PayloadTooLargeError."""
-    raw = await request.body()
+async def body_of(request: Request, body: Body[T], empty: bytes = b"") -> T:
+    """Return the request's body, decoded; `empty` stands in for none at all.
+
+    Raises BadRequestError, InvalidError, PayloadTooLargeError.
+    """
+    raw = await request.body() or empty
     if len(raw) > INLINE_BYTES_MAX:
         return await asyncio.to_thread(body.decode, raw)
     return body.decode(raw)

@@ -8,11 +8,28 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from app.api.account import AccountSettingsIn
 from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut, PricesPost
 from app.api.quote_request import MarginQuoteIn
+from app.api.trading import CollateralPost, OrderPost, ReducePost
+from app.api.wallet import AmountIn, PartIn, ReservationPost
 from app.errors import FieldError
 
-BODIES = (MarginQuoteIn, AssetPut, InstrumentPut, PricesPost, ParametersPut, CorrelationPut)
+BODIES = (
+    MarginQuoteIn,
+    AssetPut,
+    InstrumentPut,
+    PricesPost,
+    ParametersPut,
+    CorrelationPut,
+    AccountSettingsIn,
+    AmountIn,
+    ReservationPost,
+    PartIn,
+    OrderPost,
+    ReducePost,
+    CollateralPost,
+)
 _OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 
 

@@ -37,9 +37,6 @@ OTHER_PAIR = "*"
 SERVICE_PATTERN = "[a-z][a-z0-9_]{0,31}"
 """Services that book against an agent's wallet: trading, escrow, casino, domains and others."""
 
-HOUSE = "house"
-"""The owner, in the ledger, of what is not an agent's: the outside world, the other side of profit and loss."""
-
 PARAMETERS = "parameters"
 PRICES = "prices"
 

@@ -26,6 +26,11 @@ def round_owned(amount: Decimal, decimals: int) -> Decimal:
     return _quantize(amount, decimals, ROUND_FLOOR)
 
 
+def plain(amount: Decimal) -> Decimal:
+    """Return an amount with its digits alone: no trailing zeros, no exponent."""
+    return Decimal(f"{amount.normalize(_WIDE):f}")
+
+
 def to_float(amount: Decimal) -> float:
     """Return the nearest float; ValueError for NaN, an infinity, or a number past the floats."""
     value = float(amount)

@@ -10,7 +10,7 @@ import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.collateral import Collateral, CollateralTerms, value_collateral
-from app.domain.curves import Pool
+from app.domain.curves import AccountCurve, Pool
 from app.domain.health import Advisory, Health, Standing, advisories, assess
 from app.domain.liquidation import Distances, distances, isolated_roots
 from app.domain.margin.isolated import position_margin
@@ -63,43 +63,106 @@ class MarginQuote:
     prices: Mapping[str, Price]
 
 
-def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> MarginQuote:
-    """Return the quote at the stored and given prices. Raises InvalidError with pointers into the request."""
+@dataclass(frozen=True, slots=True)
+class AccountFigures:
+    """What an account comes to now, USD: a quote without other models and without liquidation prices."""
+
+    as_of: datetime
+    portfolio: Portfolio
+    collateral: Collateral
+    equity: float
+    unrealized_pnl: float
+    allocated: float
+    isolated: MarginResult
+    health: Health
+    eligible: bool
+    prices: Mapping[str, Price]
+
+    @property
+    def gross_notional(self) -> float:
+        """Sum of absolute exposures of all positions, isolated ones too, USD."""
+        return float(self.portfolio.gross.sum())
+
+
+def account_figures(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> AccountFigures:
+    """Return an account's figures at the stored prices. Raises InvalidError for a missing price."""
+    found = _assess(terms, stored, now, ())
+    return AccountFigures(
+        as_of=now,
+        portfolio=found.portfolio,
+        collateral=found.collateral,
+        equity=found.equity,
+        unrealized_pnl=found.unrealized_pnl,
+        allocated=_allocated(found.portfolio),
+        isolated=found.results["isolated"],
+        health=assess(found.standing, found.curve, terms.margin.parameters.policy),
+        eligible=found.equity >= terms.margin.parameters.models.portfolio_minimum_equity,
+        prices=found.prices,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Assessed:
+    """The common part of a quote and of an account's figures."""
+
+    portfolio: Portfolio
+    collateral: Collateral
+    results: Mapping[str, MarginResult]
+    curve: AccountCurve
+    standing: Standing
+    unrealized_pnl: float
+    equity: float
+    prices: Mapping[str, Price]
+
+
+def _assess(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime, models: Sequence[str]) -> _Assessed:
     parameters = terms.margin.parameters
     finder = PriceFinder(parameters, _requested(terms), stored)
     portfolio = build_portfolio(terms.positions, parameters, finder, now)
     if portfolio.any_isolated:
         portfolio = replace(portfolio, allocated=_allocations(portfolio))
     collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
-    wanted = dict.fromkeys([*terms.models, "isolated"])
+    wanted = dict.fromkeys([*models, "isolated"])
     results = {name: MODELS[name](portfolio, terms.margin) for name in wanted}
     pool = _pool(portfolio, collateral, terms)
-    curve = pool.curve()
-    standing = _standing(pool, results, portfolio)
-    policy = parameters.policy
-    distance = distances(curve, standing, len(portfolio.prices), policy.breach_utilization)
-    health = assess(standing, curve, policy)
     unrealized = float(portfolio.unrealized_pnl.sum())
-    equity = collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value
+    return _Assessed(
+        portfolio=portfolio,
+        collateral=collateral,
+        results=results,
+        curve=pool.curve(),
+        standing=_standing(pool, results, portfolio),
+        unrealized_pnl=unrealized,
+        equity=collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value,
+        prices=finder.used,
+    )
+
+
+def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> MarginQuote:
+    """Return the quote at the stored and given prices. Raises InvalidError with pointers into the request."""
+    found = _assess(terms, stored, now, terms.models)
+    portfolio, policy = found.portfolio, terms.margin.parameters.policy
+    distance = distances(found.curve, found.standing, len(portfolio.prices), policy.breach_utilization)
+    health = assess(found.standing, found.curve, policy)
     moves, breached = _position_moves(portfolio, distance, terms.margin)
     return MarginQuote(
         as_of=now,
         portfolio=portfolio,
-        collateral=collateral,
-        equity=equity,
-        unrealized_pnl=unrealized,
+        collateral=found.collateral,
+        equity=found.equity,
+        unrealized_pnl=found.unrealized_pnl,
         options_value=portfolio.options_value,
         allocated=_allocated(portfolio),
-        models={name: results[name] for name in terms.models},
-        isolated=results["isolated"],
-        capital_freed=_capital_freed(results, terms.models),
+        models={name: found.results[name] for name in terms.models},
+        isolated=found.results["isolated"],
+        capital_freed=_capital_freed(found.results, terms.models),
         health=health,
         distances=distance,
         liquidation_move=moves,
         breached=breached,
-        eligible=equity >= parameters.models.portfolio_minimum_equity,
-        advisories=advisories(collateral, health.gross_leverage, policy),
-        prices=finder.used,
+        eligible=found.equity >= terms.margin.parameters.models.portfolio_minimum_equity,
+        advisories=advisories(found.collateral, health.gross_leverage, policy),
+        prices=found.prices,
     )
 
 

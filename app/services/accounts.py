@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
 from sqlalchemy import func, insert, select, update
 
-from app.db.tables import agents, api_keys
+from app.db.tables import accounts, agents, api_keys
+from app.domain.money import to_decimal
 from app.errors import NotFoundError, UnauthorizedError, invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
     from datetime import datetime
     from pathlib import Path
 
@@ -86,6 +87,31 @@ async def require_agent(tx: Tx, agent_id: str) -> None:
     found = await tx.connection.execute(select(agents.c.id).where(agents.c.id == agent_id))
     if found.first() is None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
+
+
+# --- accounts
+
+
+async def lock_account(tx: Tx, agent_id: str) -> int:
+    """Lock an agent's book until the transaction ends, and return its new version. Raises NotFoundError.
+
+    Whoever changes a book holds this lock, so that changes go one by one and each is judged on what the last one
+    left. Several accounts are locked in the order of their ids.
+    """
+    columns = accounts.c
+    statement = update(accounts).where(columns.agent_id == agent_id)
+    statement = statement.values(version=columns.version + 1, updated_at=tx.now)
+    row = (await tx.connection.execute(statement.returning(columns.version))).first()
+    if row is None:
+        raise NotFoundError("There is no such agent.", code="agent_not_found")
+    version: int = row.version
+    return version
+
+
+async def put_account_settings(tx: Tx, agent_id: str, change: Mapping[str, object]) -> None:
+    """Set fields of an account's settings; the caller holds the lock and has checked them."""
+    exact = {name: to_decimal(value) if isinstance(value, float) else value for name, value in change.items()}
+    await tx.connection.execute(update(accounts).where(accounts.c.agent_id == agent_id).values(**exact))
 
 
 # --- keys

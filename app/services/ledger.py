@@ -18,11 +18,10 @@ from sqlalchemy import ARRAY, Numeric, Text, bindparam, insert, or_, select, tex
 from sqlalchemy import Sequence as DatabaseSequence
 
 from app.db.session import Tx
-from app.db.tables import HOUSE, balances, ledger_entries
+from app.db.tables import balances, ledger_entries
+from app.domain.moves import HOUSE, BalanceKey, Move, net_changes
 from app.errors import ConflictError, FieldError
 
-AgentBucket = Literal["free", "reserved", "allocated", "owed"]
-HouseBucket = Literal["external", "trading", "services", "deficit"]
 Kind = Literal[
     "deposit", "withdrawal", "reserve", "settle", "release", "allocate", "deallocate", "realized_pnl", "deficit"
 ]
@@ -30,24 +29,6 @@ Kind = Literal[
 ENTRIES_A_PAGE_MAX = 200
 
 _NEXT_BATCH = DatabaseSequence("ledger_batches").next_value()
-
-
-@dataclass(frozen=True, slots=True)
-class Purse:
-    """One bucket of one owner."""
-
-    owner: str
-    bucket: str
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """An amount > 0 of an asset that leaves one purse for another."""
-
-    asset: str
-    amount: Decimal
-    source: Purse
-    target: Purse
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +63,6 @@ class Entry:
     to_bucket: str
 
 
-def agent(agent_id: str, bucket: AgentBucket) -> Purse:
-    """Return a bucket of an agent."""
-    return Purse(agent_id, bucket)
-
-
-def house(bucket: HouseBucket) -> Purse:
-    """Return a bucket of the house."""
-    return Purse(HOUSE, bucket)
-
-
 _RAISE = text(
     """
     INSERT INTO balances AS held (agent_id, asset, bucket, amount)
@@ -121,7 +92,7 @@ async def post(tx: Tx, occasion: Occasion, moves: Sequence[Move]) -> int:
     """
     if not moves:
         raise ValueError("a batch has at least one move")
-    changes = _changes(moves)
+    changes = net_changes(moves)
     falling = {key: -change for key, change in changes.items() if change < 0}
     rising = {key: change for key, change in changes.items() if change > 0}
     if falling:
@@ -142,22 +113,7 @@ def insufficient_funds(detail: str, pointer: str = "/amount", **figures: Any) ->
     return ConflictError(detail, code="insufficient_funds", errors=(error,), figures=figures)
 
 
-def _changes(moves: Sequence[Move]) -> dict[tuple[str, str, str], Decimal]:
-    """Return the net change of each agent's bucket, in one order for all writers, without those that stay."""
-    changes: dict[tuple[str, str, str], Decimal] = {}
-    for move in moves:
-        if not move.amount > 0:
-            raise ValueError(f"a move of {move.amount}")
-        for purse, sign in ((move.source, -1), (move.target, 1)):
-            if purse.owner == HOUSE:
-                continue
-            owed = -1 if purse.bucket == "owed" else 1
-            key = (purse.owner, move.asset, purse.bucket)
-            changes[key] = changes.get(key, Decimal(0)) + sign * owed * move.amount
-    return dict(sorted(changes.items()))
-
-
-def _arrays(changes: Mapping[tuple[str, str, str], Decimal]) -> dict[str, list[Any]]:
+def _arrays(changes: Mapping[BalanceKey, Decimal]) -> dict[str, list[Any]]:
     return {
         "agents": [key[0] for key in changes],
         "assets": [key[1] for key in changes],
@@ -183,20 +139,6 @@ def _row(tx: Tx, batch: int, occasion: Occasion, move: Move) -> dict[str, Any]:
         "to_owner": move.target.owner,
         "to_bucket": move.target.bucket,
     }
-
-
-def pay_in(agent_id: str, asset: str, amount: Decimal, source: Purse, owed: Decimal) -> list[Move]:
-    """Return the moves that bring an amount to an agent: what it owes of the asset is paid first."""
-    back = min(owed, amount)
-    parts = ((back, agent(agent_id, "owed")), (amount - back, agent(agent_id, "free")))
-    return [Move(asset, part, source, target) for part, target in parts if part > 0]
-
-
-def take_out(agent_id: str, asset: str, amount: Decimal, target: Purse, free: Decimal) -> list[Move]:
-    """Return the moves that take an amount from an agent: what is free first, the rest is owed from then on."""
-    here = min(free, amount)
-    parts = ((here, agent(agent_id, "free")), (amount - here, agent(agent_id, "owed")))
-    return [Move(asset, part, source, target) for part, source in parts if part > 0]
 
 
 async def load_balances(tx: Tx, agent_id: str) -> dict[tuple[str, str], Decimal]:

@@ -180,6 +180,14 @@ async def list_prices(tx: Tx, limit: int, after: str = "") -> list[PostedPrice]:
     return [PostedPrice(**row) for row in rows.mappings()]
 
 
+async def load_posted(tx: Tx, symbols: Iterable[str]) -> dict[str, PostedPrice]:
+    """Return the latest prices of the symbols that have one, with their digits as posted."""
+    columns = market_prices.c
+    query = select(columns.symbol, columns.price, columns.as_of, columns.received_at)
+    rows = await tx.connection.execute(query.where(columns.symbol.in_([*symbols])))
+    return {row["symbol"]: PostedPrice(**row) for row in rows.mappings()}
+
+
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
     """Return a listed asset, current or as of a version; NotFoundError when it is not listed."""
     row = await _row_at(tx, asset_parameters, asset_parameters.c.asset == asset, at)

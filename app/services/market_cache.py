@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-    from app.db.session import Database
+    from app.db.session import Database, Tx
     from app.domain.prices import StoredPrice
 
 log = logging.getLogger(__name__)
@@ -87,12 +87,21 @@ class MarketCache:
 
     async def _read_changes(self, view: MarketView) -> MarketView:
         async with self._database.transaction("market-cache") as tx:
-            versions = await load_versions(tx)
-            parameters = view.parameters
-            if versions.parameters != parameters.version:
-                parameters = await load_parameters(tx, versions.parameters)
-            prices = view.prices
-            if versions.prices != view.price_version:
-                # Writers commit in the order of their versions, so none below the last one read can follow.
-                prices = MappingProxyType({**prices, **await load_prices(tx, after=view.price_version)})
-            return MarketView(parameters, prices, versions.prices, tx.now)
+            return await _newer(tx, view)
+
+    async def current(self, tx: Tx) -> MarketView:
+        """Return the market as a transaction sees it, for a decision: also what another process has just posted."""
+        return await _newer(tx, self.view)
+
+
+async def _newer(tx: Tx, view: MarketView) -> MarketView:
+    """Return the view with what was committed since it was read."""
+    versions = await load_versions(tx)
+    parameters = view.parameters
+    if versions.parameters != parameters.version:
+        parameters = await load_parameters(tx, versions.parameters)
+    prices = view.prices
+    if versions.prices != view.price_version:
+        # Writers commit in the order of their versions, so none below the last one read can follow.
+        prices = MappingProxyType({**prices, **await load_prices(tx, after=view.price_version)})
+    return MarketView(parameters, prices, versions.prices, tx.now)

@@ -1,0 +1,121 @@
+"""What routes share that act on an agent's book: whose book it is, the market to decide by, answers given once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any
+
+from fastapi import Depends, Query, Request
+from msgspec import Meta
+from starlette.responses import Response
+
+from app.api.body import encoder
+from app.api.deps import Parts, caller_of, parts_of
+from app.db.session import Tx
+from app.errors import ForbiddenError, NotFoundError, invalid
+from app.services import idempotency
+from app.services.accounts import Caller
+from app.services.idempotency import Answer, Named
+from app.services.margin import Scene
+
+PAGE_MAX = 200
+CURSOR_MAX = 2**63 - 1
+KEY_CHARACTERS_MAX = 255
+
+Label = Annotated[str, Meta(max_length=200, pattern="^[^\\x00]*$")]
+"""A caller's own words, kept as they are."""
+
+Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
+Cursor = Annotated[
+    int | None, Query(ge=0, le=CURSOR_MAX, description="next_cursor of the page before, which ended there")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose book a request acts on, and who acts."""
+
+    caller: Caller
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an effect answers."""
+
+    content: Any
+    status: int = 200
+
+
+async def _owner(
+    request: Request,
+    agent_id: Annotated[str | None, Query(max_length=64, description="whose book: for keys of an admin")] = None,
+) -> Owner:
+    """Return whose book it is: the key's own agent's, or any that an admin names.
+
+    Raises ForbiddenError, NotFoundError.
+    """
+    caller = await caller_of(request, "agent")
+    if agent_id is None and caller.agent_id is not None:
+        return Owner(caller, caller.agent_id)
+    if agent_id is not None and (agent_id == caller.agent_id or caller.may("admin")):
+        return Owner(caller, agent_id)
+    if caller.agent_id is not None:
+        raise NotFoundError("There is no such agent.", code="agent_not_found")
+    detail = "this is a key of the service: use an agent's key, or name the agent with ?agent_id= and an admin key"
+    raise ForbiddenError(detail, code="agent_key_needed")
+
+
+BookOwner = Annotated[Owner, Depends(_owner)]
+
+Effect = Callable[[Tx, Scene], Awaitable[Reply]]
+
+
+async def scene_of(parts: Parts, tx: Tx) -> Scene:
+    """Return the market as the transaction sees it."""
+    seconds = timedelta(seconds=parts.settings.price_age_seconds_max)
+    return Scene(await parts.market.current(tx), tx.now, seconds)
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the caller's name for the request. Raises InvalidError for one that is no printable ASCII."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not (1 <= len(key) <= KEY_CHARACTERS_MAX and key.isascii() and key.isprintable()):
+        detail = f"an Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable ASCII characters"
+        raise invalid("/headers/Idempotency-Key", "invalid_idempotency_key", detail)
+    return key
+
+
+async def once(request: Request, owner: Owner, effect: Effect) -> Response:
+    """Run an effect in one transaction, and answer when it is committed.
+
+    A request that carries an Idempotency-Key is done once: its answer is stored beside the effect and given again,
+    with the header Idempotency-Replayed, to every later request with the key. A refusal is not stored: nothing was
+    done, and the same request may pass later.
+    """
+    parts = parts_of(request)
+    key = idempotency_key(request)
+    named = None
+    if key is not None:
+        # the path without its query: the agent it may name is the caller of the key already
+        named = Named(owner.agent_id, key, f"{request.method} {request.url.path}", await request.body())
+    async with parts.database.transaction(owner.caller.key_id) as tx:
+        kept = None if named is None else await idempotency.claim(tx, named)
+        answer = kept or await _effect(tx, await scene_of(parts, tx), effect, named)
+    headers = {}
+    if kept is not None:
+        headers["Idempotency-Replayed"] = "true"
+        parts.metrics.idempotent_replays.inc()
+    return Response(answer.reply, answer.status, headers, "application/json")
+
+
+async def _effect(tx: Tx, scene: Scene, effect: Effect, named: Named | None) -> Answer:
+    reply = await effect(tx, scene)
+    answer = Answer(reply.status, encoder.encode(reply.content))
+    if named is not None:
+        await idempotency.keep(tx, named, answer)
+    return answer

@@ -1,0 +1,181 @@
+"""Orders, and what makes positions smaller or safer."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api import account_reply as replies
+from app.api import body as wire
+from app.api.booking import BookOwner, Cursor, Label, Limit, Reply, idempotency_key, once
+from app.api.deps import body_of, document, parts_of
+from app.db.session import Tx
+from app.domain.book import Book, OpenPosition, PositionMode
+from app.domain.parameters import MarginMode
+from app.domain.trade import Order
+from app.errors import PrimeriskError, invalid
+from app.services import positions, trading
+from app.services.margin import Scene
+from app.services.trading import Filled
+from app.services.wallet import Names
+
+router = APIRouter(prefix="/api", tags=["trading"])
+
+META_BYTES_MAX = 4_096
+LEVERAGE_MAX = 1_000
+FRACTION_DECIMALS_MAX = 18
+
+
+class OrderPost(wire.Request):
+    """POST /api/orders: a market order for `size` contracts, filled at the stored mark."""
+
+    symbol: str
+    side: Literal["buy", "sell"]
+    size: Decimal
+    order_type: Literal["market"] | None = None
+    reduce_only: bool | None = None
+    leverage: Decimal | None = None
+    margin_mode: MarginMode | None = None
+    meta: dict[str, Any] | None = None
+
+
+class ReducePost(wire.Request):
+    """POST /api/positions/{id}/reduce: a fraction in (0, 1] of the position or reservation."""
+
+    reduce_pct: Decimal
+    reason: Label | None = None
+
+
+class CollateralPost(wire.Request):
+    """POST /api/positions/{id}/collateral: USDC to add to an isolated position, or (negative) to take back."""
+
+    amount: Decimal
+    reference: Label | None = None
+
+
+_ORDER = wire.Body(OrderPost)
+_REDUCE = wire.Body(ReducePost)
+_COLLATERAL = wire.Body(CollateralPost)
+
+
+@router.post("/orders", openapi_extra=document("Send an order", request=OrderPost, scope="agent"))
+async def post_order(request: Request, owner: BookOwner) -> Response:
+    """Fill a market order, or refuse it with the shortfall and the largest size that would pass."""
+    asked = await body_of(request, _ORDER)
+    order = _order(asked)
+    named = Names(None, idempotency_key(request))
+
+    async def effect(tx: Tx, scene: Scene) -> Reply:
+        filled = await trading.submit(tx, scene, owner.agent_id, order, named, meta=asked.meta)
+        return Reply(_filled(filled, scene))
+
+    counter = parts_of(request).metrics.orders
+    try:
+        answer = await once(request, owner, effect)
+    except PrimeriskError:
+        counter.labels("refused").inc()
+        raise
+    counter.labels("filled").inc()
+    return answer
+
+
+@router.get("/orders", openapi_extra=document("Orders", scope="agent"))
+async def list_orders(request: Request, owner: BookOwner, limit: Limit = 200, cursor: Cursor = None) -> Response:
+    """List orders, newest first."""
+    async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
+        found = await trading.list_orders(tx, owner.agent_id, limit, cursor)
+    more = found[-1].seq if len(found) == limit else None
+    return wire.JsonResponse({"orders": [replies.stored_order(o) for o in found], "next_cursor": more})
+
+
+@router.get("/orders/{order_id}", openapi_extra=document("An order", scope="agent"))
+async def get_order(request: Request, owner: BookOwner, order_id: str) -> Response:
+    """Show an order."""
+    async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
+        return wire.JsonResponse(replies.stored_order(await trading.get_order(tx, owner.agent_id, order_id)))
+
+
+@router.post(
+    "/positions/{target_id}/reduce",
+    openapi_extra=document("Reduce a position or a reservation", request=ReducePost, scope="agent"),
+)
+async def reduce(request: Request, owner: BookOwner, target_id: str) -> Response:
+    """Close a fraction of a position at the mark, or release that fraction of a reducible reservation."""
+    asked = await body_of(request, _REDUCE)
+    fraction = _fraction(asked.reduce_pct)
+    reason = asked.reason or ""
+    named = Names(asked.reason, idempotency_key(request))
+
+    async def effect(tx: Tx, scene: Scene) -> Reply:
+        done = await trading.reduce(tx, scene, owner.agent_id, target_id, fraction, named, reason)
+        if isinstance(done, Filled):
+            return Reply({**_filled(done, scene), "id": target_id, "service": "trading"})
+        stored, left = done
+        return Reply({**replies.stored_reservation(stored), "account": _standing(left, scene)})
+
+    return await once(request, owner, effect)
+
+
+@router.post(
+    "/positions/{position_id}/collateral",
+    openapi_extra=document("Add or take back an isolated position's collateral", request=CollateralPost, scope="agent"),
+)
+async def allocate(request: Request, owner: BookOwner, position_id: str) -> Response:
+    """Move USDC between the wallet and an isolated position."""
+    asked = await body_of(request, _COLLATERAL)
+    named = Names(asked.reference, idempotency_key(request))
+
+    async def effect(tx: Tx, scene: Scene) -> Reply:
+        position, left = await positions.allocate(tx, scene, owner.agent_id, position_id, asked.amount, named)
+        return Reply({"position": _position(position, left, scene), "account": _standing(left, scene)})
+
+    return await once(request, owner, effect)
+
+
+def _order(asked: OrderPost) -> Order:
+    if asked.leverage is not None and not (asked.leverage.is_finite() and 1 <= asked.leverage <= LEVERAGE_MAX):
+        raise invalid("/leverage", "number_out_of_range", f"leverage is 1 to {LEVERAGE_MAX}")
+    if asked.meta is not None:
+        written = wire.encoder.encode(asked.meta)
+        if len(written) > META_BYTES_MAX:
+            raise invalid("/meta", "too_long", f"meta has at most {META_BYTES_MAX} bytes")
+        if b"\\u0000" in written:
+            raise invalid("/meta", "invalid_value", "meta has no NUL")
+    mode: PositionMode | None = None
+    if asked.margin_mode is not None:
+        mode = "isolated" if asked.margin_mode == "isolated" else "pooled"
+    return Order(asked.symbol, asked.side, asked.size, bool(asked.reduce_only), asked.leverage, mode)
+
+
+def _fraction(given: Decimal) -> Decimal:
+    if not (given.is_finite() and 0 < given <= 1):
+        raise invalid("/reduce_pct", "number_out_of_range", "reduce_pct is above 0 and at most 1")
+    if -int(given.normalize().as_tuple().exponent) > FRACTION_DECIMALS_MAX:
+        raise invalid("/reduce_pct", "too_many_decimals", f"reduce_pct has at most {FRACTION_DECIMALS_MAX} decimals")
+    return given
+
+
+def _filled(filled: Filled, scene: Scene) -> dict[str, Any]:
+    position = None if filled.position is None else _position(filled.position, filled.book, scene)
+    return {**replies.stored_order(filled.order), "position": position, "account": _standing(filled.book, scene)}
+
+
+def _position(position: OpenPosition, book: Book, scene: Scene) -> dict[str, Any]:
+    rows = replies.open_positions(book, scene.figures(book))
+    return next(row for row in rows if row["id"] == position.id)
+
+
+def _standing(book: Book, scene: Scene) -> dict[str, Any]:
+    """Return where the account stands after the event."""
+    figures = scene.figures(book)
+    health = figures.health
+    return {
+        "equity": figures.equity,
+        "required_initial": health.required_initial,
+        "utilization": health.utilization,
+        "margin_ratio": health.margin_ratio,
+        "zone": health.zone,
+    }

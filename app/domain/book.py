@@ -1,0 +1,204 @@
+"""An agent's book as stored: settings, holdings, open positions and reservations, and what the risk core reads of it.
+
+Amounts are Decimal; `quote_terms` is where they become floats, by way of `money`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from decimal import Decimal
+from typing import Literal
+
+from app.domain.collateral import CollateralTerms
+from app.domain.margin.result import MarginTerms
+from app.domain.money import to_float
+from app.domain.moves import Move, net_changes
+from app.domain.parameters import HealthPolicy, MarginMode, MarketParameters
+from app.domain.prices import PriceFinder, StoredPrice
+from app.domain.quote import QuoteTerms
+from app.domain.terms import PositionTerms
+
+Side = Literal["long", "short"]
+PositionMode = Literal["pooled", "isolated"]
+Execution = Literal["book", "venue"]
+
+ZERO = Decimal(0)
+
+THRESHOLDS = (
+    "target_utilization",
+    "gate_utilization",
+    "breach_utilization",
+    "cure_utilization",
+    "stop_utilization",
+    "shortfall_utilization",
+)
+"""Levels of utilization that an account may set for itself, no looser than the market's."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountSettings:
+    """What an agent chose for its account; a threshold left None is the market's."""
+
+    margin_mode: MarginMode = "cross"
+    execution: Execution = "book"
+    auto_liquidate: bool = True
+    notice_delay_seconds: int = 0
+    grace_period_seconds: int = 300
+    trailing_stop: float | None = None
+    target_utilization: float | None = None
+    gate_utilization: float | None = None
+    breach_utilization: float | None = None
+    cure_utilization: float | None = None
+    stop_utilization: float | None = None
+    shortfall_utilization: float | None = None
+
+    def policy(self, market: HealthPolicy) -> HealthPolicy:
+        """Return the market's policy with this account's own levels where they are stricter."""
+        own = {name: value for name in THRESHOLDS if (value := getattr(self, name)) is not None}
+        if not own:
+            return market
+        return replace(market, **{name: min(value, getattr(market, name)) for name, value in own.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Units of one asset by bucket, each >= 0. `owed` is a debt, not part of what is held."""
+
+    free: Decimal = ZERO
+    reserved: Decimal = ZERO
+    allocated: Decimal = ZERO
+    owed: Decimal = ZERO
+
+    @property
+    def held(self) -> Decimal:
+        """All units held, whatever they are kept for."""
+        return self.free + self.reserved + self.allocated
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPosition:
+    """An open linear position; `entry_price` is its average, `allocated` its own collateral where isolated."""
+
+    id: str
+    symbol: str
+    side: Side
+    size: Decimal
+    entry_price: Decimal
+    leverage: Decimal | None
+    margin_mode: PositionMode
+    allocated: Decimal
+    realized_pnl: Decimal
+    reducible: bool
+    opened_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReservation:
+    """What a service holds of an agent's wallet; `remaining` of `amount` is neither settled nor released."""
+
+    id: str
+    service: str
+    asset: str
+    amount: Decimal
+    remaining: Decimal
+    settled: Decimal
+    reference: str | None
+    reducible: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """Everything that an agent's margin depends on, but for the market."""
+
+    agent_id: str
+    settings: AccountSettings
+    version: int
+    holdings: Mapping[str, Holding]
+    positions: Sequence[OpenPosition]
+    reservations: Sequence[OpenReservation]
+
+    def holding(self, asset: str) -> Holding:
+        """Return the units of an asset, none where it is not held."""
+        return self.holdings.get(asset, _NOTHING)
+
+    def position(self, symbol: str) -> OpenPosition | None:
+        """Return the open position in a symbol."""
+        return next((p for p in self.positions if p.symbol == symbol), None)
+
+    @property
+    def is_leveraged(self) -> bool:
+        """Whether anything is open or owed, so that its prices decide what may be spent."""
+        return bool(self.positions) or any(h.owed > 0 for h in self.holdings.values())
+
+    def after_moves(self, moves: Sequence[Move]) -> Book:
+        """Return the book after moves that concern this agent, as the ledger would leave it."""
+        holdings = dict(self.holdings)
+        for (owner, asset, bucket), change in net_changes(moves).items():
+            if owner == self.agent_id:
+                known = holdings.get(asset, _NOTHING)
+                holdings[asset] = replace(known, **{bucket: getattr(known, bucket) + change})
+        return replace(self, holdings=holdings)
+
+    def with_position(self, before: OpenPosition | None, after: OpenPosition | None) -> Book:
+        """Return the book with one position replaced, removed (None after) or added (None before)."""
+        kept = [p for p in self.positions if before is None or p.id != before.id]
+        return replace(self, positions=kept if after is None else [*kept, after])
+
+    def with_reservation(self, reservation: OpenReservation) -> Book:
+        """Return the book with one reservation added, or replaced by id; gone where nothing remains."""
+        kept = [r for r in self.reservations if r.id != reservation.id]
+        return replace(self, reservations=[*kept, reservation] if reservation.remaining > 0 else kept)
+
+    def quote_terms(self, parameters: MarketParameters, stored: Mapping[str, StoredPrice]) -> QuoteTerms:
+        """Return what the risk core assesses. Raises InvalidError for a reserved asset without a price."""
+        return QuoteTerms(
+            positions=position_terms(self.positions),
+            margin=MarginTerms(parameters=self._parameters(parameters)),
+            collateral=[CollateralTerms(a, to_float(h.held)) for a, h in self.holdings.items() if h.held > 0],
+            liabilities=[CollateralTerms(a, to_float(h.owed)) for a, h in self.holdings.items() if h.owed > 0],
+            margin_mode=self.settings.margin_mode,
+            reserved=reserved_value(self.reservations, parameters, stored),
+        )
+
+    def _parameters(self, parameters: MarketParameters) -> MarketParameters:
+        policy = self.settings.policy(parameters.policy)
+        if policy is parameters.policy:
+            return parameters
+        return parameters.remembered(("policy", policy), lambda: replace(parameters, policy=policy))
+
+
+_NOTHING = Holding()
+
+
+def reserved_value(
+    reservations: Sequence[OpenReservation], parameters: MarketParameters, stored: Mapping[str, StoredPrice]
+) -> float:
+    """Return what reservations require, USD: the collateral value of what they hold, after haircut."""
+    prices = PriceFinder(parameters, {}, stored)
+    return sum(
+        to_float(r.remaining) * prices.asset(r.asset, "/market/prices") * (1.0 - parameters.asset(r.asset).haircut)
+        for r in reservations
+    )
+
+
+_COLUMNS = tuple(field.name for field in fields(PositionTerms))
+
+
+def position_terms(positions: Sequence[OpenPosition]) -> PositionTerms:
+    """Return positions as the columns that the risk core reads; marks are left to the market."""
+    nothing = (None,) * len(positions)
+    columns: dict[str, Sequence[object]] = dict.fromkeys(_COLUMNS, nothing)
+    columns["symbol"] = [p.symbol for p in positions]
+    columns["side"] = [p.side for p in positions]
+    columns["size"] = [to_float(p.size) for p in positions]
+    columns["entry_price"] = [to_float(p.entry_price) for p in positions]
+    columns["leverage"] = [None if p.leverage is None else to_float(p.leverage) for p in positions]
+    if any(p.margin_mode == "isolated" for p in positions):
+        columns["margin_mode"] = ["isolated" if p.margin_mode == "isolated" else None for p in positions]
+        columns["allocated_collateral"] = [
+            to_float(p.allocated) if p.margin_mode == "isolated" else None for p in positions
+        ]
+    return PositionTerms(**columns)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""An account's own settings: margin mode, delays, levels of utilization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from app.db.session import Tx
+from app.domain.book import THRESHOLDS, AccountSettings, Book
+from app.errors import ConflictError, FieldError, InvalidError, pointers_under
+from app.services import accounts, audit, book, market_rules
+from app.services.margin import Scene, refusal_error
+
+
+async def change_settings(tx: Tx, scene: Scene, agent_id: str, change: Mapping[str, Any]) -> Book:
+    """Set the fields given and return the book.
+
+    A level of the account's own is never looser than the market's (InvalidError), and a margin mode must leave the
+    open book within the gate (ConflictError); portfolio mode asks for its minimum equity on entry.
+    """
+    before = await book.lock(tx, agent_id)
+    settings = replace(before.settings, **change)
+    changed = {k: v for k, v in asdict(settings).items() if v != getattr(before.settings, k)}
+    if not changed:
+        return before
+    after = replace(before, settings=settings)
+    _check_levels(scene, settings)
+    if "margin_mode" in changed:
+        _check_mode(scene, before, after)
+    await accounts.put_account_settings(tx, agent_id, changed)
+    await audit.record(tx, "account.settings", agent_id, agent_id, **changed)
+    return after
+
+
+def _check_levels(scene: Scene, settings: AccountSettings) -> None:
+    market = scene.market.parameters.policy
+    loose = [
+        FieldError(f"/{name}", "looser_than_market", f"the market's {name} is {getattr(market, name):g}")
+        for name in THRESHOLDS
+        if (own := getattr(settings, name)) is not None and own > getattr(market, name)
+    ]
+    if loose:
+        raise InvalidError(loose[0].detail, code="looser_than_market", errors=tuple(loose))
+    with pointers_under("/thresholds"):
+        market_rules.check_models(scene.market.parameters.models, settings.policy(market))
+
+
+def _check_mode(scene: Scene, before: Book, after: Book) -> None:
+    if not after.is_leveraged and after.settings.margin_mode != "portfolio":
+        return
+    scene.require_fresh(after)
+    figures = scene.figures(after)
+    if after.settings.margin_mode == "portfolio" and not figures.eligible:
+        least = scene.market.parameters.models.portfolio_minimum_equity
+        detail = f"portfolio margin asks for an equity of {least:,.0f} USD, this is {figures.equity:,.2f}"
+        error = FieldError("/margin_mode", "equity_below_minimum", detail)
+        raise ConflictError(
+            detail,
+            code="equity_below_minimum",
+            errors=(error,),
+            figures={"shortfall": least - figures.equity},
+        )
+    refused = scene.refusal(before, after)
+    if refused is not None:
+        raise refusal_error(refused, "/margin_mode")

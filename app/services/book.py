@@ -1,0 +1,82 @@
+"""An agent's stored book, read whole in one statement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+
+import msgspec
+from sqlalchemy import text
+
+from app.db.session import Database, Tx
+from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
+from app.errors import NotFoundError
+from app.services.accounts import lock_account
+
+
+class _Row(msgspec.Struct):
+    """What the statement returns, as JSON: Postgres writes numerics with all their digits."""
+
+    settings: AccountSettings
+    version: int
+    balances: list[tuple[str, str, Decimal]]
+    positions: list[OpenPosition]
+    reservations: list[OpenReservation]
+
+
+_BOOK = """
+    SELECT json_build_object(
+        'settings', to_json(a),
+        'version', a.version,
+        'balances', coalesce((
+            SELECT json_agg(json_build_array(asset, bucket, amount) ORDER BY asset, bucket)
+            FROM balances b WHERE b.agent_id = a.agent_id AND amount > 0), '[]'),
+        'positions', coalesce((
+            SELECT json_agg(p ORDER BY seq)
+            FROM positions p WHERE p.agent_id = a.agent_id AND closed_at IS NULL), '[]'),
+        'reservations', coalesce((
+            SELECT json_agg(r ORDER BY seq)
+            FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]')
+    )::text
+    FROM accounts a WHERE a.agent_id = """
+
+_decoder = msgspec.json.Decoder(_Row)
+
+
+async def load(tx: Tx, agent_id: str) -> Book:
+    """Return an agent's book as the transaction sees it. Raises NotFoundError."""
+    found = await tx.connection.execute(text(_BOOK + ":agent_id"), {"agent_id": agent_id})
+    return _book(agent_id, found.scalar_one_or_none())
+
+
+async def read(database: Database, agent_id: str) -> Book:
+    """Return an agent's book outside a transaction: one statement is one snapshot. Raises NotFoundError."""
+    return _book(agent_id, await database.fetch_value(_BOOK + "$1", agent_id))
+
+
+async def lock(tx: Tx, agent_id: str) -> Book:
+    """Lock an agent's book and return it as the last change left it. Raises NotFoundError."""
+    await lock_account(tx, agent_id)
+    return await load(tx, agent_id)
+
+
+def _book(agent_id: str, row: str | None) -> Book:
+    if row is None:
+        raise NotFoundError("There is no such agent.", code="agent_not_found")
+    found = _decoder.decode(row)
+    return Book(
+        agent_id=agent_id,
+        settings=found.settings,
+        version=found.version,
+        holdings=_holdings(found.balances),
+        positions=found.positions,
+        reservations=found.reservations,
+    )
+
+
+def _holdings(balances: Sequence[tuple[str, str, Decimal]]) -> dict[str, Holding]:
+    holdings: dict[str, Holding] = {}
+    for asset, bucket, amount in balances:
+        holdings[asset] = replace(holdings.get(asset, Holding()), **{bucket: amount})
+    return holdings

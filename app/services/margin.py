@@ -1,0 +1,67 @@
+"""What an agent's stored book comes to at stored prices, and whether it may do what raises its utilization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from app.domain.book import Book
+from app.domain.gates import Refusal, refusal, stale_symbols
+from app.domain.prices import PriceFinder
+from app.domain.quote import AccountFigures, account_figures
+from app.errors import ConflictError, FieldError
+from app.services.market_cache import MarketView
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """The market at the moment of a decision, and how old a price may be for it."""
+
+    market: MarketView
+    now: datetime
+    price_age_max: timedelta
+
+    def figures(self, book: Book) -> AccountFigures:
+        """Return what a book comes to. Raises InvalidError for a missing price."""
+        view = self.market
+        return account_figures(book.quote_terms(view.parameters, view.prices), view.prices, self.now)
+
+    def refusal(self, before: Book, after: Book) -> Refusal | None:
+        """Return why the account may not go from one book to the other, or None. Raises InvalidError."""
+        policy = before.settings.policy(self.market.parameters.policy)
+        return refusal(self.figures(before), self.figures(after), policy)
+
+    def require_price(self, pointer: str, asset: str) -> None:
+        """Raise InvalidError `missing_price` where an asset has no price."""
+        PriceFinder(self.market.parameters, {}, self.market.prices).asset(asset, pointer)
+
+    def require_fresh(self, book: Book) -> None:
+        """Raise ConflictError `stale_price` where a price that the book depends on is too old to decide by."""
+        seconds = self.price_age_max.total_seconds()
+        stale = stale_symbols(self.figures(book), self.now, seconds)
+        if stale:
+            detail = (
+                f"the price of {stale[0]} is over {seconds:g} s old: nothing that raises utilization is decided on it"
+            )
+            errors = tuple(FieldError("/market/prices", "stale_price", f"{symbol} is stale") for symbol in stale[:5])
+            raise ConflictError(detail, code="stale_price", errors=errors)
+
+    def require_margin(self, before: Book, after: Book, pointer: str) -> None:
+        """Check a step that raises utilization: fresh prices, then the gates. Raises ConflictError.
+
+        A book with nothing open and nothing owed depends on no price: what is free may be spent.
+        """
+        if not after.is_leveraged:
+            return
+        self.require_fresh(after)
+        refused = self.refusal(before, after)
+        if refused is not None:
+            raise refusal_error(refused, pointer)
+
+
+def refusal_error(refused: Refusal, pointer: str, **figures: object) -> ConflictError:
+    """Return the problem that tells why, and what is missing."""
+    error = FieldError(pointer, refused.code, refused.detail)
+    return ConflictError(
+        refused.detail, code=refused.code, errors=(error,), figures={"shortfall": refused.shortfall, **figures}
+    )

@@ -1,0 +1,216 @@
+"""Orders: checked against the margin that they would leave, filled at the stored mark, booked at once."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from typing import Any
+
+from sqlalchemy import insert, select
+
+from app.db.session import Tx
+from app.db.tables import orders
+from app.domain.book import Book, OpenPosition, OpenReservation
+from app.domain.gates import Refusal
+from app.domain.money import DECIMALS_MAX, plain, to_decimal
+from app.domain.trade import Contract, Order, OrderSide, Trade, plan
+from app.errors import ConflictError, FieldError, NotFoundError, invalid
+from app.services import audit, book, ledger, market, market_rules, positions, wallet
+from app.services.margin import Scene, refusal_error
+from app.services.wallet import Names, Reservation, check_amount
+
+ORDERS_A_PAGE_MAX = 200
+SIZE_SEARCH_STEPS = 24
+_SIZE_DIGITS = Context(prec=8, rounding=ROUND_FLOOR)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOrder:
+    """An order as booked; `fill_price` is the mark it was filled at."""
+
+    id: str
+    seq: int
+    agent_id: str
+    symbol: str
+    side: str
+    size: Decimal
+    order_type: str
+    reduce_only: bool
+    leverage: Decimal | None
+    meta: Mapping[str, Any] | None
+    reason: str
+    status: str
+    fill_price: Decimal | None
+    filled_size: Decimal
+    realized_pnl: Decimal
+    position_id: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """An order, the position that is then open in its symbol, and the book that it left."""
+
+    order: StoredOrder
+    position: OpenPosition | None
+    book: Book
+
+
+async def submit(
+    tx: Tx, scene: Scene, agent_id: str, order: Order, named: Names, reason: str = "", meta: Any = None
+) -> Filled:
+    """Fill an order at the mark. What opens must pass the gates; what only reduces always may.
+
+    Raises ConflictError with the shortfall and the largest size that would pass, or for a stale mark; InvalidError
+    for a symbol without a price.
+    """
+    market_rules.check_symbol("/symbol", order.symbol)
+    check_amount("/size", order.size)
+    held = await book.lock(tx, agent_id)
+    contract, mark = await _market(tx, scene, order.symbol)
+    trade = plan(held, order, contract, mark.price, f"pos_{secrets.token_hex(10)}", tx.now)
+    if trade.is_opening:
+        _check_opening(scene, held, order, contract, trade)
+    return await _book(tx, agent_id, order, trade, named, reason, meta)
+
+
+async def reduce(
+    tx: Tx, scene: Scene, agent_id: str, target_id: str, fraction: Decimal, named: Names, reason: str
+) -> Filled | tuple[Reservation, Book]:
+    """Reduce an open position, or release a reducible reservation, by a fraction of what there is."""
+    held = await book.lock(tx, agent_id)
+    position = next((p for p in held.positions if p.id == target_id), None)
+    if position is not None:
+        _check_reducible(position)
+        side: OrderSide = "sell" if position.side == "long" else "buy"
+        order = Order(position.symbol, side, _part(position.size, fraction), reduce_only=True)
+        contract, mark = await _market(tx, scene, order.symbol)
+        trade = plan(held, order, contract, mark.price, "", tx.now)
+        return await _book(tx, agent_id, order, trade, named, reason, None)
+    reservation = next((r for r in held.reservations if r.id == target_id), None)
+    if reservation is None:
+        raise await _gone(tx, agent_id, target_id)
+    _check_reducible(reservation)
+    return await wallet.release(tx, agent_id, target_id, _part(reservation.remaining, fraction), named)
+
+
+async def get_order(tx: Tx, agent_id: str, order_id: str) -> StoredOrder:
+    """Return an order of the agent. Raises NotFoundError."""
+    query = select(orders).where(orders.c.agent_id == agent_id, orders.c.id == order_id)
+    row = (await tx.connection.execute(query)).mappings().first()
+    if row is None:
+        raise NotFoundError("There is no such order.", code="order_not_found")
+    return StoredOrder(**row)
+
+
+async def list_orders(tx: Tx, agent_id: str, limit: int, before: int | None = None) -> list[StoredOrder]:
+    """Return an agent's orders, newest first, from below the number `before`."""
+    query = select(orders).where(orders.c.agent_id == agent_id).order_by(orders.c.seq.desc())
+    if before is not None:
+        query = query.where(orders.c.seq < before)
+    rows = await tx.connection.execute(query.limit(min(limit, ORDERS_A_PAGE_MAX)))
+    return [StoredOrder(**row) for row in rows.mappings()]
+
+
+async def _market(tx: Tx, scene: Scene, symbol: str) -> tuple[Contract, market.PostedPrice]:
+    """Return a symbol's contract and its mark: its own price, else its underlying's. Raises InvalidError."""
+    parameters = scene.market.parameters
+    underlying = parameters.underlying_of(symbol)
+    found = await market.load_posted(tx, (symbol, underlying))
+    mark = found.get(symbol) or found.get(underlying)
+    if mark is None:
+        raise invalid("/symbol", "missing_price", f"no price for {symbol} nor for {underlying}: post one to the market")
+    figures = parameters.market(symbol, underlying)
+    return Contract(to_decimal(figures.contract_size), to_decimal(figures.initial_margin_rate)), mark
+
+
+def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, trade: Trade) -> None:
+    """Refuse an opening order that the account can't carry. Raises ConflictError."""
+    scene.require_fresh(trade.book)
+    figures = scene.figures(held)
+    if held.settings.margin_mode == "portfolio" and not figures.eligible:
+        least = scene.market.parameters.models.portfolio_minimum_equity
+        detail = f"equity is below the {least:,.0f} USD that portfolio margin asks for: reduce only"
+        raise ConflictError(detail, code="reduce_only", errors=(FieldError("/reduce_only", "reduce_only", detail),))
+    refused = _refusal(scene, held, trade)
+    if refused is None:
+        return
+    raise refusal_error(refused, "/size", size_max=_largest_size(scene, held, order, contract, trade))
+
+
+def _refusal(scene: Scene, held: Book, trade: Trade) -> Refusal | None:
+    lacking = [h.free for h in trade.book.holdings.values() if h.free < 0]
+    if lacking:
+        detail = f"the allocation takes {plain(-lacking[0]):f} USDC more than are free"
+        return Refusal("insufficient_margin", detail, float(-lacking[0]))
+    return scene.refusal(held, trade.book)
+
+
+def _largest_size(scene: Scene, held: Book, order: Order, contract: Contract, trade: Trade) -> Decimal:
+    """Return the largest size that passes, to eight digits, found by halving: what only closes always passes."""
+    low, high = trade.closed, order.size
+    for _ in range(SIZE_SEARCH_STEPS):
+        middle = _SIZE_DIGITS.plus((low + high) / 2)
+        if not low < middle < high:
+            break
+        smaller = plan(held, replace(order, size=middle), contract, trade.price, "", scene.now)
+        low, high = (middle, high) if _refusal(scene, held, smaller) is None else (low, middle)
+    return low
+
+
+async def _book(tx: Tx, agent_id: str, order: Order, trade: Trade, named: Names, reason: str, meta: Any) -> Filled:
+    order_id = f"ord_{secrets.token_hex(10)}"
+    # money first: a purse that does not cover it refuses before anything else is written
+    for posting in trade.postings:
+        occasion = named.occasion(agent_id, "trading", posting.kind, order_id)
+        await ledger.post(tx, occasion, posting.moves)
+    await positions.store(tx, agent_id, trade.before, trade.after, trade.realized_pnl)
+    touched = trade.after or trade.before
+    row = {
+        "id": order_id,
+        "agent_id": agent_id,
+        "symbol": order.symbol,
+        "side": order.side,
+        "size": order.size,
+        "order_type": "market",
+        "reduce_only": order.reduce_only,
+        "leverage": order.leverage,
+        "meta": meta,
+        "reason": reason,
+        "status": "filled",
+        "fill_price": trade.price,
+        "filled_size": trade.closed + trade.opened,
+        "realized_pnl": trade.realized_pnl,
+        "position_id": None if touched is None else touched.id,
+        "created_at": tx.now,
+    }
+    stored = (await tx.connection.execute(insert(orders).values(row).returning(orders))).mappings().one()
+    detail = {"symbol": order.symbol, "side": order.side, "size": str(order.size), "price": str(trade.price)}
+    await audit.record(tx, "order.filled", order_id, agent_id, reason=reason, **detail)
+    return Filled(StoredOrder(**stored), trade.after, trade.book)
+
+
+def _check_reducible(target: OpenPosition | OpenReservation) -> None:
+    if not target.reducible:
+        detail = "it is not reducible: only its service ends it"
+        raise ConflictError(detail, code="not_reducible", errors=(FieldError("/id", "not_reducible", detail),))
+
+
+def _part(whole: Decimal, fraction: Decimal) -> Decimal:
+    """Return the fraction of the whole, rounded up: who asks to reduce is not left with dust."""
+    return min(whole, (whole * fraction).quantize(Decimal(1).scaleb(-DECIMALS_MAX), ROUND_CEILING, Context(prec=60)))
+
+
+async def _gone(tx: Tx, agent_id: str, target_id: str) -> ConflictError | NotFoundError:
+    """Return why nothing can be reduced: closed already, or none of the agent's."""
+    for find in (positions.get, wallet.get_reservation):
+        try:
+            await find(tx, agent_id, target_id)
+        except NotFoundError:
+            continue
+        detail = "it is closed already"
+        return ConflictError(detail, code="already_closed", errors=(FieldError("/id", "already_closed", detail),))
+    return NotFoundError("There is no such position or reservation.", code="position_not_found")
