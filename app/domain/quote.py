@@ -18,7 +18,7 @@ from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
 from app.domain.portfolio import Flags, Portfolio
-from app.domain.prices import Price, PriceFinder, StoredPrice
+from app.domain.prices import Price, PriceFinder, StoredPrice, conflicting_price
 from app.domain.terms import PositionTerms, build_portfolio
 
 
@@ -104,9 +104,17 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
 
 
 def _requested(terms: QuoteTerms) -> dict[str, float]:
-    """Return the request's own prices: its market's, then those given beside a holding or a debt."""
-    beside = {t.asset: t.price for t in (*terms.liabilities, *terms.collateral) if t.price is not None}
-    return beside | dict(terms.prices)
+    """Return the request's own prices: its market's, and those given beside a holding or a debt.
+
+    Raises InvalidError where they differ.
+    """
+    requested = dict(terms.prices)
+    for pointer, holdings in (("/collateral", terms.collateral), ("/liabilities", terms.liabilities)):
+        for i, holding in enumerate(holdings):
+            price = holding.price
+            if price is not None and (other := requested.setdefault(holding.asset, price)) != price:
+                raise conflicting_price(f"{pointer}/{i}/price", holding.asset, price, other)
+    return requested
 
 
 def _allocations(portfolio: Portfolio) -> Floats:

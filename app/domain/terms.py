@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +22,7 @@ from app.domain.portfolio import (
     no_options,
     underlying_table,
 )
-from app.domain.prices import PriceFinder
+from app.domain.prices import PriceFinder, conflicting_price
 from app.errors import FieldError, InvalidError, invalid
 
 YEAR_SECONDS = 31_536_000.0
@@ -173,6 +173,8 @@ class _Markets:
     maintenance_rate: Floats
     price_range: Floats
     table: Underlyings
+    repeated: bool
+    """Whether a symbol stands for two of the markets: with its underlying and without."""
 
 
 _MarketKey = tuple[str | None, str | None]
@@ -206,6 +208,7 @@ def _resolve(keys: Sequence[_MarketKey], parameters: MarketParameters) -> _Marke
         maintenance_rate=np.array([m.maintenance_margin_rate for m in listed], dtype=np.float64),
         price_range=price_range,
         table=underlying_table(names, widest, parameters),
+        repeated=len(set(symbols)) < len(symbols),
     )
 
 
@@ -219,16 +222,38 @@ def _without_flat(markets: _Markets, code: Rows, is_open: Flags) -> _Markets:
 
 
 def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Floats) -> Floats:
-    """Return the lowest mark (C,) that the rows give for each market, infinite where none does.
+    """Return the mark (C,) that the open rows give for each market, infinite where none does.
 
-    One mark for all the rows of a market that give none, so that the order of the rows does not matter.
+    It holds for the rows of the market that give none. Raises InvalidError where two open rows differ.
     """
     lowest = np.full(len(markets.symbols), np.inf)
     if "mark_price" in terms.given:
         # a flat row prices nothing but itself
         is_open = np.flatnonzero(terms.floats("size", 1.0) > 0.0)
-        np.fmin.at(lowest, code[is_open], marks[is_open])
+        open_code, open_marks = code[is_open], marks[is_open]
+        np.fmin.at(lowest, open_code, open_marks)
+        above = open_marks > lowest[open_code]
+        if np.count_nonzero(above):
+            row = int(is_open[above][0])
+            other = float(lowest[code[row]])
+            raise conflicting_price(_mark_of(row), markets.symbols[code[row]], float(marks[row]), other)
     return lowest
+
+
+def _check_marks(requested: Mapping[str, float], code: Rows, markets: _Markets, lowest: Floats, marks: Floats) -> None:
+    """Refuse a mark other than the price that the request gives the same name elsewhere. Raises InvalidError."""
+    stated: dict[str, float] = {}
+    for c, (symbol, mark) in enumerate(zip(markets.symbols, lowest.tolist(), strict=True)):
+        if mark == np.inf:
+            continue
+        other = stated.setdefault(symbol, requested.get(symbol, mark))
+        if other != mark:
+            row = int(np.flatnonzero((code == c) & (marks == mark))[0])
+            raise conflicting_price(_mark_of(row), symbol, mark, other)
+
+
+def _mark_of(row: int) -> str:
+    return f"/positions/{row}/mark_price"
 
 
 def _asset_marks(markets: _Markets, lowest: Floats) -> tuple[dict[str, float], dict[str, float]]:
@@ -258,6 +283,8 @@ def build_portfolio(
     code, markets = _markets(terms, parameters)
     given_marks = terms.floats("mark_price")
     lowest = _lowest_marks(terms, code, markets, given_marks)
+    if prices.requested or markets.repeated:
+        _check_marks(prices.requested, code, markets, lowest, given_marks)
     prices.marks, prices.other_marks = _asset_marks(markets, lowest)
     marks = given_marks
     if not all(terms.mark_price):
@@ -331,7 +358,7 @@ def _fill_marks(
     found = np.where(np.isinf(lowest), np.nan, lowest)
     for c, row in _first_rows(code, absent & kinds.linear & np.isnan(found[code])):
         name = markets.table.names[markets.underlying[c]]
-        found[c] = prices.mark(markets.symbols[c], name, f"/positions/{row}/mark_price")
+        found[c] = prices.mark(markets.symbols[c], name, _mark_of(row))
     for c, _ in _first_rows(code, absent & kinds.greeks & np.isnan(found[code])):
         known = prices.known(markets.table.names[markets.underlying[c]])
         found[c] = np.nan if known is None else known

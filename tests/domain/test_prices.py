@@ -34,7 +34,7 @@ def refused(whole: Book, stored: dict[str, StoredPrice] | None = None) -> list[t
 
 
 def test_order_of_a_marks_sources() -> None:
-    assert notional(BTC | {"mark_price": 1.0}, prices={"BTC-PERP": 2.0, "BTC": 3.0}) == [1.0]
+    assert notional(BTC | {"mark_price": 1.0}, prices={"BTC": 3.0}) == [1.0]
     assert notional(BTC, prices={"BTC-PERP": 2.0, "BTC": 3.0}) == [2.0]
     assert notional(BTC, prices={"BTC": 3.0}) == [3.0]
     assert notional(BTC) == [50_100.0]
@@ -61,10 +61,62 @@ def test_the_assets_own_symbol_goes_before_its_perpetual_and_that_before_others(
     assert Book(rows=(call, future), prices={}).quote().portfolio.notional[0] == 1.0
 
 
-def test_marks_of_one_symbol_count_in_any_order() -> None:
-    low, high = BTC | {"mark_price": 59_000.0}, BTC | {"mark_price": 61_000.0}
-    quotes = [Book(rows=rows, held=(Holding("BTC", 1.0),), prices={}).quote() for rows in ((low, high), (high, low))]
-    assert quotes[0].equity == quotes[1].equity
+LOW, HIGH = BTC | {"mark_price": 59_000.0}, BTC | {"mark_price": 61_000.0}
+SPOT = linear("BTC", "long", 1.0, mark_price=61_000.0)
+
+
+@pytest.mark.parametrize(
+    ("whole", "pointer"),
+    [
+        (Book(rows=(LOW, HIGH), prices={}), "/positions/1/mark_price"),
+        (Book(rows=(HIGH, BTC, LOW), prices={}), "/positions/0/mark_price"),
+        (Book(rows=(HIGH, LOW | {"underlying": "BTC"}), prices={}), "/positions/1/mark_price"),
+        (Book(rows=(BTC, HIGH), prices={"BTC-PERP": 60_000.0}), "/positions/1/mark_price"),
+        (Book(rows=(HIGH, greeks("BTC-PERP", 1.0, 1.0, mark_price=1.0)), prices={}), "/positions/0/mark_price"),
+    ],
+)
+def test_two_marks_for_one_symbol_are_refused(whole: Book, pointer: str) -> None:
+    assert refused(whole) == [(pointer, "conflicting_price")]
+
+
+def test_one_mark_given_twice_is_one_mark() -> None:
+    assert notional(HIGH, BTC, HIGH, stored={}) == [61_000.0] * 3
+    assert notional(HIGH, HIGH | {"underlying": "BTC"}, prices={"BTC-PERP": 61_000.0}) == [61_000.0] * 2
+
+
+def priced(*rows: Row, held: float | None = None, owed: float | None = None, **prices: float) -> QuoteTerms:
+    """Return a request that gives bitcoin prices beside a holding, beside a debt and as its market's."""
+    terms = [CollateralTerms("BTC", 2.0, price) for price in (held, owed)]
+    return QuoteTerms(columns(rows), MarginTerms(), terms[:1], terms[1:], prices=prices)
+
+
+@pytest.mark.parametrize(
+    ("terms", "pointer"),
+    [
+        (priced(held=1.0, owed=2.0), "/liabilities/0/price"),
+        (priced(held=1.0, BTC=2.0), "/collateral/0/price"),
+        (priced(owed=1.0, BTC=2.0), "/liabilities/0/price"),
+        (priced(SPOT, held=1.0), "/positions/0/mark_price"),
+        (priced(SPOT, BTC=1.0), "/positions/0/mark_price"),
+    ],
+)
+def test_two_prices_for_one_asset_are_refused(terms: QuoteTerms, pointer: str) -> None:
+    with pytest.raises(InvalidError) as raised:
+        margin_quote(terms, STORED, NOW)
+    assert [(e.pointer, e.code) for e in raised.value.errors] == [(pointer, "conflicting_price")]
+
+
+def test_one_price_given_twice_is_one_price() -> None:
+    same = priced(SPOT, HIGH, held=61_000.0, owed=61_000.0, BTC=61_000.0)
+    assert margin_quote(same, STORED, NOW).prices["BTC"].value == 61_000.0
+    # a perpetual's mark is not its asset's price
+    assert margin_quote(priced(HIGH, held=60_990.0), STORED, NOW).collateral.price.tolist() == [60_990.0] * 2
+
+
+def test_a_price_beside_a_holding_or_a_debt_is_told() -> None:
+    for terms in (priced(held=5.0), priced(held=5.0, owed=5.0)):
+        price = margin_quote(terms, STORED, NOW).prices["BTC"]
+        assert (price.value, price.source) == (5.0, "request")
 
 
 def test_used_prices_are_named() -> None:
