@@ -186,11 +186,24 @@ def _markets(terms: PositionTerms, parameters: MarketParameters) -> tuple[Rows, 
     code = [seen.setdefault(key, len(seen)) for key in zip(terms.symbol, terms.underlying, strict=True)]
     keys = tuple(seen)
     if len(keys) <= REMEMBERED_MARKETS_MAX:
-        return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, parameters))
-    return np.array(code, dtype=np.intp), _resolve(keys, parameters)
+        return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, code, parameters))
+    return np.array(code, dtype=np.intp), _resolve(keys, code, parameters)
 
 
-def _resolve(keys: Sequence[_MarketKey], parameters: MarketParameters) -> _Markets:
+def _check_underlyings(keys: Sequence[_MarketKey], code: Sequence[int], parameters: MarketParameters) -> None:
+    """Refuse an underlying other than the one that a listed instrument or asset has. Raises InvalidError."""
+    for c, (symbol, underlying) in enumerate(keys):
+        if symbol is None or underlying is None or not parameters.lists(symbol):
+            continue
+        listed = parameters.underlying_of(symbol)
+        if underlying != listed:
+            pointer = f"/positions/{code.index(c)}/underlying"
+            raise invalid(pointer, "conflicting_underlying", f"{symbol} is listed on {listed}, not on {underlying}")
+
+
+def _resolve(keys: Sequence[_MarketKey], code: Sequence[int], parameters: MarketParameters) -> _Markets:
+    """Return the markets of the keys; `code` says only which row to blame."""
+    _check_underlyings(keys, code, parameters)
     under = [u if u is not None else parameters.underlying_of(s or "") for s, u in keys]
     symbols = tuple(s if s is not None else u for (s, _), u in zip(keys, under, strict=True))
     names = tuple(sorted(set(under)))

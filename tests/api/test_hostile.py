@@ -239,6 +239,8 @@ MEANING = [
          422, "conflicting_price", "/collateral/1/price"),
     Case("a debt's price against a holding's", _positions(collateral=[{"asset": "BTC", "amount": 1, "price": 5}],
          liabilities=[{"asset": "BTC", "amount": 1, "price": 6}]), 422, "conflicting_price", "/liabilities/0/price"),
+    Case("an underlying other than the listed one", _linear("underlying", '"ETH"'), 422, "conflicting_underlying",
+         "/positions/0/underlying"),
     Case("price below -100 %", _with('"scenarios":[{"price_move":-1.01}]'), 422, "invalid_value",
          "/scenarios/0/price_move"),
 ]  # fmt: skip

@@ -178,6 +178,27 @@ def test_a_position_of_the_wrong_form_is_refused(row: Row, name: str, code: str)
     assert (f"/positions/1/{name}", code) in refused(book(BTC, row))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        linear("BTC-PERP", "long", 1.0, underlying="ETH"),
+        linear("BTC", "long", 1.0, underlying="ETH"),
+        greeks("BTC-PERP", 1.0, 1.0, underlying="NEW"),
+        option("ETH", "call", "long", 1.0, 1.0, 1, 1.0, symbol="BTC-PERP"),
+    ],
+)
+def test_an_underlying_other_than_the_listed_one_is_refused(row: Row) -> None:
+    whole = book(BTC, BTC, row)
+    for _ in range(2):  # what is remembered of a book must not let it through
+        assert refused(whole) == [("/positions/2/underlying", "conflicting_underlying")]
+
+
+def test_an_underlying_may_be_stated() -> None:
+    future = linear("BTC-27MAR26", "long", 1.0, underlying="ETH")  # it is not listed: the caller knows best
+    quote = book(BTC | {"underlying": "BTC"}, future).quote()
+    assert [quote.portfolio.underlyings.names[j] for j in quote.portfolio.underlying] == ["BTC", "ETH"]
+
+
 @pytest.mark.parametrize("days", [0.0, -1.0])
 def test_an_expired_option_is_refused(days: float) -> None:
     whole = book(BTC, option("BTC", "call", "long", 1.0, 50_000.0, days, 0.5))
