@@ -27,6 +27,8 @@ from app.errors import FieldError, InvalidError, invalid
 
 YEAR_SECONDS = 31_536_000.0
 YEAR_DAYS = 365.0
+FORWARD_MIN, FORWARD_MAX = 0.5, 2.0
+"""Multiples of the underlying's price that a forward lies within."""
 REMEMBERED_MARKETS_MAX = 64
 """Books on more markets are resolved anew each time: their tables are large, and seldom asked for twice."""
 
@@ -441,14 +443,12 @@ def _options(
     rows = np.flatnonzero(mask)
     rows = rows[np.argsort(underlying[rows], kind="stable")]
     years = _years(terms, rows, now)
-    forward = terms.floats("forward")[rows]
-    forward = np.where(np.isnan(forward), under_prices[underlying[rows]], forward)
     days = years * YEAR_DAYS
     table = Options(
         row=rows,
         underlying=underlying[rows],
         quantity=quantity[rows],
-        forward=forward,
+        forward=_forwards(terms, rows, under_prices[underlying[rows]]),
         strike=terms.floats("strike")[rows],
         years=years,
         iv=terms.floats("iv")[rows],
@@ -459,6 +459,22 @@ def _options(
     )
     table.value[:] = table.values(np.zeros(1))[:, 0]
     return table
+
+
+def _forwards(terms: PositionTerms, rows: Rows, prices: Floats) -> Floats:
+    """Return the options' forwards (M,), the underlying's price where none is given.
+
+    Raises InvalidError `forward_off_market`: a forward that no carry explains values the option at will.
+    """
+    if "forward" not in terms.given:
+        return prices
+    given = terms.floats("forward")[rows]
+    off = (given < FORWARD_MIN * prices) | (given > FORWARD_MAX * prices)
+    if np.count_nonzero(off):
+        k = int(np.flatnonzero(off)[0])
+        detail = f"a forward is {FORWARD_MIN:g} to {FORWARD_MAX:g} times its underlying's price, {prices[k]:.15g}"
+        raise invalid(f"/positions/{rows[k]}/forward", "forward_off_market", detail)
+    return np.where(np.isnan(given), prices, given)
 
 
 def _years(terms: PositionTerms, rows: Rows, now: datetime) -> Floats:

@@ -241,6 +241,7 @@ MEANING = [
          liabilities=[{"asset": "BTC", "amount": 1, "price": 6}]), 422, "conflicting_price", "/liabilities/0/price"),
     Case("an underlying other than the listed one", _linear("underlying", '"ETH"'), 422, "conflicting_underlying",
          "/positions/0/underlying"),
+    Case("a forward off the market", _option(forward=122_001), 422, "forward_off_market", "/positions/0/forward"),
     Case("price below -100 %", _with('"scenarios":[{"price_move":-1.01}]'), 422, "invalid_value",
          "/scenarios/0/price_move"),
 ]  # fmt: skip

@@ -199,6 +199,19 @@ def test_an_underlying_may_be_stated() -> None:
     assert [quote.portfolio.underlyings.names[j] for j in quote.portfolio.underlying] == ["BTC", "ETH"]
 
 
+@pytest.mark.parametrize("forward", [29_999.0, 120_001.0])
+def test_a_forward_off_the_market_is_refused(forward: float) -> None:
+    call = option("BTC", "call", "long", 1.0, 50_000.0, 30, 0.5)
+    assert refused(book(BTC, call, call | {"forward": forward})) == [("/positions/2/forward", "forward_off_market")]
+
+
+def test_a_forward_is_held_to_the_price_that_the_quote_uses() -> None:
+    call = option("BTC", "call", "long", 1.0, 50_000.0, 30, 0.5, forward=60_000.0)
+    assert book(call | {"forward": 30_000.0}, call | {"forward": 120_000.0}).quote().portfolio.options.forward.tolist()
+    whole = Book(rows=(BTC | {"mark_price": 20_000.0}, call), prices={})
+    assert refused(whole) == [("/positions/1/forward", "forward_off_market")]
+
+
 @pytest.mark.parametrize("days", [0.0, -1.0])
 def test_an_expired_option_is_refused(days: float) -> None:
     whole = book(BTC, option("BTC", "call", "long", 1.0, 50_000.0, days, 0.5))
