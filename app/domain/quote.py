@@ -81,6 +81,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     health = assess(standing, curve, policy)
     unrealized = float(portfolio.unrealized_pnl.sum())
     equity = collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value
+    allocated = _allocated(portfolio)
     moves, breached = _position_moves(portfolio, distance, terms.margin)
     return MarginQuote(
         as_of=now,
@@ -89,7 +90,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         equity=equity,
         unrealized_pnl=unrealized,
         options_value=portfolio.options_value,
-        allocated=_allocated(portfolio),
+        allocated=allocated,
         models={name: results[name] for name in terms.models},
         isolated=results["isolated"],
         capital_freed=_capital_freed(results, terms.models),
@@ -98,7 +99,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         liquidation_move=moves,
         breached=breached,
         eligible=equity >= parameters.models.portfolio_minimum_equity,
-        advisories=advisories(collateral, health.gross_leverage, policy),
+        advisories=advisories(collateral, allocated, health.gross_leverage, policy),
         prices=finder.used,
     )
 
