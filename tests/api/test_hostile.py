@@ -242,6 +242,8 @@ MEANING = [
     Case("an underlying other than the listed one", _linear("underlying", '"ETH"'), 422, "conflicting_underlying",
          "/positions/0/underlying"),
     Case("a forward off the market", _option(forward=122_001), 422, "forward_off_market", "/positions/0/forward"),
+    Case("a debt that is lent out", _with('"liabilities":[{"asset":"USDC","amount":2,"lent":1}]'), 422,
+         "unknown_field", "/liabilities/0/lent"),
     Case("price below -100 %", _with('"scenarios":[{"price_move":-1.01}]'), 422, "invalid_value",
          "/scenarios/0/price_move"),
 ]  # fmt: skip
