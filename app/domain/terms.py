@@ -255,8 +255,13 @@ def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Fl
     return lowest
 
 
-def _check_marks(requested: Mapping[str, float], code: Rows, markets: _Markets, lowest: Floats, marks: Floats) -> None:
-    """Refuse a mark other than the price that the request gives the same name elsewhere. Raises InvalidError."""
+def _one_mark_each(
+    requested: Mapping[str, float], code: Rows, markets: _Markets, lowest: Floats, marks: Floats
+) -> Floats:
+    """Return the marks (C,) with one of a symbol for each of its markets.
+
+    Raises InvalidError for a mark other than the price that the request gives the same name elsewhere.
+    """
     stated: dict[str, float] = {}
     for c, (symbol, mark) in enumerate(zip(markets.symbols, lowest.tolist(), strict=True)):
         if mark == np.inf:
@@ -265,6 +270,7 @@ def _check_marks(requested: Mapping[str, float], code: Rows, markets: _Markets, 
         if other != mark:
             row = int(np.flatnonzero((code == c) & (marks == mark))[0])
             raise conflicting_price(_mark_of(row), symbol, mark, other)
+    return np.array([stated.get(symbol, np.inf) for symbol in markets.symbols], dtype=np.float64)
 
 
 def _mark_of(row: int) -> str:
@@ -299,7 +305,7 @@ def build_portfolio(
     given_marks = terms.floats("mark_price")
     lowest = _lowest_marks(terms, code, markets, given_marks)
     if prices.requested or markets.repeated:
-        _check_marks(prices.requested, code, markets, lowest, given_marks)
+        lowest = _one_mark_each(prices.requested, code, markets, lowest, given_marks)
     prices.marks, prices.other_marks = _asset_marks(markets, lowest)
     marks = given_marks
     if not all(terms.mark_price):

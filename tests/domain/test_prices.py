@@ -84,6 +84,12 @@ def test_one_mark_given_twice_is_one_mark() -> None:
     assert notional(HIGH, HIGH | {"underlying": "BTC"}, prices={"BTC-PERP": 61_000.0}) == [61_000.0] * 2
 
 
+def test_a_mark_holds_for_its_symbol_with_and_without_its_underlying() -> None:
+    stated = BTC | {"underlying": "BTC"}
+    assert notional(HIGH, stated, prices={"BTC": 60_990.0}) == [61_000.0] * 2
+    assert notional(stated, HIGH, prices={"BTC": 60_990.0}) == [61_000.0] * 2
+
+
 def priced(*rows: Row, held: float | None = None, owed: float | None = None, **prices: float) -> QuoteTerms:
     """Return a request that gives bitcoin prices beside a holding, beside a debt and as its market's."""
     terms = [CollateralTerms("BTC", 2.0, price) for price in (held, owed)]
