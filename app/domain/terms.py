@@ -304,7 +304,7 @@ def build_portfolio(
     code, markets = _markets(terms, parameters)
     given_marks = terms.floats("mark_price")
     lowest = _lowest_marks(terms, code, markets, given_marks)
-    if prices.requested or markets.repeated:
+    if markets.repeated or not prices.requested.keys().isdisjoint(markets.symbols):
         lowest = _one_mark_each(prices.requested, code, markets, lowest, given_marks)
     prices.marks, prices.other_marks = _asset_marks(markets, lowest)
     marks = given_marks
