@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -20,6 +21,10 @@ from app.errors import PrimeriskError, StartupError
 from app.settings import Settings
 
 POSITIONS_SHOWN_MAX = 40
+PRICE_DIGITS, PRICE_DECIMALS_MIN, PRICE_DECIMALS_MAX = 5, 2, 16
+"""A price is shown with so many significant digits at least, within so many decimals."""
+MOVE_SHOWN_MAX = 10.0
+"""A move past it is shown as being past it: its digits say nothing."""
 
 _STYLE = {
     "safe": "green", "warning": "yellow", "critical": "bold red",
@@ -125,7 +130,7 @@ def _positions(reply: dict[str, Any]) -> Table:
         table.add_row(
             p["symbol"],
             _usd(p["exposure"]),
-            _usd(p["mark_price"]),
+            _price(p["mark_price"]),
             _usd(p["unrealized_pnl"]),
             _usd(p["initial_margin"]),
             _usd(p["maintenance_margin"]),
@@ -139,14 +144,38 @@ def _at(position: dict[str, Any]) -> str:
         return "breached"
     if position["liquidation_price"] is None:
         return "none"
-    return f"{_usd(position['liquidation_price'])} ({position['liquidation_distance']:+.1%})"
+    return f"{_price(position['liquidation_price'])} ({_move(position['liquidation_distance'])})"
 
 
 def _liquidation(reply: dict[str, Any]) -> Text:
     far = reply["liquidation"]
-    breach = "never" if far["to_breach"] is None else f"{far['to_breach']:+.1%}"
-    end = "never" if far["to_liquidation"] is None else f"{far['to_liquidation']:+.1%}"
-    return Text(f"if all coins move together: breach at {breach}, liquidation at {end}")
+    return Text(f"if all coins move together: {_breach(far)}, {_liquidated(far)}")
+
+
+def _breach(far: dict[str, Any]) -> str:
+    if far["breached"]:
+        return "breached already"
+    return "no breach" if far["to_breach"] is None else f"breach at {_move(far['to_breach'])}"
+
+
+def _liquidated(far: dict[str, Any]) -> str:
+    """Say where liquidation begins, or, of an account that is there, where it would end."""
+    move = far["to_liquidation"]
+    if far["liquidatable"]:
+        return "in liquidation" if move is None else f"in liquidation until {_move(move)}"
+    return "no liquidation" if move is None else f"liquidation at {_move(move)}"
+
+
+def _move(move: float) -> str:
+    return f"over {MOVE_SHOWN_MAX:+,.0%}" if move > MOVE_SHOWN_MAX else f"{move:+.1%}"
+
+
+def _price(value: float | None) -> str:
+    """Return a price with its significant digits: many coins cost less than a cent."""
+    if not value:
+        return _usd(value)
+    decimals = PRICE_DIGITS - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{min(max(decimals, PRICE_DECIMALS_MIN), PRICE_DECIMALS_MAX)}f}"
 
 
 def _usd(value: float | None) -> str:

@@ -18,9 +18,10 @@ def book(
     rng = random.Random(seed)
     names = [*PRICES, *(f"COIN{k}" for k in range(underlyings - len(PRICES)))][:underlyings]
     prices = PRICES | {name: rng.uniform(0.1, 50.0) for name in names if name not in PRICES}
+    marks = {name: round(price * rng.uniform(0.999, 1.001), 6) for name, price in prices.items()}
     rows = [_option(rng, names, prices) for _ in range(options)]
     rows += [
-        _greeks(rng, names) if greeks_every and i % greeks_every == greeks_every - 1 else _linear(rng, names, prices)
+        _greeks(rng, names) if greeks_every and i % greeks_every == greeks_every - 1 else _linear(rng, names, marks)
         for i in range(positions - options)
     ]
     collateral = [{"asset": "USDC", "amount": 250_000.0 * positions}, {"asset": "BTC", "amount": 2.0}]
@@ -28,15 +29,15 @@ def book(
     return {"positions": rows, "collateral": collateral, "market": market, "as_of": AS_OF.isoformat()}
 
 
-def _linear(rng: random.Random, names: list[str], prices: dict[str, float]) -> dict[str, Any]:
+def _linear(rng: random.Random, names: list[str], marks: dict[str, float]) -> dict[str, Any]:
     name = rng.choice(names)
-    mark = prices[name] * rng.uniform(0.999, 1.001)
+    mark = marks[name]
     return {
         "symbol": f"{name}-PERP",
         "side": rng.choice(["long", "short"]),
         "size": round(rng.uniform(1_000, 50_000) / mark, 6),
         "entry_price": round(mark * rng.uniform(0.9, 1.1), 6),
-        "mark_price": round(mark, 6),
+        "mark_price": mark,
         "leverage": rng.choice([2, 3, 5]),
     }
 

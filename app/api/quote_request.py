@@ -81,8 +81,16 @@ class PositionIn(Request, kw_only=True, gc=False):
     id: Text | None = None
 
 
+class DebtIn(Request):
+    """Units of an asset owed; the price is the market's if left out."""
+
+    asset: Symbol
+    amount: NonNegative
+    price: Positive | None = None
+
+
 class HoldingIn(Request):
-    """Units of an asset held (or owed); `lent` of them are out on loan; the price is the market's if left out."""
+    """Units of an asset held; `lent` of them are out on loan; the price is the market's if left out."""
 
     asset: Symbol
     amount: NonNegative
@@ -169,7 +177,7 @@ class MarginQuoteIn(Request):
 
     positions: list[PositionIn]
     collateral: list[HoldingIn] | None = None
-    liabilities: list[HoldingIn] | None = None
+    liabilities: list[DebtIn] | None = None
     reservations: list[ReservationIn] | None = None
     models: list[MarginModelName] | None = None
     scenarios: str | list[ScenarioIn] | None = None
@@ -222,8 +230,8 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     _check_work(estimated_work(positions, parameters, mode, repairs=repairs), limits)
     return QuoteTerms(
         positions=positions,
-        collateral=_holdings(body.collateral, "/collateral"),
-        liabilities=_holdings(body.liabilities, "/liabilities"),
+        collateral=_holdings(body.collateral or ()),
+        liabilities=[CollateralTerms(debt.asset, debt.amount, debt.price) for debt in body.liabilities or ()],
         reserved=sum(r.amount for r in body.reservations or ()),
         models=tuple(dict.fromkeys(body.models or _DEFAULT_MODELS)),
         margin_mode=mode,
@@ -327,14 +335,14 @@ def _check_length(pointer: str, items: Sized | None, most: int) -> None:
         raise invalid(pointer, "too_many_items", f"at most {most} items, not {len(items)}")
 
 
-def _holdings(items: Sequence[HoldingIn] | None, pointer: str) -> tuple[CollateralTerms, ...]:
+def _holdings(items: Sequence[HoldingIn]) -> list[CollateralTerms]:
     found = []
-    for index, item in enumerate(items or ()):
+    for index, item in enumerate(items):
         lent = item.lent or 0.0
         if lent > item.amount:
-            raise invalid(f"{pointer}/{index}/lent", "lent_above_amount", "no more can be lent than is held")
+            raise invalid(f"/collateral/{index}/lent", "lent_above_amount", "no more can be lent than is held")
         found.append(CollateralTerms(item.asset, item.amount, item.price, lent))
-    return tuple(found)
+    return found
 
 
 def _scenarios(given: str | list[ScenarioIn] | None) -> tuple[str, Sequence[Scenario]]:

@@ -77,16 +77,13 @@ def value_collateral(
     parameters: MarketParameters,
     prices: PriceFinder,
 ) -> Collateral:
-    """Return the holdings and debts at their prices. Raises InvalidError `missing_price`."""
+    """Return the holdings and debts at their prices. Raises InvalidError `missing_price`.
+
+    `prices` knows those that stand beside them.
+    """
     terms = [*held, *owed]
     sign = np.array([1.0] * len(held) + [-1.0] * len(owed))
-    price = np.array(
-        [
-            t.price if t.price is not None else prices.asset(t.asset, _pointer(i, len(held)))
-            for i, t in enumerate(terms)
-        ],
-        dtype=np.float64,
-    )
+    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
     assets = [parameters.asset(t.asset) for t in terms]
     haircut = np.where(sign > 0, np.array([a.haircut for a in assets], dtype=np.float64), 0.0)
     amount = sign * np.array([t.amount for t in terms], dtype=np.float64)

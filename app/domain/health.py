@@ -189,15 +189,22 @@ def _bands(
     }
 
 
-def advisories(collateral: Collateral, gross_leverage: float | None, policy: HealthPolicy) -> list[Advisory]:
-    """Return what is worth a look: stablecoin share, one coin's share, lent share, gross leverage.
+def advisories(
+    collateral: Collateral, allocated: float, gross_leverage: float | None, policy: HealthPolicy
+) -> list[Advisory]:
+    """Return what is worth a look: stablecoin share, one coin's share, lent share, gross leverage, allocations.
 
-    Shares are of the market value of all holdings, before haircuts. A stablecoin is not a concentration.
+    Shares are of the market value of all holdings, before haircuts. A stablecoin is not a concentration. `allocated`
+    is what isolated positions hold for themselves, USD.
     """
     found = [*_share_advisories(collateral, policy), *_lent_advisories(collateral, policy)]
     if gross_leverage is not None and gross_leverage > policy.leverage_cap:
         detail = f"gross exposure is {gross_leverage:.2f} times equity"
         found.append(Advisory("leverage_above_cap", detail, gross_leverage, policy.leverage_cap))
+    value = collateral.collateral_value
+    if allocated > value:
+        detail = f"isolated positions are allocated {allocated:,.2f} of a collateral value of {value:,.2f}"
+        found.append(Advisory("allocated_above_collateral", detail, allocated, value))
     return found
 
 

@@ -206,6 +206,10 @@ class MarketParameters:
         """Return an asset's parameters, or the default's for an asset that is not listed."""
         return self.assets.get(name, self.default_asset)
 
+    def lists(self, symbol: str) -> bool:
+        """Whether a symbol is a listed instrument or asset."""
+        return symbol in self.instruments or symbol in self.assets
+
     def underlying_of(self, symbol: str) -> str:
         """Return the underlying of a symbol: the instrument's, else what stands before the first - or /."""
         instrument = self.instruments.get(symbol)

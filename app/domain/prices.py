@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Literal
 
 from app.domain.parameters import MarketParameters
-from app.errors import invalid
+from app.errors import InvalidError, invalid
 
 PriceSource = Literal["request", "position", "stored", "par"]
 
@@ -28,6 +28,11 @@ class Price:
     value: float
     source: PriceSource
     as_of: datetime | None = None
+
+
+def conflicting_price(pointer: str, name: str, here: float, elsewhere: float) -> InvalidError:
+    """Return the refusal of a price: a request gives one price to a name."""
+    return invalid(pointer, "conflicting_price", f"{name} is at {here:.15g} here and at {elsewhere:.15g} elsewhere")
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
 from app.domain.portfolio import Flags, Portfolio
-from app.domain.prices import Price, PriceFinder, StoredPrice
+from app.domain.prices import Price, PriceFinder, StoredPrice, conflicting_price
 from app.domain.terms import PositionTerms, build_portfolio
 
 
@@ -145,6 +145,8 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     distance = distances(found.curve, found.standing, len(portfolio.prices), policy.breach_utilization)
     health = assess(found.standing, found.curve, policy)
     moves, breached = _position_moves(portfolio, distance, terms.margin)
+    allocated = _allocated(portfolio)
+    worth_a_look = advisories(found.collateral, allocated, health.gross_leverage, policy)
     return MarginQuote(
         as_of=now,
         portfolio=portfolio,
@@ -152,7 +154,7 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         equity=found.equity,
         unrealized_pnl=found.unrealized_pnl,
         options_value=portfolio.options_value,
-        allocated=_allocated(portfolio),
+        allocated=allocated,
         models={name: found.results[name] for name in terms.models},
         isolated=found.results["isolated"],
         capital_freed=_capital_freed(found.results, terms.models),
@@ -161,15 +163,37 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
         liquidation_move=moves,
         breached=breached,
         eligible=found.equity >= terms.margin.parameters.models.portfolio_minimum_equity,
-        advisories=advisories(found.collateral, health.gross_leverage, policy),
+        advisories=[*worth_a_look, *_mark_advisories(portfolio)],
         prices=found.prices,
     )
 
 
+def _mark_advisories(portfolio: Portfolio) -> list[Advisory]:
+    """Return the symbols that the request marks at two prices: each position keeps its own."""
+    if len(set(portfolio.symbols)) == len(portfolio):
+        return []
+    first: dict[str, float] = {}
+    found: dict[str, Advisory] = {}
+    for symbol, mark in zip(portfolio.symbols, portfolio.mark.tolist(), strict=True):
+        other = first.setdefault(symbol, mark)
+        if mark != other and mark == mark and other == other:  # noqa: PLR0124  NaN: a greeks position without a mark
+            detail = f"{symbol} is marked at {other:.15g} and at {mark:.15g}"
+            found.setdefault(symbol, Advisory("conflicting_marks", detail, mark, other))
+    return list(found.values())
+
+
 def _requested(terms: QuoteTerms) -> dict[str, float]:
-    """Return the request's own prices: its market's, then those given beside a holding or a debt."""
-    beside = {t.asset: t.price for t in (*terms.liabilities, *terms.collateral) if t.price is not None}
-    return beside | dict(terms.prices)
+    """Return the request's own prices: its market's, and those given beside a holding or a debt.
+
+    Raises InvalidError where they differ.
+    """
+    requested = dict(terms.prices)
+    for pointer, holdings in (("/collateral", terms.collateral), ("/liabilities", terms.liabilities)):
+        for i, holding in enumerate(holdings):
+            price = holding.price
+            if price is not None and (other := requested.setdefault(holding.asset, price)) != price:
+                raise conflicting_price(f"{pointer}/{i}/price", holding.asset, price, other)
+    return requested
 
 
 def _allocations(portfolio: Portfolio) -> Floats:

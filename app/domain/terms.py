@@ -27,6 +27,8 @@ from app.errors import FieldError, InvalidError, invalid
 
 YEAR_SECONDS = 31_536_000.0
 YEAR_DAYS = 365.0
+FORWARD_MIN, FORWARD_MAX = 0.5, 2.0
+"""Multiples of the underlying's price that a forward lies within."""
 REMEMBERED_MARKETS_MAX = 64
 """Books on more markets are resolved anew each time: their tables are large, and seldom asked for twice."""
 
@@ -173,6 +175,8 @@ class _Markets:
     maintenance_rate: Floats
     price_range: Floats
     table: Underlyings
+    repeated: bool
+    """Whether a symbol stands for two of the markets: with its underlying and without."""
 
 
 _MarketKey = tuple[str | None, str | None]
@@ -184,11 +188,24 @@ def _markets(terms: PositionTerms, parameters: MarketParameters) -> tuple[Rows, 
     code = [seen.setdefault(key, len(seen)) for key in zip(terms.symbol, terms.underlying, strict=True)]
     keys = tuple(seen)
     if len(keys) <= REMEMBERED_MARKETS_MAX:
-        return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, parameters))
-    return np.array(code, dtype=np.intp), _resolve(keys, parameters)
+        return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, code, parameters))
+    return np.array(code, dtype=np.intp), _resolve(keys, code, parameters)
 
 
-def _resolve(keys: Sequence[_MarketKey], parameters: MarketParameters) -> _Markets:
+def _check_underlyings(keys: Sequence[_MarketKey], code: Sequence[int], parameters: MarketParameters) -> None:
+    """Refuse an underlying other than the one that a listed instrument or asset has. Raises InvalidError."""
+    for c, (symbol, underlying) in enumerate(keys):
+        if symbol is None or underlying is None or not parameters.lists(symbol):
+            continue
+        listed = parameters.underlying_of(symbol)
+        if underlying != listed:
+            pointer = f"/positions/{code.index(c)}/underlying"
+            raise invalid(pointer, "conflicting_underlying", f"{symbol} is listed on {listed}, not on {underlying}")
+
+
+def _resolve(keys: Sequence[_MarketKey], code: Sequence[int], parameters: MarketParameters) -> _Markets:
+    """Return the markets of the keys; `code` says only which row to blame."""
+    _check_underlyings(keys, code, parameters)
     under = [u if u is not None else parameters.underlying_of(s or "") for s, u in keys]
     symbols = tuple(s if s is not None else u for (s, _), u in zip(keys, under, strict=True))
     names = tuple(sorted(set(under)))
@@ -206,6 +223,7 @@ def _resolve(keys: Sequence[_MarketKey], parameters: MarketParameters) -> _Marke
         maintenance_rate=np.array([m.maintenance_margin_rate for m in listed], dtype=np.float64),
         price_range=price_range,
         table=underlying_table(names, widest, parameters),
+        repeated=len(set(symbols)) < len(symbols),
     )
 
 
@@ -219,16 +237,23 @@ def _without_flat(markets: _Markets, code: Rows, is_open: Flags) -> _Markets:
 
 
 def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Floats) -> Floats:
-    """Return the lowest mark (C,) that the rows give for each market, infinite where none does.
+    """Return the lowest mark (C,) that the open rows give for each market's symbol, infinite where none does.
 
-    One mark for all the rows of a market that give none, so that the order of the rows does not matter.
+    It holds for the rows that give none, and prices the asset, so that the order of the rows does not matter.
     """
     lowest = np.full(len(markets.symbols), np.inf)
-    if "mark_price" in terms.given:
-        # a flat row prices nothing but itself
-        is_open = np.flatnonzero(terms.floats("size", 1.0) > 0.0)
-        np.fmin.at(lowest, code[is_open], marks[is_open])
-    return lowest
+    if "mark_price" not in terms.given:
+        return lowest
+    # a flat row prices nothing but itself
+    is_open = np.flatnonzero(terms.floats("size", 1.0) > 0.0)
+    np.fmin.at(lowest, code[is_open], marks[is_open])
+    if not markets.repeated:
+        return lowest
+    # a symbol that stands with and without its underlying is two markets here, and one to its owner
+    of_symbol: dict[str, float] = {}
+    for symbol, mark in zip(markets.symbols, lowest.tolist(), strict=True):
+        of_symbol[symbol] = min(mark, of_symbol.get(symbol, np.inf))
+    return np.array([of_symbol[symbol] for symbol in markets.symbols], dtype=np.float64)
 
 
 def _asset_marks(markets: _Markets, lowest: Floats) -> tuple[dict[str, float], dict[str, float]]:
@@ -401,14 +426,12 @@ def _options(
     rows = np.flatnonzero(mask)
     rows = rows[np.argsort(underlying[rows], kind="stable")]
     years = _years(terms, rows, now)
-    forward = terms.floats("forward")[rows]
-    forward = np.where(np.isnan(forward), under_prices[underlying[rows]], forward)
     days = years * YEAR_DAYS
     table = Options(
         row=rows,
         underlying=underlying[rows],
         quantity=quantity[rows],
-        forward=forward,
+        forward=_forwards(terms, rows, under_prices[underlying[rows]]),
         strike=terms.floats("strike")[rows],
         years=years,
         iv=terms.floats("iv")[rows],
@@ -419,6 +442,22 @@ def _options(
     )
     table.value[:] = table.values(np.zeros(1))[:, 0]
     return table
+
+
+def _forwards(terms: PositionTerms, rows: Rows, prices: Floats) -> Floats:
+    """Return the options' forwards (M,), the underlying's price where none is given.
+
+    Raises InvalidError `forward_off_market`: a forward that no carry explains values the option at will.
+    """
+    if "forward" not in terms.given:
+        return prices
+    given = terms.floats("forward")[rows]
+    off = (given < FORWARD_MIN * prices) | (given > FORWARD_MAX * prices)
+    if np.count_nonzero(off):
+        k = int(np.flatnonzero(off)[0])
+        detail = f"a forward is {FORWARD_MIN:g} to {FORWARD_MAX:g} times its underlying's price, {prices[k]:.15g}"
+        raise invalid(f"/positions/{rows[k]}/forward", "forward_off_market", detail)
+    return np.where(np.isnan(given), prices, given)
 
 
 def _years(terms: PositionTerms, rows: Rows, now: datetime) -> Floats:

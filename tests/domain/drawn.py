@@ -75,6 +75,15 @@ def option_rows(draw: st.DrawFn, *, sides: st.SearchStrategy[str] = SIDES, isola
     return row | draw(modes()) if isolated else row
 
 
+def agreed(drawn: list[Row]) -> tuple[Row, ...]:
+    """Return the rows with one mark a symbol, the first one's; an asset's own is the price that the book has for it."""
+    marks = dict(b.PRICES)
+    return tuple(
+        row | {"mark_price": marks.setdefault(row["symbol"], row["mark_price"])} if row.get("mark_price") else row
+        for row in drawn
+    )
+
+
 def rows() -> st.SearchStrategy[Row]:
     return st.one_of(linear_rows(), linear_rows(), greeks_rows(), option_rows())
 
@@ -104,7 +113,7 @@ def books(
 ) -> st.SearchStrategy[Book]:
     return st.builds(
         Book,
-        rows=st.lists(rows() if positions is None else positions, max_size=6).map(tuple),
+        rows=st.lists(rows() if positions is None else positions, max_size=6).map(agreed),
         held=holdings(100_000.0),
         owed=st.one_of(st.just(()), holdings(20_000.0)),
         reserved=st.one_of(st.just(0.0), between(0.01, 20_000.0)),

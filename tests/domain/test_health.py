@@ -171,6 +171,16 @@ def test_gross_leverage_above_the_cap() -> None:
     assert above[0].limit == 3.5
 
 
+@pytest.mark.parametrize(("stated", "told"), [((600.0, 400.0), False), ((600.0, 400.01), True), ((None, None), True)])
+def test_allocations_above_the_collateral(stated: tuple[float | None, ...], told: bool) -> None:
+    rows = [
+        linear("X", "long", 2_000.0, mark_price=1.0, margin_mode="isolated", allocated_collateral=a) for a in stated
+    ]
+    quote = book(*rows, held={"USDC": 1_000.0}, prices={}).quote()
+    found = [a for a in quote.advisories if a.code == "allocated_above_collateral"]
+    assert [(a.value, a.limit) for a in found] == [(quote.allocated, 1_000.0)] * told
+
+
 @pytest.mark.parametrize(("usdc", "eligible"), [(9_999.99, False), (10_000.0, True)])
 def test_eligible_for_portfolio_margin(usdc: float, eligible: bool) -> None:
     assert book(held={"USDC": usdc}).quote().eligible is eligible

@@ -34,7 +34,7 @@ def refused(whole: Book, stored: dict[str, StoredPrice] | None = None) -> list[t
 
 
 def test_order_of_a_marks_sources() -> None:
-    assert notional(BTC | {"mark_price": 1.0}, prices={"BTC-PERP": 2.0, "BTC": 3.0}) == [1.0]
+    assert notional(BTC | {"mark_price": 1.0}, prices={"BTC": 3.0}) == [1.0]
     assert notional(BTC, prices={"BTC-PERP": 2.0, "BTC": 3.0}) == [2.0]
     assert notional(BTC, prices={"BTC": 3.0}) == [3.0]
     assert notional(BTC) == [50_100.0]
@@ -61,10 +61,70 @@ def test_the_assets_own_symbol_goes_before_its_perpetual_and_that_before_others(
     assert Book(rows=(call, future), prices={}).quote().portfolio.notional[0] == 1.0
 
 
-def test_marks_of_one_symbol_count_in_any_order() -> None:
-    low, high = BTC | {"mark_price": 59_000.0}, BTC | {"mark_price": 61_000.0}
-    quotes = [Book(rows=rows, held=(Holding("BTC", 1.0),), prices={}).quote() for rows in ((low, high), (high, low))]
-    assert quotes[0].equity == quotes[1].equity
+LOW, HIGH = BTC | {"mark_price": 59_000.0}, BTC | {"mark_price": 61_000.0}
+SPOT = linear("BTC", "long", 1.0, mark_price=61_000.0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (LOW, HIGH),
+        (HIGH, BTC, LOW),
+        (HIGH, LOW | {"underlying": "BTC"}),
+        (HIGH, greeks("BTC-PERP", 1.0, 1.0, mark_price=1.0)),
+    ],
+)
+def test_two_marks_for_one_symbol_are_told(rows: tuple[Row, ...]) -> None:
+    whole = Book(rows=rows, prices={}).quote()
+    assert [a.code for a in whole.advisories if a.code == "conflicting_marks"] == ["conflicting_marks"]
+    given = [row.get("mark_price") for row in rows]
+    lowest = min(mark for mark in given if mark is not None)
+    # each row keeps its own; one that gives none takes the lowest, in any order of the rows
+    assert whole.portfolio.mark.tolist() == [lowest if mark is None else mark for mark in given]
+
+
+def test_one_mark_given_twice_is_one_mark() -> None:
+    assert notional(HIGH, BTC, HIGH, stored={}) == [61_000.0] * 3
+    assert notional(HIGH, HIGH | {"underlying": "BTC"}, prices={"BTC-PERP": 61_000.0}) == [61_000.0] * 2
+
+
+def test_a_mark_holds_for_its_symbol_with_and_without_its_underlying() -> None:
+    stated = BTC | {"underlying": "BTC"}
+    assert notional(HIGH, stated, prices={"BTC": 60_990.0}) == [61_000.0] * 2
+    assert notional(stated, HIGH, prices={"BTC": 60_990.0}) == [61_000.0] * 2
+
+
+def priced(*rows: Row, held: float | None = None, owed: float | None = None, **prices: float) -> QuoteTerms:
+    """Return a request that gives bitcoin prices beside a holding, beside a debt and as its market's."""
+    terms = [CollateralTerms("BTC", 2.0, price) for price in (held, owed)]
+    return QuoteTerms(columns(rows), MarginTerms(), terms[:1], terms[1:], prices=prices)
+
+
+@pytest.mark.parametrize(
+    ("terms", "pointer"),
+    [
+        (priced(held=1.0, owed=2.0), "/liabilities/0/price"),
+        (priced(held=1.0, BTC=2.0), "/collateral/0/price"),
+        (priced(owed=1.0, BTC=2.0), "/liabilities/0/price"),
+    ],
+)
+def test_two_prices_for_one_asset_are_refused(terms: QuoteTerms, pointer: str) -> None:
+    with pytest.raises(InvalidError) as raised:
+        margin_quote(terms, STORED, NOW)
+    assert [(e.pointer, e.code) for e in raised.value.errors] == [(pointer, "conflicting_price")]
+
+
+def test_one_price_given_twice_is_one_price() -> None:
+    same = priced(SPOT, HIGH, held=61_000.0, owed=61_000.0, BTC=61_000.0)
+    assert margin_quote(same, STORED, NOW).prices["BTC"].value == 61_000.0
+    # a perpetual's mark is not its asset's price
+    assert margin_quote(priced(HIGH, held=60_990.0), STORED, NOW).collateral.price.tolist() == [60_990.0] * 2
+
+
+def test_a_price_beside_a_holding_or_a_debt_is_told() -> None:
+    for terms in (priced(held=5.0), priced(held=5.0, owed=5.0)):
+        price = margin_quote(terms, STORED, NOW).prices["BTC"]
+        assert (price.value, price.source) == (5.0, "request")
 
 
 def test_used_prices_are_named() -> None:
@@ -124,6 +184,40 @@ def test_a_holding_may_carry_its_own_price() -> None:
 )
 def test_a_position_of_the_wrong_form_is_refused(row: Row, name: str, code: str) -> None:
     assert (f"/positions/1/{name}", code) in refused(book(BTC, row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        linear("BTC-PERP", "long", 1.0, underlying="ETH"),
+        linear("BTC", "long", 1.0, underlying="ETH"),
+        greeks("BTC-PERP", 1.0, 1.0, underlying="NEW"),
+        option("ETH", "call", "long", 1.0, 1.0, 1, 1.0, symbol="BTC-PERP"),
+    ],
+)
+def test_an_underlying_other_than_the_listed_one_is_refused(row: Row) -> None:
+    whole = book(BTC, BTC, row)
+    for _ in range(2):  # what is remembered of a book must not let it through
+        assert refused(whole) == [("/positions/2/underlying", "conflicting_underlying")]
+
+
+def test_an_underlying_may_be_stated() -> None:
+    future = linear("BTC-27MAR26", "long", 1.0, underlying="ETH")  # it is not listed: the caller knows best
+    quote = book(BTC | {"underlying": "BTC"}, future).quote()
+    assert [quote.portfolio.underlyings.names[j] for j in quote.portfolio.underlying] == ["BTC", "ETH"]
+
+
+@pytest.mark.parametrize("forward", [29_999.0, 120_001.0])
+def test_a_forward_off_the_market_is_refused(forward: float) -> None:
+    call = option("BTC", "call", "long", 1.0, 50_000.0, 30, 0.5)
+    assert refused(book(BTC, call, call | {"forward": forward})) == [("/positions/2/forward", "forward_off_market")]
+
+
+def test_a_forward_is_held_to_the_price_that_the_quote_uses() -> None:
+    call = option("BTC", "call", "long", 1.0, 50_000.0, 30, 0.5, forward=60_000.0)
+    assert book(call | {"forward": 30_000.0}, call | {"forward": 120_000.0}).quote().portfolio.options.forward.tolist()
+    whole = Book(rows=(BTC | {"mark_price": 20_000.0}, call), prices={})
+    assert refused(whole) == [("/positions/1/forward", "forward_off_market")]
 
 
 @pytest.mark.parametrize("days", [0.0, -1.0])

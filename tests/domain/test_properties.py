@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from app.domain.parameters import CorrelationTable, Regime
 from app.domain.quote import MarginQuote
 from tests.domain.book import MODELS, Book, Holding, Row, book, linear, option
-from tests.domain.drawn import NAMES, between, books, greeks_rows, linear_rows, option_rows
+from tests.domain.drawn import NAMES, agreed, between, books, greeks_rows, linear_rows, option_rows
 
 DRAWN = settings(
     max_examples=40,
@@ -85,8 +85,8 @@ def test_portfolio_margin_is_never_below_its_floor(whole: Book) -> None:
 
 
 @DRAWN
-@given(st.lists(linear_rows(isolated=False), min_size=1, max_size=8))
-def test_full_correlation_adds_up(rows: list[Row]) -> None:
+@given(st.lists(linear_rows(isolated=False), min_size=1, max_size=8).map(agreed))
+def test_full_correlation_adds_up(rows: tuple[Row, ...]) -> None:
     full = CorrelationTable(MappingProxyType({}), 1.0)
     result = Book(rows=tuple(row | {"side": "long"} for row in rows), stress=full).quote().models["portfolio"]
     worst = float(result.per_underlying["worst_loss"].sum())
@@ -178,8 +178,10 @@ def test_long_options_never_need_more_than_their_value(rows: list[Row], regime: 
 
 
 @DRAWN
-@given(st.lists(st.one_of(linear_rows(isolated=False), option_rows(isolated=False)), min_size=1, max_size=4))
-def test_a_hedged_book_never_runs_at_zero(rows: list[Row]) -> None:
+@given(
+    st.lists(st.one_of(linear_rows(isolated=False), option_rows(isolated=False)), min_size=1, max_size=4).map(agreed)
+)
+def test_a_hedged_book_never_runs_at_zero(rows: tuple[Row, ...]) -> None:
     other = {"long": "short", "short": "long"}
     whole = Book(rows=(*rows, *(row | {"side": other[row["side"]]} for row in rows)), held=(Holding("USDC", 1.0),))
     quote = whole.quote()

@@ -1,0 +1,47 @@
+"""What the README says that a body looks like, or that a margin does, is so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.api.bodies import AS_OF, OPTION
+
+if TYPE_CHECKING:
+    from tests.api.service import Service
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def example(pattern: str) -> Any:
+    """Return the JSON in backticks that follows the pattern."""
+    found = re.search(pattern + r"[^`]*`(\{.*?\})`", README)
+    assert found, pattern
+    return json.loads(found[1])
+
+
+async def test_the_example_of_new_parameters(service: Service) -> None:
+    body = example(r"GET, PUT /api/market/parameters .*?PUT")
+    answer = await service.put("/api/market/parameters", json=body)
+    assert answer.status_code == 200, answer.text
+    reply = answer.json()
+    factors = {**reply["models"], **reply["settings"]}
+    assert {name: factors[name] for name in body["parameters"]} == body["parameters"]
+    assert reply["version"] == body["version"] + 1
+
+
+async def test_a_far_wing_has_a_small_margin_unless_a_minimum_is_set(service: Service) -> None:
+    wing = OPTION | {"strike": 200_000, "expiry": "2027-01-22T08:00:00Z", "iv": 0.45}
+    market = {"prices": {"BTC": 61_000}}
+    body = {"positions": [wing], "models": ["cross", "portfolio", "span"], "as_of": AS_OF}
+    plain = (await service.quote(**body, market=market))["models"]
+    assert plain["portfolio"]["initial_margin"] < 1
+    assert plain["span"]["initial_margin"] < 1
+    assert plain["cross"]["initial_margin"] >= 0.3 * 61_000
+    charges = example("short-option minimum that clearing houses")
+    minimum = charges["span_charges"]["BTC"]["short_option_minimum"]
+    held = (await service.quote(**body, market=market | charges))["models"]
+    assert held["span"]["maintenance_margin"] == minimum
+    assert held["portfolio"] == plain["portfolio"]
