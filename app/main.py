@@ -16,6 +16,7 @@ from app.api import market, ops, problems, quotes
 from app.api.deps import Parts, RateLimiter
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
+from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services.accounts import KeyRing
@@ -39,6 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
         keys=KeyRing(database, settings),
         market=MarketCache(database),
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
+        workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
     )
     app = FastAPI(
         title="primerisk",
@@ -70,6 +72,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         refresher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await refresher
+        parts.workshop.close()
         await parts.database.close()
 
 

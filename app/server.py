@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import os
 import shlex
 import signal
 import socket
@@ -20,6 +21,7 @@ import uvloop
 from pydantic import SecretStr
 from sqlalchemy import URL
 
+from app.api import workshop
 from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
 from app.errors import StartupError
@@ -38,7 +40,7 @@ CURL_BODY = (
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything that was started. Raises StartupError."""
-    with _terminable(), _listener(settings) as listener, running_database(settings) as ready:
+    with _prompt_end(), _terminable(), _listener(settings) as listener, running_database(settings) as ready:
         embedded_in = None if settings.database_url else settings.data_dir
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(ready, listener, embedded_in))
@@ -153,6 +155,27 @@ def _why_not(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"{where} is taken: stop what listens there, or choose another with PRIMERISK_PORT or --port"
     return f"can't listen on {where}: {error.strerror or error}"
+
+
+@contextlib.contextmanager
+def _prompt_end() -> Iterator[None]:
+    """End the process without waiting for a quote that is still worked on, once all else has stopped.
+
+    Python's own end would stop such a thread at some line of numpy's or scipy's C++, which may crash.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        _end_if_at_work(end.code if isinstance(end.code, int) else 1)
+        raise
+    _end_if_at_work(0)
+
+
+def _end_if_at_work(code: int) -> None:
+    if workshop.is_at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @contextlib.contextmanager

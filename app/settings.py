@@ -49,6 +49,8 @@ class Settings(BaseSettings):
     quote_milliseconds_max: Annotated[
         float, Field(gt=0, description="estimated work of one quote before it is refused")
     ] = 5_000.0
+    heavy_threads: Annotated[int, Field(ge=1, le=64, description="threads for quotes that take long")] = 2
+    heavy_waiting_max: Annotated[int, Field(ge=0, description="requests that wait for such a thread before 503")] = 32
     market_refresh_seconds: Annotated[
         float, Field(gt=0, le=60, description="how often a process reads new prices and parameters")
     ] = 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Annotated, Any, TypeVar, cast
 from fastapi import Depends, Request
 
 from app.api.body import Body
+from app.api.workshop import Workshop
 from app.db.session import Database
 from app.errors import ForbiddenError, RateLimitedError, UnauthorizedError
 from app.services.accounts import Caller, KeyRing, Scope
@@ -35,6 +35,7 @@ class Parts:
     keys: KeyRing
     market: MarketCache
     limiter: RateLimiter
+    workshop: Workshop
 
 
 @dataclass(slots=True)
@@ -116,7 +117,7 @@ async def body_of(request: Request, body: Body[T]) -> T:
     """Return the request's body, decoded. Raises BadRequestError, InvalidError, PayloadTooLargeError."""
     raw = await request.body()
     if len(raw) > INLINE_BYTES_MAX:
-        return await asyncio.to_thread(body.decode, raw)
+        return await parts_of(request).workshop.run(body.decode, raw)
     return body.decode(raw)
 
 
