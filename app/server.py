@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from sqlalchemy import URL
 
 from app.api import workshop
+from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
 from app.errors import StartupError
@@ -84,8 +85,9 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS_AT_STOP,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=65_536,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        http=front(settings),
+        ws="none",
     )
     _settle_memory()
     server = _Server(config)

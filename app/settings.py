@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     database_connect_seconds: Annotated[
         float, Field(gt=0, le=60, description="longest wait for a connection before 503")
     ] = 5.0
+    connections_max: Annotated[int, Field(ge=1, description="open connections of one process before 503")] = 800
+    header_seconds_max: Annotated[float, Field(gt=0, description="longest time that a request's headers may take")] = (
+        10.0
+    )
     body_bytes_max: Annotated[int, Field(ge=1024, description="largest request body")] = 2_000_000
     body_seconds_max: Annotated[float, Field(gt=0, description="longest time that a body may take")] = 10.0
     requests_under_way_max: Annotated[int, Field(ge=1, description="requests under way in one process before 503")] = (

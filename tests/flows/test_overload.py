@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -66,3 +66,21 @@ def test_heavy_quotes_are_bounded_and_hold_up_neither_others_nor_the_end(place: 
         served.process.send_signal(signal.SIGINT)
         assert served.stop(signal.SIGINT) == 0
     assert place.servers() == []
+
+
+def test_a_head_without_end_is_cut_off(place: Home) -> None:
+    with serving(place) as served:
+        address = urlsplit(served.greeting.address)
+        with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+            with suppress(ConnectionError):
+                for _ in range(100):
+                    connection.sendall(b"a" * 1_000_000)
+            answer = b""
+            with suppress(ConnectionError):
+                while part := connection.recv(65_536):
+                    answer += part
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b'"headers_too_large"' in answer
+        assert httpx.get(f"{served.greeting.address}/healthz").status_code == 200
+        served.stop(signal.SIGINT)
