@@ -12,7 +12,7 @@ PrimeriskError
 ├── RateLimitedError        429  too many requests for this key
 ├── HeadersTooLargeError    431  over the limit of a request's head
 ├── OverloadedError         503  too many requests or connections in this process
-└── DatabaseUnavailableError 503 the database is away
+└── DatabaseUnavailableError 503 the database is away, busy or at fault
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class OverloadedError(PrimeriskError):
 
 
 class DatabaseUnavailableError(PrimeriskError):
-    """The database does not answer."""
+    """The database does not answer, or can't do what it is asked."""
 
     status, title = 503, "Database unavailable"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from app.settings import Settings
+
+log = logging.getLogger(__name__)
 
 POSTGRES_VERSION_MIN = 150_000
 STATEMENT_SECONDS_MAX = 15
@@ -39,6 +42,17 @@ _BUSY_CODES = {
     "55P03": "lock timeout",
     "57014": "statement timeout",
 }
+_FAULTS = {
+    "25006": "it is read-only",
+    "53100": "its disk is full",
+    "53200": "it is out of memory",
+    "58030": "its disk fails",
+    "XX001": "its data is damaged",
+    "XX002": "an index of it is damaged",
+}
+"""The server answers, and an operator must see to it."""
+_FAULT_LOG_SECONDS = 60.0
+"""How often the same fault is logged: it comes back with every request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +94,13 @@ class Database:
         self.reachable = False
         """Whether the last transaction found the server."""
         self.engine = _engine(url, settings)
+        self._faults_logged: dict[str, float] = {}
 
     @asynccontextmanager
     async def transaction(self, actor: str) -> AsyncIterator[Tx]:
         """Open a transaction that commits when the block ends, and rolls back when it raises.
 
-        Raises DatabaseUnavailableError when the server is away, or too busy to answer in time.
+        Raises DatabaseUnavailableError when the server is away, too busy to answer in time, or at fault.
         """
         try:
             with _outages_named():
@@ -94,9 +109,17 @@ class Database:
                     self.clock.set(now)
                     self.reachable = True
                     yield Tx(connection, now, actor)
-        except DatabaseUnavailableError:
-            self.reachable = False
+        except DatabaseUnavailableError as error:
+            self.reachable = error.code != "database_unavailable"
+            if error.code == "database_error":
+                self._log_fault(error.detail)
             raise
+
+    def _log_fault(self, detail: str) -> None:
+        now = time.monotonic()
+        if now >= self._faults_logged.get(detail, 0.0):
+            log.error("%s", detail)
+            self._faults_logged[detail] = now + _FAULT_LOG_SECONDS
 
     async def ping(self) -> None:
         """Return once the server has answered a query; DatabaseUnavailableError when it does not."""
@@ -171,7 +194,7 @@ def _engine(url: URL, settings: Settings) -> AsyncEngine:
 
 @contextmanager
 def _outages_named() -> Iterator[None]:
-    """Turn what the driver, the pool and the socket raise for an outage into the one error for it."""
+    """Turn what the driver, the pool and the socket raise for an outage or a fault into the one error for it."""
     try:
         yield
     except (OSError, PoolTimeoutError) as error:  # a transaction does no other I/O (house rule 2)
@@ -180,6 +203,8 @@ def _outages_named() -> Iterator[None]:
         state = _sqlstate(error)
         if state in _BUSY_CODES:
             raise _busy(_BUSY_CODES[state]) from error
+        if state in _FAULTS:
+            raise _faulty(_FAULTS[state]) from error
         if error.connection_invalidated or state.startswith(_AWAY_CLASSES) or _is_closed(error):
             raise _away() from error
         raise
@@ -194,6 +219,12 @@ def _away() -> DatabaseUnavailableError:
 def _busy(why: str) -> DatabaseUnavailableError:
     return DatabaseUnavailableError(
         f"The database is busy ({why}): try again.", code="database_busy", headers={"Retry-After": "1"}
+    )
+
+
+def _faulty(why: str) -> DatabaseUnavailableError:
+    return DatabaseUnavailableError(
+        f"The database can't serve this: {why}.", code="database_error", headers={"Retry-After": "10"}
     )
 
 
