@@ -79,6 +79,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _refused_parameters(_: Request, error: Exception) -> Response:
     """Answer a refused query parameter as a refused field of a body is answered."""
     raised: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
-    errors = tuple(FieldError(pointer_to(str(e["loc"][-1])), str(e["type"]), str(e["msg"])) for e in raised)
+    errors = tuple(FieldError(pointer_to(str(e["loc"][-1])), _field_code(e["type"]), str(e["msg"])) for e in raised)
     detail = errors[0].detail if errors else "refused"
     return problems.problem_response(InvalidError(detail=detail, code="invalid_parameter", errors=errors))
+
+
+def _field_code(kind: str) -> str:
+    """Return our code for pydantic's name of a refusal."""
+    if kind.startswith(("greater_than", "less_than")) or kind == "int_parsing_size":
+        return "number_out_of_range"
+    return "missing_field" if kind == "missing" else "invalid_value"
