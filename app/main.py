@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -42,7 +43,9 @@ def create_app(settings: Settings) -> FastAPI:
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
     )
-    app = FastAPI(
+    app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a host of its author's
+        redoc_url=None,
+        static_url="/docs/assets",
         title="primerisk",
         version=package_version(),
         summary="Margin and risk for AI trading agents",
