@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.api import market, ops, problems, quotes
-from app.api.deps import Parts, RateLimiter
+from app.api.deps import Parts
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
 from app.api.workshop import Workshop
@@ -22,6 +22,7 @@ from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services.accounts import KeyRing
 from app.services.market_cache import MarketCache
+from app.services.rates import RateLimiter
 from app.settings import Settings
 from app.telemetry import Metrics, package_version
 

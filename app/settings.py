@@ -47,6 +47,9 @@ class Settings(BaseSettings):
         float, Field(ge=0, description="sustained requests a second per key before 429; 0 turns it off")
     ] = 2_000.0
     requests_burst: Annotated[int, Field(ge=1, description="requests a key may make at once")] = 4_000
+    unknown_keys_per_second: Annotated[
+        float, Field(ge=0, description="keys never seen before that are looked up, before 429; 0 turns it off")
+    ] = 50.0
     positions_max: Annotated[int, Field(ge=1, description="positions a portfolio")] = 5_000
     scenarios_max: Annotated[int, Field(ge=1, description="scenarios a request")] = 1_000
     underlyings_max: Annotated[int, Field(ge=1, description="different underlyings a portfolio")] = 500
