@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import logging
 import os
 import shlex
 import signal
@@ -30,8 +31,12 @@ from app.main import create_app
 from app.services import accounts
 from app.settings import Settings
 
+log = logging.getLogger(__name__)
+
 GRACE_SECONDS_AT_STOP = 10
 _FIRST_KEY_FILE = "first_key"
+_WATCH_SECONDS = 1.0
+_WATCH_SECONDS_AFTER_FAILURE = 30.0
 
 CURL_BODY = (
     '{"positions":[{"symbol":"BTC-PERP","side":"long","size":1,"entry_price":60000,"mark_price":61000,'
@@ -92,7 +97,43 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
     _settle_memory()
     server = _Server(config)
     server.greeting = greeting(_address(listener), key, has_admin_key=settings.admin_key is not None)
-    await server.serve(sockets=[listener])
+    async with _watched(embedded_in, _url(settings)):
+        await server.serve(sockets=[listener])
+
+
+@contextlib.asynccontextmanager
+async def _watched(embedded_in: Path | None, url: URL) -> AsyncIterator[None]:
+    """Keep the embedded Postgres up meanwhile."""
+    watch = asyncio.create_task(_watch(embedded_in, url)) if embedded_in is not None else None
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+
+
+async def _watch(data_dir: Path, url: URL) -> None:
+    """Start the server again where it was killed, as any other start of ours would."""
+    while True:
+        await asyncio.sleep(_WATCH_SECONDS)
+        if embedded.is_running(data_dir):
+            continue
+        log.error("the embedded Postgres is gone: it is started again")
+        try:
+            port = await asyncio.to_thread(_revived_port, data_dir)
+        except StartupError as error:
+            log.error("%s", error)  # noqa: TRY400  one line, as at a start
+            await asyncio.sleep(_WATCH_SECONDS_AFTER_FAILURE)
+            continue
+        if port == url.port:
+            log.info("the embedded Postgres is back")
+        else:
+            log.error("the embedded Postgres is back on another port, its own was taken: restart the service")
+
+
+def _revived_port(data_dir: Path) -> int | None:
+    with embedded.start(data_dir) as server:  # let go at once: the lock of `serve` keeps it up
+        return parse_database_url(server.url).port
 
 
 async def _first_key(database: Database, settings: Settings, embedded_in: Path | None) -> str | None:
