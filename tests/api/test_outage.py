@@ -97,7 +97,8 @@ async def test_a_database_that_can_not_write(
             document = problem(answer, 503, "database_error")
             assert said in document["detail"]
             assert answer.headers["retry-after"] == "10"
-        logged = [record for record in caplog.records if record.levelno >= logging.ERROR]
+        ours = [record for record in caplog.records if record.name == "app.db.session"]
+        logged = [record for record in ours if record.levelno >= logging.ERROR]
         assert len(logged) == 1
         assert said in logged[0].getMessage()
         assert (await service.post(MARGIN, json=WORKED)).status_code == 200
