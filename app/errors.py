@@ -1,17 +1,18 @@
 """The one error tree: each class carries the code, status and title that a caller sees.
 
 PrimeriskError
-├── BadRequestError         400  the body is not JSON
+├── BadRequestError         400  not JSON, or not HTTP
 ├── UnauthorizedError       401  no key, or not a valid one
 ├── ForbiddenError          403  the key lacks the scope
 ├── NotFoundError           404  no such thing, or not yours
-├── RequestTimeoutError     408  the body came too slowly
+├── RequestTimeoutError     408  the headers or the body came too slowly
 ├── ConflictError           409  state or version conflict
 ├── PayloadTooLargeError    413  over a named limit of bytes
 ├── InvalidError            422  well-formed, but refused: `errors` points at the fields
 ├── RateLimitedError        429  too many requests for this key
-├── OverloadedError         503  too many requests under way in this process
-└── DatabaseUnavailableError 503 the database is away
+├── HeadersTooLargeError    431  over the limit of a request's head
+├── OverloadedError         503  too many requests or connections in this process
+└── DatabaseUnavailableError 503 the database is away, busy or at fault
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class NotFoundError(PrimeriskError):
 
 
 class RequestTimeoutError(PrimeriskError):
-    """The body did not arrive in time."""
+    """The headers or the body did not arrive in time."""
 
     status, title = 408, "Request timeout"
 
@@ -106,14 +107,20 @@ class RateLimitedError(PrimeriskError):
     status, title = 429, "Too many requests"
 
 
+class HeadersTooLargeError(PrimeriskError):
+    """More bytes of headers than the limit that `detail` names."""
+
+    status, title = 431, "Request header fields too large"
+
+
 class OverloadedError(PrimeriskError):
-    """Too many requests under way in this process."""
+    """Too many requests or connections in this process."""
 
     status, title = 503, "Overloaded"
 
 
 class DatabaseUnavailableError(PrimeriskError):
-    """The database does not answer."""
+    """The database does not answer, or can't do what it is asked."""
 
     status, title = 503, "Database unavailable"
 

@@ -9,17 +9,20 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import Response
 
 from app.api import account, market, ops, problems, quotes, trading, wallet
-from app.api.deps import Parts, RateLimiter
+from app.api.deps import Parts
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
+from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services.accounts import KeyRing
 from app.services.market_cache import MarketCache
+from app.services.rates import RateLimiter
 from app.settings import Settings
 from app.telemetry import Metrics, package_version
 
@@ -39,8 +42,11 @@ def create_app(settings: Settings) -> FastAPI:
         keys=KeyRing(database, settings),
         market=MarketCache(database),
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
+        workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
     )
-    app = FastAPI(
+    app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a host of its author's
+        redoc_url=None,
+        static_url="/docs/assets",
         title="primerisk",
         version=package_version(),
         summary="Margin and risk for AI trading agents",
@@ -70,12 +76,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         refresher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await refresher
+        parts.workshop.close()
         await parts.database.close()
 
 
 async def _refused_parameters(_: Request, error: Exception) -> Response:
     """Answer a refused query parameter as a refused field of a body is answered."""
     raised: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
-    errors = tuple(FieldError(pointer_to(str(e["loc"][-1])), str(e["type"]), str(e["msg"])) for e in raised)
+    errors = tuple(FieldError(pointer_to(str(e["loc"][-1])), _field_code(e["type"]), str(e["msg"])) for e in raised)
     detail = errors[0].detail if errors else "refused"
     return problems.problem_response(InvalidError(detail=detail, code="invalid_parameter", errors=errors))
+
+
+def _field_code(kind: str) -> str:
+    """Return our code for pydantic's name of a refusal."""
+    if kind.startswith(("greater_than", "less_than")) or kind == "int_parsing_size":
+        return "number_out_of_range"
+    return "missing_field" if kind == "missing" else "invalid_value"

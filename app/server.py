@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import errno
 import gc
+import logging
+import os
 import shlex
 import signal
 import socket
@@ -20,6 +22,8 @@ import uvloop
 from pydantic import SecretStr
 from sqlalchemy import URL
 
+from app.api import workshop
+from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
 from app.errors import StartupError
@@ -27,8 +31,12 @@ from app.main import create_app
 from app.services import accounts
 from app.settings import Settings
 
+log = logging.getLogger(__name__)
+
 GRACE_SECONDS_AT_STOP = 10
 _FIRST_KEY_FILE = "first_key"
+_WATCH_SECONDS = 1.0
+_WATCH_SECONDS_AFTER_FAILURE = 30.0
 
 CURL_BODY = (
     '{"positions":[{"symbol":"BTC-PERP","side":"long","size":1,"entry_price":60000,"mark_price":61000,'
@@ -38,7 +46,7 @@ CURL_BODY = (
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything that was started. Raises StartupError."""
-    with _terminable(), _listener(settings) as listener, running_database(settings) as ready:
+    with _prompt_end(), _terminable(), _listener(settings) as listener, running_database(settings) as ready:
         embedded_in = None if settings.database_url else settings.data_dir
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(ready, listener, embedded_in))
@@ -82,13 +90,50 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS_AT_STOP,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=65_536,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        http=front(settings),
+        ws="none",
     )
     _settle_memory()
     server = _Server(config)
     server.greeting = greeting(_address(listener), key, has_admin_key=settings.admin_key is not None)
-    await server.serve(sockets=[listener])
+    async with _watched(embedded_in, _url(settings)):
+        await server.serve(sockets=[listener])
+
+
+@contextlib.asynccontextmanager
+async def _watched(embedded_in: Path | None, url: URL) -> AsyncIterator[None]:
+    """Keep the embedded Postgres up meanwhile."""
+    watch = asyncio.create_task(_watch(embedded_in, url)) if embedded_in is not None else None
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+
+
+async def _watch(data_dir: Path, url: URL) -> None:
+    """Start the server again where it was killed, as any other start of ours would."""
+    while True:
+        await asyncio.sleep(_WATCH_SECONDS)
+        if embedded.is_running(data_dir):
+            continue
+        log.error("the embedded Postgres is gone: it is started again")
+        try:
+            port = await asyncio.to_thread(_revived_port, data_dir)
+        except StartupError as error:
+            log.error("%s", error)  # noqa: TRY400  one line, as at a start
+            await asyncio.sleep(_WATCH_SECONDS_AFTER_FAILURE)
+            continue
+        if port == url.port:
+            log.info("the embedded Postgres is back")
+        else:
+            log.error("the embedded Postgres is back on another port, its own was taken: restart the service")
+
+
+def _revived_port(data_dir: Path) -> int | None:
+    with embedded.start(data_dir) as server:  # let go at once: the lock of `serve` keeps it up
+        return parse_database_url(server.url).port
 
 
 async def _first_key(database: Database, settings: Settings, embedded_in: Path | None) -> str | None:
@@ -153,6 +198,27 @@ def _why_not(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"{where} is taken: stop what listens there, or choose another with PRIMERISK_PORT or --port"
     return f"can't listen on {where}: {error.strerror or error}"
+
+
+@contextlib.contextmanager
+def _prompt_end() -> Iterator[None]:
+    """End the process without waiting for a quote that is still worked on, once all else has stopped.
+
+    Python's own end would stop such a thread at some line of numpy's or scipy's C++, which may crash.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        _end_if_at_work(end.code if isinstance(end.code, int) else 1)
+        raise
+    _end_if_at_work(0)
+
+
+def _end_if_at_work(code: int) -> None:
+    if workshop.is_at_work():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @contextlib.contextmanager

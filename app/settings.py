@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     database_connect_seconds: Annotated[
         float, Field(gt=0, le=60, description="longest wait for a connection before 503")
     ] = 5.0
+    connections_max: Annotated[int, Field(ge=1, description="open connections of one process before 503")] = 800
+    header_seconds_max: Annotated[float, Field(gt=0, description="longest time that a request's headers may take")] = (
+        10.0
+    )
     body_bytes_max: Annotated[int, Field(ge=1024, description="largest request body")] = 2_000_000
     body_seconds_max: Annotated[float, Field(gt=0, description="longest time that a body may take")] = 10.0
     requests_under_way_max: Annotated[int, Field(ge=1, description="requests under way in one process before 503")] = (
@@ -43,12 +47,17 @@ class Settings(BaseSettings):
         float, Field(ge=0, description="sustained requests a second per key before 429; 0 turns it off")
     ] = 2_000.0
     requests_burst: Annotated[int, Field(ge=1, description="requests a key may make at once")] = 4_000
+    unknown_keys_per_second: Annotated[
+        float, Field(ge=0, description="keys never seen before that are looked up, before 429; 0 turns it off")
+    ] = 50.0
     positions_max: Annotated[int, Field(ge=1, description="positions a portfolio")] = 5_000
     scenarios_max: Annotated[int, Field(ge=1, description="scenarios a request")] = 1_000
     underlyings_max: Annotated[int, Field(ge=1, description="different underlyings a portfolio")] = 500
     quote_milliseconds_max: Annotated[
         float, Field(gt=0, description="estimated work of one quote before it is refused")
     ] = 5_000.0
+    heavy_threads: Annotated[int, Field(ge=1, le=64, description="threads for quotes that take long")] = 2
+    heavy_waiting_max: Annotated[int, Field(ge=0, description="requests that wait for such a thread before 503")] = 32
     market_refresh_seconds: Annotated[
         float, Field(gt=0, le=60, description="how often a process reads new prices and parameters")
     ] = 0.5

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request
 
 from app.api.body import Body
+from app.api.workshop import Workshop
 from app.db.session import Database
-from app.errors import ForbiddenError, RateLimitedError, UnauthorizedError
+from app.errors import ForbiddenError, UnauthorizedError
 from app.services.accounts import Caller, KeyRing, Scope
 from app.services.market_cache import MarketCache
+from app.services.rates import RateLimiter
 from app.settings import Settings
 from app.telemetry import Metrics
 
 T = TypeVar("T")
 
-BUCKETS_MAX = 10_000
 INLINE_BYTES_MAX = 200_000
 """Bodies up to which decoding is quicker than handing it to a thread."""
 
@@ -35,40 +33,7 @@ class Parts:
     keys: KeyRing
     market: MarketCache
     limiter: RateLimiter
-
-
-@dataclass(slots=True)
-class RateLimiter:
-    """A token bucket per key: `rate` a second, `burst` at once. Rate 0 lets everything pass."""
-
-    rate: float
-    burst: int
-    _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
-
-    def spend(self, key_id: str) -> None:
-        """Take one token. Raises RateLimitedError with Retry-After and RateLimit headers."""
-        if self.rate <= 0.0:
-            return
-        now = time.monotonic()
-        tokens, then = self._buckets.get(key_id, (float(self.burst), now))
-        tokens = min(float(self.burst), tokens + (now - then) * self.rate)
-        if tokens < 1.0:
-            raise self._refusal((1.0 - tokens) / self.rate)
-        self._buckets[key_id] = (tokens - 1.0, now)
-        self._buckets.move_to_end(key_id)
-        if len(self._buckets) > BUCKETS_MAX:
-            self._buckets.popitem(last=False)
-
-    def _refusal(self, seconds: float) -> RateLimitedError:
-        wait = str(max(1, int(seconds + 0.999)))
-        return RateLimitedError(
-            f"more than {self.rate:g} requests a second",
-            code="rate_limited",
-            headers={"Retry-After": wait, "RateLimit": f'"key";r=0;t={wait}', "RateLimit-Policy": self._policy()},
-        )
-
-    def _policy(self) -> str:
-        return f'"key";q={self.burst};w={max(1, round(self.burst / self.rate))}'
+    workshop: Workshop
 
 
 def parts_of(request: Request) -> Parts:
@@ -119,7 +84,7 @@ async def body_of(request: Request, body: Body[T], empty: bytes = b"") -> T:
     """
     raw = await request.body() or empty
     if len(raw) > INLINE_BYTES_MAX:
-        return await asyncio.to_thread(body.decode, raw)
+        return await parts_of(request).workshop.run(body.decode, raw)
     return body.decode(raw)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import datetime
 
@@ -31,7 +30,7 @@ async def quote_margin(request: Request) -> Response:
     if _is_light(body):
         reply = _quote(parts, body, now)
     else:
-        reply = await asyncio.to_thread(_quote, parts, body, now)
+        reply = await parts.workshop.run(_quote, parts, body, now)
     return Response(reply, media_type="application/json")
 
 

@@ -156,6 +156,13 @@ def start(data_dir: Path) -> EmbeddedPostgres:
         raise StartupError(f"the data directory {home} can't be used: {_os_reason(error)}") from error
 
 
+def is_running(data_dir: Path) -> bool:
+    """Tell whether the server of `data_dir` is there, ready or not."""
+    cluster = data_dir.absolute().resolve() / "postgres"
+    found = _read_postmaster(cluster)
+    return found is not None and _is_server(found.pid, cluster)
+
+
 def _os_reason(error: OSError) -> str:
     if isinstance(error, shutil.Error):  # one entry a file: (source, target, reason)
         return str(error.args[0][0][2])

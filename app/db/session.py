@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from app.settings import Settings
+
+log = logging.getLogger(__name__)
 
 POSTGRES_VERSION_MIN = 150_000
 STATEMENT_SECONDS_MAX = 15
@@ -41,6 +44,17 @@ _BUSY_CODES = {
     "55P03": "lock timeout",
     "57014": "statement timeout",
 }
+_FAULTS = {
+    "25006": "it is read-only",
+    "53100": "its disk is full",
+    "53200": "it is out of memory",
+    "58030": "its disk fails",
+    "XX001": "its data is damaged",
+    "XX002": "an index of it is damaged",
+}
+"""The server answers, and an operator must see to it."""
+_FAULT_LOG_SECONDS = 60.0
+"""How often the same fault is logged: it comes back with every request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +97,13 @@ class Database:
         """Whether the last transaction found the server."""
         self.engine = _engine(url, settings)
         self._reader = _Reader(url, settings)
+        self._faults_logged: dict[str, float] = {}
 
     @asynccontextmanager
     async def transaction(self, actor: str) -> AsyncIterator[Tx]:
         """Open a transaction that commits when the block ends, and rolls back when it raises.
 
-        Raises DatabaseUnavailableError when the server is away, or too busy to answer in time.
+        Raises DatabaseUnavailableError when the server is away, too busy to answer in time, or at fault.
         """
         try:
             with _outages_named():
@@ -97,8 +112,8 @@ class Database:
                     self.clock.set(now)
                     self.reachable = True
                     yield Tx(connection, now, actor)
-        except DatabaseUnavailableError:
-            self.reachable = False
+        except DatabaseUnavailableError as error:
+            self._fail(error)
             raise
 
     async def fetch_value(self, query: str, *arguments: object) -> Any:
@@ -110,11 +125,22 @@ class Database:
         try:
             with _outages_named():
                 value = await self._reader.fetch_value(query, *arguments)
-        except DatabaseUnavailableError:
-            self.reachable = False
+        except DatabaseUnavailableError as error:
+            self._fail(error)
             raise
         self.reachable = True
         return value
+
+    def _fail(self, error: DatabaseUnavailableError) -> None:
+        self.reachable = error.code != "database_unavailable"
+        if error.code == "database_error":
+            self._log_fault(error.detail)
+
+    def _log_fault(self, detail: str) -> None:
+        now = time.monotonic()
+        if now >= self._faults_logged.get(detail, 0.0):
+            log.error("%s", detail)
+            self._faults_logged[detail] = now + _FAULT_LOG_SECONDS
 
     async def ping(self) -> None:
         """Return once the server has answered a query; DatabaseUnavailableError when it does not."""
@@ -228,25 +254,26 @@ def _connect_options(connect_seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def _outages_named() -> Iterator[None]:
-    """Turn what the driver, the pool and the socket raise for an outage into the one error for it."""
+    """Turn what the driver, the pool and the socket raise for an outage or a fault into the one error for it."""
     try:
         yield
     except (OSError, PoolTimeoutError) as error:  # a transaction does no other I/O (house rule 2)
         raise _away() from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # of the driver's own pool
-        state = getattr(error, "sqlstate", None) or ""
-        if state in _BUSY_CODES:
-            raise _busy(_BUSY_CODES[state]) from error
-        if state.startswith(_AWAY_CLASSES) or isinstance(error, asyncpg.InterfaceError):
-            raise _away() from error
-        raise
+        named = _outage(getattr(error, "sqlstate", None) or "", gone=isinstance(error, asyncpg.InterfaceError))
+        raise named or error from error
     except DBAPIError as error:
-        state = _sqlstate(error)
-        if state in _BUSY_CODES:
-            raise _busy(_BUSY_CODES[state]) from error
-        if error.connection_invalidated or state.startswith(_AWAY_CLASSES) or _is_closed(error):
-            raise _away() from error
-        raise
+        named = _outage(_sqlstate(error), gone=error.connection_invalidated or _is_closed(error))
+        raise named or error from error
+
+
+def _outage(state: str, *, gone: bool) -> DatabaseUnavailableError | None:
+    """Return the error for a SQLSTATE that is an outage or a fault, None for any other."""
+    if state in _BUSY_CODES:
+        return _busy(_BUSY_CODES[state])
+    if state in _FAULTS:
+        return _faulty(_FAULTS[state])
+    return _away() if gone or state.startswith(_AWAY_CLASSES) else None
 
 
 def _away() -> DatabaseUnavailableError:
@@ -258,6 +285,12 @@ def _away() -> DatabaseUnavailableError:
 def _busy(why: str) -> DatabaseUnavailableError:
     return DatabaseUnavailableError(
         f"The database is busy ({why}): try again.", code="database_busy", headers={"Retry-After": "1"}
+    )
+
+
+def _faulty(why: str) -> DatabaseUnavailableError:
+    return DatabaseUnavailableError(
+        f"The database can't serve this: {why}.", code="database_error", headers={"Retry-After": "10"}
     )
 
 

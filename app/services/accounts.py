@@ -16,6 +16,7 @@ from sqlalchemy import func, insert, select, update
 from app.db.tables import accounts, agents, api_keys
 from app.domain.money import to_decimal
 from app.errors import NotFoundError, UnauthorizedError, invalid
+from app.services.rates import RateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -33,6 +34,9 @@ ALL_SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 KEYS_CACHED_MAX = 10_000
 KEYS_A_PAGE_MAX = 200
 NAME_CHARACTERS_MAX = 200
+_UNKNOWN_KEYS_BURST_SECONDS = 4
+_FIRST_KEY_LOCK = 7_165_001
+"""Of `pg_advisory_xact_lock`, while the first key is looked for or made."""
 
 _KEY = re.compile(r"pr_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _NO_SECRET = bytes(32)  # stands in for an unknown key's hash, so that it costs the same work
@@ -181,20 +185,25 @@ async def authenticate(tx: Tx, key: str) -> tuple[Caller, datetime | None]:
 
 
 async def create_first_key(database: Database, path: Path) -> str:
-    """Return the admin key kept in a file (mode 0600), made anew when it is missing or no longer good."""
-    kept = _read_private(path)
+    """Return the admin key kept in a file (mode 0600), made anew when it is missing or no longer good.
+
+    Processes that start at once take turns, and the first writes its file before the next looks: one key is made.
+    """
     async with database.transaction("first-key") as tx:
+        await tx.connection.execute(select(func.pg_advisory_xact_lock(_FIRST_KEY_LOCK)))
+        kept = _read_private(path)
         if await _is_admin(tx, kept):
             return kept
         key = await create_key(tx, None, {"admin"}, "first key")
-    _write_private(path, key.text)
+        _write_private(path, key.text)
     return key.text
 
 
 class KeyRing:
     """Checks keys, and trusts a good one for `key_cache_seconds`, so that a hot path needs no query.
 
-    A revoked key works for that long in other processes. Refused keys are not remembered.
+    A revoked key works for that long in other processes. Refused keys are not remembered, but bounded: each costs
+    a query, so that only so many a second are looked for. Keys that have been good pass that limit.
     """
 
     def __init__(self, database: Database, settings: Settings) -> None:
@@ -203,9 +212,11 @@ class KeyRing:
         self._admin = _digest(settings.admin_key.get_secret_value()) if settings.admin_key else None
         # By the key's hash: good callers, and until when (monotonic) they are trusted.
         self._trusted: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
+        rate = settings.unknown_keys_per_second
+        self._unknown = RateLimiter(rate, max(1, int(rate * _UNKNOWN_KEYS_BURST_SECONDS)), "unknown keys")
 
     async def authenticate(self, key: str) -> Caller:
-        """Return the caller; UnauthorizedError for no good key, or DatabaseUnavailableError."""
+        """Return the caller; UnauthorizedError for no good key, RateLimitedError, or DatabaseUnavailableError."""
         digest = _digest(key)
         if self._admin is not None and hmac.compare_digest(digest, self._admin):
             return Caller("admin", None, ALL_SCOPES)
@@ -223,8 +234,19 @@ class KeyRing:
         if _KEY.fullmatch(key) is None:
             _refuse()  # without a connection
         asked = time.monotonic()
-        async with self._database.transaction("key-ring") as tx:
-            caller, expires_at = await authenticate(tx, key)
+        unknown = digest not in self._trusted
+        if unknown:
+            self._unknown.spend("")
+        try:
+            async with self._database.transaction("key-ring") as tx:
+                caller, expires_at = await authenticate(tx, key)
+        except UnauthorizedError:
+            unknown = False  # what it took stays taken
+            self._trusted.pop(digest, None)
+            raise
+        finally:
+            if unknown:
+                self._unknown.give_back("")
         seconds = self._seconds
         if expires_at is not None:
             seconds = min(seconds, (expires_at - tx.now).total_seconds())

@@ -212,7 +212,9 @@ async def test_correlations_in_either_order(service: Service) -> None:
 @SHARED
 async def test_a_version_that_is_none(shared: Service, version: str) -> None:
     for path in (PARAMETERS, f"{ASSETS}/BTC", f"{INSTRUMENTS}/BTC-PERP"):
-        problem(await shared.get(f"{path}?version={version}"), 422, "invalid_parameter", "/version")
+        document = problem(await shared.get(f"{path}?version={version}"), 422, "invalid_parameter", "/version")
+        code = "number_out_of_range" if version in ("0", "-1") else "invalid_value"
+        assert [error["code"] for error in document["errors"]] == [code]
 
 
 @pytest.mark.parametrize("number", ["2147483648", "9223372036854775808", "9" * 30, "9" * 64])
@@ -241,7 +243,9 @@ async def test_changes_newest_first_in_pages_with_who_made_them(service: Service
 @pytest.mark.parametrize("limit", ["0", "201", "-1", "x", "1e2", "9" * 30])
 @SHARED
 async def test_limits_of_a_page(shared: Service, path: str, limit: str) -> None:
-    problem(await shared.get(f"{path}?limit={limit}"), 422, "invalid_parameter", "/limit")
+    document = problem(await shared.get(f"{path}?limit={limit}"), 422, "invalid_parameter", "/limit")
+    code = "invalid_value" if limit in ("x", "1e2") else "number_out_of_range"
+    assert [error["code"] for error in document["errors"]] == [code]
 
 
 # --- prices

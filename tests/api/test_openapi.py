@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,3 +119,13 @@ async def test_the_pages_for_people(shared: Service) -> None:
     answer = await shared.get("/docs", key="")
     assert answer.status_code == 200
     assert "/openapi.json" in answer.text
+
+
+async def test_the_pages_for_people_load_nothing_from_elsewhere(shared: Service) -> None:
+    page = (await shared.get("/docs", key="")).text
+    loaded = re.findall(r"<(?:script|link)[^>]*?(?:src|href)=\"([^\"]+)\"", page)
+    assert len(loaded) >= 2
+    for path in loaded:
+        assert path.startswith("/")
+        assert (await shared.get(path, key="")).status_code == 200
+    assert "://" not in page

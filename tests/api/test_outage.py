@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from tests.api.bodies import WORKED
 from tests.api.proxy import relay
@@ -65,6 +67,42 @@ async def test_away_and_back(database_url: URL) -> None:
             await _until(200, service.client)
             assert (await service.post(MARGIN, json=WORKED)).status_code == 200
             assert await _gauge(service.client, "primerisk_database_up") == 1
+
+
+_FULL = """
+CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END $$;
+CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION full_disk()
+"""
+_READ_ONLY = """
+DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$
+"""
+
+
+@pytest.mark.parametrize(
+    ("statements", "said"),
+    [(_FULL.format(table="market_prices").split(";\n"), "disk is full"), ([_READ_ONLY], "read-only")],
+)
+async def test_a_database_that_can_not_write(
+    database_url: URL, statements: list[str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(database_url) as service:
+        database = service.app.state.parts.database
+        async with database.transaction("test") as tx:
+            for statement in statements:
+                await tx.connection.execute(text(statement))
+        await database.engine.dispose()  # what is set for the database holds for new connections
+        for _ in range(2):
+            answer = await service.post("/api/market/prices", key="market", json={"prices": {"BTC": 1}})
+            document = problem(answer, 503, "database_error")
+            assert said in document["detail"]
+            assert answer.headers["retry-after"] == "10"
+        ours = [record for record in caplog.records if record.name == "app.db.session"]
+        logged = [record for record in ours if record.levelno >= logging.ERROR]
+        assert len(logged) == 1
+        assert said in logged[0].getMessage()
+        assert (await service.post(MARGIN, json=WORKED)).status_code == 200
+        assert await _gauge(service.client, "primerisk_database_up") == 1
 
 
 async def _gauge(client: httpx.AsyncClient, name: str) -> float:

@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
-
-from tests.api.service import ADMIN_KEY, MARGIN, connected
+from tests.api.service import ADMIN_KEY, MARGIN
+from tests.api.wire import problem_read, serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from sqlalchemy import URL
-
-
-@asynccontextmanager
-async def _serving(url: URL, **settings: Any) -> AsyncIterator[int]:
-    """Yield the port of a uvicorn that serves the app."""
-    async with connected(url, **settings) as (app, _):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-            task = asyncio.create_task(server.serve(sockets=[listener]))
-            for _ in range(500):
-                if server.started:
-                    break
-                await asyncio.sleep(0.01)
-            yield listener.getsockname()[1]
-            server.should_exit = True
-            await task
 
 
 def _head(*more: str) -> bytes:
     lines = [f"POST {MARGIN} HTTP/1.1", "Host: x", f"Authorization: Bearer {ADMIN_KEY}", *more, "", ""]
     return "\r\n".join(lines).encode()
-
-
-async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, Any]]:
-    async with asyncio.timeout(5):
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-        document: dict[str, Any] = json.loads(await reader.readexactly(length))
-    assert "content-type: application/problem+json" in head
-    return int(head.split()[1]), document
 
 
 async def _refusal(port: int, *sent: bytes, pause: float = 0.0) -> tuple[int, str]:
@@ -57,7 +26,7 @@ async def _refusal(port: int, *sent: bytes, pause: float = 0.0) -> tuple[int, st
             writer.write(part)
             await writer.drain()
             await asyncio.sleep(pause)
-        status, document = await _answer(reader)
+        status, document = await problem_read(reader)
         async with asyncio.timeout(5):
             with suppress(ConnectionResetError):  # bytes of ours were still under way when it closed
                 assert await reader.read() == b""
@@ -67,7 +36,7 @@ async def _refusal(port: int, *sent: bytes, pause: float = 0.0) -> tuple[int, st
 
 
 async def test_bodies_that_do_not_come(database_url: URL) -> None:
-    async with _serving(database_url, body_seconds_max=0.4) as port:
+    async with serving(database_url, body_seconds_max=0.4) as port:
         declared, chunked = _head("Content-Length: 100"), _head("Transfer-Encoding: chunked")
         assert await _refusal(port, declared) == (408, "body_too_slow")
         assert await _refusal(port, declared, b'{"positions"') == (408, "body_too_slow")
@@ -76,7 +45,7 @@ async def test_bodies_that_do_not_come(database_url: URL) -> None:
 
 
 async def test_bodies_past_the_limit(database_url: URL) -> None:
-    async with _serving(database_url, body_bytes_max=10_000) as port:
+    async with serving(database_url, body_bytes_max=10_000) as port:
         huge = b"2711\r\n" + b" " * 0x2711 + b"\r\n"
         assert await _refusal(port, _head("Content-Length: 100000000")) == (413, "body_too_large")
         assert await _refusal(port, _head("Content-Length: 10001"), b" " * 100) == (413, "body_too_large")
@@ -84,7 +53,7 @@ async def test_bodies_past_the_limit(database_url: URL) -> None:
 
 
 async def test_a_caller_that_hangs_up_is_no_fault_of_ours(database_url: URL, caplog: Any) -> None:
-    async with _serving(database_url) as port:
+    async with serving(database_url) as port:
         for part in (b"", b'{"positions":['):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(_head("Content-Length: 100") + part)

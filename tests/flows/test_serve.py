@@ -53,6 +53,18 @@ def _status(address: str, key: str) -> int:
     return answer.status_code
 
 
+def _main_pid(place: Home) -> int:
+    """Return the pid of Postgres' main process, 0 while it starts."""
+    try:
+        return int((place.data / "postgres" / "postmaster.pid").read_text().split()[0])
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
+def _ready(address: str) -> int:
+    return httpx.get(f"{address}/readyz", timeout=10).status_code
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_line_that_it_prints_works_and_a_signal_stops_everything(place: Home, number: int) -> None:
     with serving(place) as served:
@@ -84,6 +96,19 @@ def test_after_a_kill_it_starts_again_with_the_same_key(place: Home) -> None:
         assert served.greeting.key == key
         assert _status(served.greeting.address, key) == 200
         served.stop(signal.SIGINT)
+    assert place.servers() == []
+
+
+def test_a_postgres_that_was_killed_is_started_again(place: Home) -> None:
+    with serving(place) as served:
+        main = _main_pid(place)
+        os.kill(main, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while _main_pid(place) in (0, main) or _ready(served.greeting.address) != 200:
+            assert time.monotonic() < deadline, (place.path / "serve.log").read_text()
+            time.sleep(0.1)
+        assert _status(served.greeting.address, served.greeting.key) == 200
+        assert served.stop(signal.SIGINT) == 0
     assert place.servers() == []
 
 

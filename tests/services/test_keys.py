@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import stat
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from app.db.session import Database, parse_database_url
-from app.errors import DatabaseUnavailableError, InvalidError, NotFoundError, UnauthorizedError
+from app.errors import DatabaseUnavailableError, InvalidError, NotFoundError, RateLimitedError, UnauthorizedError
 from app.services import accounts
 from app.services.accounts import (
     Caller,
@@ -25,6 +26,8 @@ from tests.database import make_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from app.settings import Settings
 
 ADMIN = "an admin key that is long enough"
 UNTRUSTING = make_settings(key_cache_seconds=0)
@@ -203,6 +206,37 @@ async def test_a_bad_key_is_not_made(database: Database) -> None:
             await create_key(tx, "agent_none", {"agent"})
         with pytest.raises(InvalidError):
             await create_agent(tx, "")
+
+
+async def test_starts_at_once_make_one_first_key(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "first_key"
+    keys = await asyncio.gather(*(create_first_key(database, path) for _ in range(5)))
+    assert set(keys) == {path.read_text().strip()}
+    async with database.transaction("test") as tx:
+        assert len(await list_keys(tx)) == 1
+
+
+async def test_unknown_keys_are_bounded_and_good_ones_pass(database: Database) -> None:
+    good, new = await _new_key(database), await _new_key(database)
+    ring = KeyRing(database, make_settings(key_cache_seconds=0, unknown_keys_per_second=0.01))
+    assert (await ring.authenticate(good.text)).key_id == good.id
+    assert (await ring.authenticate(good.text)).key_id == good.id
+    with pytest.raises(UnauthorizedError):
+        await ring.authenticate(f"pr_{'0' * 16}_{'A' * 43}")
+    for key in (f"pr_{'1' * 16}_{'A' * 43}", new.text):
+        with pytest.raises(RateLimitedError, match="unknown keys") as caught:
+            await ring.authenticate(key)
+        assert int(caught.value.headers["Retry-After"]) > 0
+    assert (await ring.authenticate(good.text)).key_id == good.id
+
+
+async def test_an_outage_is_not_counted_as_unknown_keys(settings: Settings) -> None:
+    away = Database(parse_database_url("postgresql://u@127.0.0.1:1/d"), settings)
+    ring = KeyRing(away, make_settings(unknown_keys_per_second=0.01))
+    for number in range(3):
+        with pytest.raises(DatabaseUnavailableError):
+            await ring.authenticate(f"pr_{number:016x}_{'A' * 43}")
+    await away.close()
 
 
 async def test_the_first_key_is_kept_while_it_is_good(database: Database, tmp_path: Path) -> None:
