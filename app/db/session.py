@@ -261,10 +261,14 @@ def _outages_named() -> Iterator[None]:
         raise _away() from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # of the driver's own pool
         named = _outage(getattr(error, "sqlstate", None) or "", gone=isinstance(error, asyncpg.InterfaceError))
-        raise named or error from error
+        if named is None:
+            raise
+        raise named from error
     except DBAPIError as error:
         named = _outage(_sqlstate(error), gone=error.connection_invalidated or _is_closed(error))
-        raise named or error from error
+        if named is None:
+            raise
+        raise named from error
 
 
 def _outage(state: str, *, gone: bool) -> DatabaseUnavailableError | None:
