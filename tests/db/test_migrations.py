@@ -108,7 +108,7 @@ async def test_several_may_migrate_at_once(empty_url: URL, settings: Settings) -
 @pytest.mark.parametrize("table", [table.name for table in APPEND_ONLY])
 @pytest.mark.parametrize("statement", ["UPDATE {} SET {} = NULL", "DELETE FROM {}", "TRUNCATE {} CASCADE"])
 async def test_history_is_append_only(database: Database, table: str, statement: str) -> None:
-    column = metadata.tables[table].columns[-1].name
+    column = list(metadata.tables[table].columns)[-1].name
     with pytest.raises(IntegrityError, match="append-only"):
         await _execute(database, text(statement.format(table, column)))
 
