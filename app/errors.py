@@ -17,7 +17,7 @@ PrimeriskError
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,12 +143,19 @@ def _token(step: str) -> str:
 
 
 @contextmanager
-def pointers_under(prefix: str) -> Iterator[None]:
-    """Put a prefix before the pointers of an InvalidError that is raised inside."""
+def pointers_under(prefix: str, instead_of: str = "") -> Iterator[None]:
+    """Put a prefix before the pointers of an InvalidError that is raised inside, in place of another one."""
+    with pointers_by(lambda pointer: prefix + pointer.removeprefix(instead_of)):
+        yield
+
+
+@contextmanager
+def pointers_by(name: Callable[[str], str]) -> Iterator[None]:
+    """Rename the pointers of an InvalidError that is raised inside."""
     try:
         yield
     except InvalidError as error:
-        errors = tuple(FieldError(prefix + e.pointer, e.code, e.detail) for e in error.errors)
+        errors = tuple(FieldError(name(e.pointer), e.code, e.detail) for e in error.errors)
         raise InvalidError(detail=error.detail, code=error.code, errors=errors) from None
 
 

@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.api import account, market, ops, problems, quotes, trading, wallet
+from app.api import account, market, ops, problems, quotes, trading, wallet, what_if
 from app.api.deps import Parts
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
@@ -53,7 +53,15 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.parts = parts
-    for router in (quotes.router, account.router, wallet.router, trading.router, market.router, ops.router):
+    for router in (
+        quotes.router,
+        what_if.router,
+        account.router,
+        wallet.router,
+        trading.router,
+        market.router,
+        ops.router,
+    ):
         app.include_router(router)
     problems.install(app)
     app.add_exception_handler(RequestValidationError, _refused_parameters)

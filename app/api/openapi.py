@@ -13,6 +13,7 @@ from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPu
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CollateralPost, OrderPost, ReducePost
 from app.api.wallet import AmountIn, PartIn, ReservationPost
+from app.api.what_if import WhatIfIn
 from app.errors import FieldError
 
 BODIES = (
@@ -29,6 +30,7 @@ BODIES = (
     OrderPost,
     ReducePost,
     CollateralPost,
+    WhatIfIn,
 )
 _OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 

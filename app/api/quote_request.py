@@ -225,9 +225,8 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
     positions = position_terms(body.positions)
-    _check_positions(positions, parameters, limits, quote_time(body, now))
     repairs = market is not None and not (market.correlation is None and market.hedge_correlation is None)
-    _check_work(estimated_work(positions, parameters, mode, repairs=repairs), limits)
+    check_terms(positions, parameters, mode, limits, quote_time(body, now), repairs=repairs)
     return QuoteTerms(
         positions=positions,
         collateral=_holdings(body.collateral or ()),
@@ -244,6 +243,21 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
             span_charges=_span_charges(market),
         ),
     )
+
+
+def check_terms(
+    terms: PositionTerms,
+    parameters: MarketParameters,
+    mode: MarginMode,
+    limits: Limits,
+    now: datetime,
+    *,
+    repairs: bool = False,
+) -> None:
+    """Refuse rows past a limit, with names that are none, or that ask for too much work. Raises InvalidError."""
+    _check_length("/positions", terms, limits.positions_max)
+    _check_positions(terms, parameters, limits, now)
+    _check_work(estimated_work(terms, parameters, mode, repairs=repairs), limits)
 
 
 def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:

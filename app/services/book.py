@@ -25,7 +25,7 @@ class _Row(msgspec.Struct):
     reservations: list[OpenReservation]
 
 
-_BOOK = """
+BOOK_QUERY = """
     SELECT json_build_object(
         'settings', to_json(a),
         'version', a.version,
@@ -39,20 +39,21 @@ _BOOK = """
             SELECT json_agg(r ORDER BY seq)
             FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]')
     )::text
-    FROM accounts a WHERE a.agent_id = """
+    FROM accounts a WHERE a.agent_id = $1"""
 
+_BOOK = text(BOOK_QUERY.replace("$1", ":agent_id"))
 _decoder = msgspec.json.Decoder(_Row)
 
 
 async def load(tx: Tx, agent_id: str) -> Book:
     """Return an agent's book as the transaction sees it. Raises NotFoundError."""
-    found = await tx.connection.execute(text(_BOOK + ":agent_id"), {"agent_id": agent_id})
+    found = await tx.connection.execute(_BOOK, {"agent_id": agent_id})
     return _book(agent_id, found.scalar_one_or_none())
 
 
 async def read(database: Database, agent_id: str) -> Book:
     """Return an agent's book outside a transaction: one statement is one snapshot. Raises NotFoundError."""
-    return _book(agent_id, await database.fetch_value(_BOOK + "$1", agent_id))
+    return _book(agent_id, await database.fetch_value(BOOK_QUERY, agent_id))
 
 
 async def lock(tx: Tx, agent_id: str) -> Book:

@@ -1,0 +1,125 @@
+"""Is the account read fast? GET /api/account over HTTP against a bare asyncpg pool that reads the same rows.
+
+One process serves; both sides are asked by 16 callers at once, in turns, in one run. All share one core with the
+client, but for Postgres, which has what the machine leaves it.
+
+Run with `make bench`, or `python -m benchmarks.account`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import tempfile
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from app.db import embedded
+from app.services.book import BOOK_QUERY
+from benchmarks.http import KEY, Server, pin_to_one_core, server
+
+CALLERS = 16
+POSITIONS = 10
+ROUNDS = 5
+SECONDS_A_TURN = 1.0
+TARGET = "0.30"
+COINS = {"BTC": 88_500, "ETH": 2_840, "SOL": 131, "BNB": 842, "XRP": 2}
+COINS |= {"ADA": 1, "DOT": 7, "LTC": 90, "UNI": 9, "ETC": 20}
+
+
+def main() -> None:
+    """Print the table."""
+    pin_to_one_core()
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        home = Path(directory)
+        served = stack.enter_context(server("quote", home))
+        agent_id, key = _fill(served)
+        url = stack.enter_context(embedded.start(home / "data")).url
+        asyncio.run(_compare(served, url, agent_id, key))
+
+
+def _fill(served: Server) -> tuple[str, str]:
+    """Make an agent with ten open positions, and return its id and key."""
+    made = _call(served, KEY, "POST", "/api/agents", {"name": "benchmark"})
+    agent_id, key = made["agent_id"], made["api_key"]
+    _call(served, KEY, "POST", "/api/market/prices", {"prices": COINS})
+    _call(served, key, "POST", "/api/wallet/deposits", {"asset": "USDC", "amount": 1_000_000})
+    for coin, price in list(COINS.items())[:POSITIONS]:
+        size = str(round(Decimal(20_000) / price, 3))
+        _call(served, key, "POST", "/api/orders", {"symbol": f"{coin}-PERP", "side": "buy", "size": size})
+    return agent_id, key
+
+
+def _call(served: Server, key: str, method: str, path: str, body: Any) -> Any:
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{served.port}{path}", json.dumps(body).encode(), headers, method=method
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+async def _compare(served: Server, url: str, agent_id: str, key: str) -> None:
+    async with asyncpg.create_pool(url, min_size=CALLERS, max_size=CALLERS) as pool:
+
+        async def read() -> None:
+            await pool.fetchval(BOOK_QUERY, agent_id)
+
+        best = {"asyncpg": 0.0, "HTTP": 0.0}
+        for _ in track(range(ROUNDS), description="account"):
+            best["asyncpg"] = max(best["asyncpg"], await _rate([read] * CALLERS))
+            best["HTTP"] = max(best["HTTP"], await _http_rate(served.port, key))
+    table = Table("read", "a second", "of asyncpg", "target", title=f"an account with {POSITIONS} positions")
+    table.add_row("bare asyncpg pool, the same statement", f"{best['asyncpg']:,.0f}", "1.00", "")
+    table.add_row("GET /api/account", f"{best['HTTP']:,.0f}", f"{best['HTTP'] / best['asyncpg']:.2f}", TARGET)
+    Console(width=120).print(table)
+
+
+async def _rate(calls: list[Callable[[], Awaitable[None]]]) -> float:
+    """Return the calls a second of callers that each call again as soon as they are answered."""
+    deadline = time.perf_counter() + SECONDS_A_TURN
+
+    async def caller(call: Callable[[], Awaitable[None]]) -> int:
+        count = 0
+        while time.perf_counter() < deadline:
+            await call()
+            count += 1
+        return count
+
+    started = time.perf_counter()
+    counts = await asyncio.gather(*map(caller, calls))
+    return sum(counts) / (time.perf_counter() - started)
+
+
+async def _http_rate(port: int, key: str) -> float:
+    raw = f"GET /api/account HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+    streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CALLERS)]
+
+    def asker(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Callable[[], Awaitable[None]]:
+        async def ask() -> None:
+            writer.write(raw)
+            head = await reader.readuntil(b"\r\n\r\n")
+            if not head.startswith(b"HTTP/1.1 200"):
+                raise SystemExit(f"unexpected reply: {head[:200]!r}")
+            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
+
+        return ask
+
+    rate = await _rate([asker(reader, writer) for reader, writer in streams])
+    for _, writer in streams:
+        writer.close()
+    return rate
+
+
+if __name__ == "__main__":
+    main()
