@@ -15,12 +15,14 @@ from starlette.responses import Response
 
 from app.api import account, market, ops, problems, quotes, trading, wallet, what_if
 from app.api.deps import Parts
+from app.api.express import Express
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
 from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services.accounts import KeyRing
+from app.services.margin import FiguresCache
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
 from app.settings import Settings
@@ -41,6 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
         database=database,
         keys=KeyRing(database, settings),
         market=MarketCache(database),
+        figures=FiguresCache(),
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
     )
@@ -65,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     problems.install(app)
     app.add_exception_handler(RequestValidationError, _refused_parameters)
+    app.add_middleware(Express, parent=app)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
     return app

@@ -17,7 +17,7 @@ from app.api.quote_request import fields_given
 from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.parameters import MarginMode
-from app.domain.quote import AccountFigures, account_figures
+from app.domain.quote import AccountFigures
 from app.errors import invalid
 from app.services import account, book, positions
 from app.services.margin import Scene
@@ -57,9 +57,7 @@ _SETTINGS = wire.Body(AccountSettingsIn)
 async def read_account(parts: Parts, owner: Owner) -> tuple[Book, AccountFigures]:
     """Return the stored book and what it comes to, in one query. Raises NotFoundError."""
     held = await book.read(parts.database, owner.agent_id)
-    view = parts.market.view
-    terms = held.quote_terms(view.parameters, view.prices)
-    return held, account_figures(terms, view.prices, parts.database.clock.now())
+    return held, parts.figures.figures(held, parts.market.view, parts.database.clock.now())
 
 
 @router.get("/account", openapi_extra=document("The account: equity, positions, health", scope="agent"))

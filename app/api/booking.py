@@ -49,7 +49,7 @@ class Reply:
     status: int = 200
 
 
-async def _owner(
+async def owner_of(
     request: Request,
     agent_id: Annotated[str | None, Query(max_length=64, description="whose book: for keys of an admin")] = None,
 ) -> Owner:
@@ -68,7 +68,7 @@ async def _owner(
     raise ForbiddenError(detail, code="agent_key_needed")
 
 
-BookOwner = Annotated[Owner, Depends(_owner)]
+BookOwner = Annotated[Owner, Depends(owner_of)]
 
 Effect = Callable[[Tx, Scene], Awaitable[Reply]]
 

@@ -12,6 +12,7 @@ from app.api.workshop import Workshop
 from app.db.session import Database
 from app.errors import ForbiddenError, UnauthorizedError
 from app.services.accounts import Caller, KeyRing, Scope
+from app.services.margin import FiguresCache
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
 from app.settings import Settings
@@ -32,6 +33,7 @@ class Parts:
     database: Database
     keys: KeyRing
     market: MarketCache
+    figures: FiguresCache
     limiter: RateLimiter
     workshop: Workshop
 

@@ -28,6 +28,9 @@ def round_owned(amount: Decimal, decimals: int) -> Decimal:
 
 def plain(amount: Decimal) -> Decimal:
     """Return an amount with its digits alone: no trailing zeros, no exponent."""
+    text = str(amount)
+    if "E" not in text and not ("." in text and text.endswith("0")):
+        return amount
     return Decimal(f"{amount.normalize(_WIDE):f}")
 
 

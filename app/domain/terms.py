@@ -357,7 +357,7 @@ def _fill_marks(
     for c, row in _first_rows(code, absent & kinds.linear & np.isnan(found[code])):
         name = markets.table.names[markets.underlying[c]]
         found[c] = prices.mark(markets.symbols[c], name, f"/positions/{row}/mark_price")
-    for c, _ in _first_rows(code, absent & kinds.greeks & np.isnan(found[code])):
+    for c, _ in _first_rows(code, absent & kinds.greeks & np.isnan(found[code])) if kinds.any_greeks else ():
         known = prices.known(markets.table.names[markets.underlying[c]])
         found[c] = np.nan if known is None else known
     return np.where(absent, found[code], marks)
@@ -365,9 +365,11 @@ def _fill_marks(
 
 def _first_rows(groups: Rows, mask: Flags) -> list[tuple[int, int]]:
     """Return (group, its first row) of each group that has a row in the mask."""
-    rows = np.flatnonzero(mask)
-    found, first = np.unique(groups[rows], return_index=True)
-    return list(zip(found.tolist(), rows[first].tolist(), strict=True))
+    first: dict[int, int] = {}
+    for row, group, chosen in zip(range(len(groups)), groups.tolist(), mask.tolist(), strict=True):
+        if chosen and group not in first:
+            first[group] = row
+    return sorted(first.items())
 
 
 def _underlying_prices(kinds: _Kinds, markets: _Markets, prices: PriceFinder, underlying: Rows) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
+from functools import lru_cache
 
 import msgspec
 from sqlalchemy import text
@@ -13,6 +14,8 @@ from app.db.session import Database, Tx
 from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
 from app.errors import NotFoundError
 from app.services.accounts import lock_account
+
+BOOKS_REMEMBERED_MAX = 1_024
 
 
 class _Row(msgspec.Struct):
@@ -65,6 +68,12 @@ async def lock(tx: Tx, agent_id: str) -> Book:
 def _book(agent_id: str, row: str | None) -> Book:
     if row is None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
+    return _decoded(agent_id, row)
+
+
+@lru_cache(maxsize=BOOKS_REMEMBERED_MAX)
+def _decoded(agent_id: str, row: str) -> Book:
+    """Return the book of a row; the same row is the same book, which nobody changes."""
     found = _decoder.decode(row)
     return Book(
         agent_id=agent_id,
