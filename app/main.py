@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.api import account, market, ops, problems, quotes, trading, wallet, what_if
+from app.api import account, agents, audit, market, ops, problems, quotes, trading, wallet, what_if
 from app.api.deps import Parts
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
@@ -60,6 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
         wallet.router,
         trading.router,
         market.router,
+        agents.router,
+        audit.router,
         ops.router,
     ):
         app.include_router(router)

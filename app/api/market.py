@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from app.api import body as wire
 from app.api.deps import AdminCaller, AnyCaller, MarketCaller, Parts, body_of, document, parts_of
+from app.api.pages import NUMBER_MAX, PAGE_MAX, Cursor, Limit, number_cursor
 from app.api.quote_reply import market_parameters_reply
 from app.api.quote_request import AssetIn, InstrumentIn, fields_given
 from app.domain.parameters import MarketParameters
@@ -24,13 +25,9 @@ from app.services import market
 
 router = APIRouter(prefix="/api/market", tags=["market"])
 
-PAGE_MAX = 200
-VERSION_MAX = 2**63 - 1
 _NUMBER = re.compile(rb'\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*')
 
-Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
-Cursor = Annotated[str, Query(max_length=64, pattern=r"^[ -~]*$", description="next_cursor of the page before")]
-Version = Annotated[int | None, Query(ge=1, le=VERSION_MAX, description="as of this version of the parameters")]
+Version = Annotated[int | None, Query(ge=1, le=NUMBER_MAX, description="as of this version of the parameters")]
 
 
 class AssetPut(AssetIn):
@@ -193,10 +190,9 @@ async def put_correlation(request: Request, caller: AdminCaller) -> Response:
 @router.get("/changes", openapi_extra=document("Who changed which parameter"))
 async def list_changes(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the versions, newest first, with who made each."""
-    if cursor and not (cursor.isascii() and cursor.isdecimal() and int(cursor) <= VERSION_MAX):
-        raise invalid("/cursor", "invalid_cursor", "not a cursor of this list")
+    before = number_cursor(cursor)
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        changes = await market.list_changes(tx, limit, int(cursor) if cursor else None)
+        changes = await market.list_changes(tx, limit, before)
     last = str(changes[-1].version) if len(changes) == limit else None
     items = [{"id": str(c.version), **asdict(c)} for c in changes]
     return wire.JsonResponse({"changes": items, "next_cursor": last})

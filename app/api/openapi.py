@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
+from app.api.agents import AgentPost, KeyPost
 from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut, PricesPost
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CollateralPost, OrderPost, ReducePost
@@ -31,6 +32,8 @@ BODIES = (
     ReducePost,
     CollateralPost,
     WhatIfIn,
+    AgentPost,
+    KeyPost,
 )
 _OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 

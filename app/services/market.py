@@ -54,6 +54,7 @@ from app.domain.parameters import (
 )
 from app.domain.prices import StoredPrice
 from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to
+from app.services import audit
 from app.services import market_rules as rules
 
 if TYPE_CHECKING:
@@ -380,6 +381,7 @@ async def _next_version(tx: Tx, kind: ChangeKind, name: str) -> int:
     version = await _bump(tx, PARAMETERS)
     change = Change(version, tx.now, tx.actor, kind, name)
     await tx.connection.execute(insert(market_changes), asdict(change))
+    await audit.record(tx, f"market.{kind}", name, version=version)
     return version
 
 

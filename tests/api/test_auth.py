@@ -21,7 +21,7 @@ UNKNOWN = f"pr_{'0' * 16}_{'A' * 43}"
 ASSETS = "/api/market/assets"
 
 # What each route needs; a route that is missing here fails the test that walks them.
-ANY, MARKET, ADMIN = "any key", "market", "admin"
+ANY, AGENT, MARKET, ADMIN = "any key", "agent", "market", "admin"
 NEEDS = {
     "POST /api/quotes/margin": ANY,
     "GET /api/market/assets": ANY,
@@ -36,6 +36,13 @@ NEEDS = {
     "PUT /api/market/parameters": ADMIN,
     "PUT /api/market/correlations": ADMIN,
     "GET /api/market/changes": ANY,
+    "POST /api/agents": ADMIN,
+    "GET /api/agents": ADMIN,
+    "GET /api/agents/{agent_id}": ADMIN,
+    "POST /api/keys": AGENT,
+    "GET /api/keys": AGENT,
+    "DELETE /api/keys/{key_id}": AGENT,
+    "GET /api/audit": AGENT,
 }
 OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 
