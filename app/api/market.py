@@ -1,31 +1,26 @@
-"""The market: prices, and the versioned parameters of assets, instruments and models."""
+"""The versioned parameters of the market: assets, instruments and models."""
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import timedelta
-from decimal import Decimal
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Query, Request
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.deps import AdminCaller, AnyCaller, MarketCaller, Parts, body_of, document, parts_of
+from app.api.deps import AdminCaller, AnyCaller, Parts, body_of, document, parts_of
 from app.api.pages import NUMBER_MAX, PAGE_MAX, Cursor, Limit, number_cursor
 from app.api.quote_reply import market_parameters_reply
 from app.api.quote_request import AssetIn, InstrumentIn, fields_given
 from app.domain.parameters import MarketParameters
-from app.errors import invalid, pointer_to, pointers_under
+from app.errors import pointers_under
 from app.services import market
 
 router = APIRouter(prefix="/api/market", tags=["market"])
-
-_NUMBER = re.compile(rb'\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*')
 
 Version = Annotated[int | None, Query(ge=1, le=NUMBER_MAX, description="as of this version of the parameters")]
 
@@ -40,13 +35,6 @@ class InstrumentPut(InstrumentIn):
     """PUT /api/market/instruments/{symbol}; `version`, when given, must be the stored one."""
 
     version: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
-
-
-class PricesPost(wire.Request):
-    """POST /api/market/prices: USD prices of assets, marks of instruments, all of one moment (now if left out)."""
-
-    prices: dict[str, Raw]
-    as_of: wire.Moment | None = None
 
 
 class ParametersPut(wire.Request):
@@ -67,7 +55,6 @@ class CorrelationPut(wire.Request):
 
 _ASSET = wire.Body(AssetPut)
 _INSTRUMENT = wire.Body(InstrumentPut)
-_PRICES = wire.Body(PricesPost)
 _PARAMETERS = wire.Body(ParametersPut)
 _CORRELATION = wire.Body(CorrelationPut)
 
@@ -133,32 +120,6 @@ async def put_instrument(request: Request, caller: AdminCaller, symbol: str) -> 
     return wire.JsonResponse(_resource(symbol, asdict(stored.value), stored.version))
 
 
-@router.post("/prices", openapi_extra=document("Post prices", request=PricesPost, scope="market", status=202))
-async def post_prices(request: Request, caller: MarketCaller) -> Response:
-    """Store prices of one moment; per symbol the newer moment wins."""
-    posted = await body_of(request, _PRICES)
-    parts = parts_of(request)
-    skew = timedelta(seconds=parts.settings.price_skew_seconds_max)
-    prices = _decimals(posted.prices)
-    dated = None if posted.as_of is None else wire.moment(posted.as_of, "/as_of")
-    async with parts.database.transaction(caller.key_id) as tx:
-        result = await market.post_prices(tx, prices, dated, skew)
-        as_of = dated or tx.now
-    await parts.market.refresh()
-    return wire.JsonResponse({"accepted": result.accepted, "ignored": result.ignored, "as_of": as_of}, 202)
-
-
-@router.get("/prices", openapi_extra=document("Latest prices"))
-async def list_prices(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
-    """List the latest prices by symbol, with their digits as posted."""
-    async with parts_of(request).database.transaction(caller.key_id) as tx:
-        found = await market.list_prices(tx, limit, cursor)
-        now = tx.now
-    items = [{"id": p.symbol, **asdict(p), "age_seconds": max(0.0, (now - p.as_of).total_seconds())} for p in found]
-    more = found[-1].symbol if len(found) == limit else None
-    return wire.JsonResponse({"prices": items, "next_cursor": more})
-
-
 @router.get("/parameters", openapi_extra=document("Factors, thresholds and correlations"))
 async def get_parameters(request: Request, caller: AnyCaller, version: Version = None) -> Response:
     """Show every factor, threshold and correlation, now or as of a version."""
@@ -196,17 +157,6 @@ async def list_changes(request: Request, caller: AnyCaller, limit: Limit = PAGE_
     last = str(changes[-1].version) if len(changes) == limit else None
     items = [{"id": str(c.version), **asdict(c)} for c in changes]
     return wire.JsonResponse({"changes": items, "next_cursor": last})
-
-
-def _decimals(raw: Mapping[str, Raw]) -> dict[str, Decimal]:
-    """Return prices with their exact digits, each a JSON number or a string of one. Raises InvalidError."""
-    found = {}
-    for symbol, value in raw.items():
-        number = _NUMBER.fullmatch(bytes(value))
-        if number is None:
-            raise invalid(pointer_to("prices", symbol), "invalid_value", "a price is a number or a decimal string")
-        found[symbol] = Decimal(number["digits"].decode())
-    return found
 
 
 async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketParameters:

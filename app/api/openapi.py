@@ -10,7 +10,8 @@ from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
-from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut, PricesPost
+from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut
+from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CollateralPost, OrderPost, ReducePost
 from app.api.wallet import AmountIn, PartIn, ReservationPost

@@ -54,7 +54,7 @@ from app.domain.parameters import (
 )
 from app.domain.prices import StoredPrice
 from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to
-from app.services import audit
+from app.services import audit, price_history
 from app.services import market_rules as rules
 
 if TYPE_CHECKING:
@@ -187,6 +187,14 @@ async def load_posted(tx: Tx, symbols: Iterable[str]) -> dict[str, PostedPrice]:
     query = select(columns.symbol, columns.price, columns.as_of, columns.received_at)
     rows = await tx.connection.execute(query.where(columns.symbol.in_([*symbols])))
     return {row["symbol"]: PostedPrice(**row) for row in rows.mappings()}
+
+
+async def get_price(tx: Tx, symbol: str) -> PostedPrice:
+    """Return the latest price of a symbol; NotFoundError when none was ever posted."""
+    found = (await load_posted(tx, [symbol])).get(symbol)
+    if found is None:
+        raise NotFoundError(f"There is no price of {symbol}.", code="price_not_found")
+    return found
 
 
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
@@ -333,6 +341,7 @@ _UPSERT_PRICES = text(
 async def post_prices(tx: Tx, prices: Mapping[str, Decimal], as_of: datetime | None, skew: timedelta) -> PostedPrices:
     """Store the prices of one moment (the transaction's, when None); the newer `as_of` wins, per symbol.
 
+    Bars of the price history take them in as well, late ones too.
     Raises InvalidError for a name, a price or a number of them out of bounds, and for a moment without a
     zone or further ahead of the database's clock than `skew`.
     """
@@ -343,14 +352,16 @@ async def post_prices(tx: Tx, prices: Mapping[str, Decimal], as_of: datetime | N
     if not prices:
         return PostedPrices(0, 0)
     symbols = sorted(prices)  # one order of row locks, whoever else writes them
+    posted = [prices[symbol] for symbol in symbols]
     values = {
         "symbols": symbols,
-        "prices": [prices[symbol] for symbol in symbols],
+        "prices": posted,
         "as_of": moment,
         "now": tx.now,
         "version": await _bump(tx, PRICES),
     }
     accepted = (await tx.connection.execute(_UPSERT_PRICES, values)).rowcount
+    await price_history.add(tx, symbols, posted, moment)
     return PostedPrices(accepted, len(symbols) - accepted)
 
 

@@ -32,6 +32,8 @@ NEEDS = {
     "PUT /api/market/instruments/{symbol}": ADMIN,
     "POST /api/market/prices": MARKET,
     "GET /api/market/prices": ANY,
+    "GET /api/market/prices/{symbol}": ANY,
+    "GET /api/market/prices/{symbol}/history": ANY,
     "GET /api/market/parameters": ANY,
     "PUT /api/market/parameters": ADMIN,
     "PUT /api/market/correlations": ADMIN,
