@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from msgspec import UNSET, Meta, UnsetType
@@ -37,6 +37,18 @@ class InstrumentPut(InstrumentIn):
     version: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
 
 
+class AssetsPut(wire.Request):
+    """PUT /api/market/assets: many at once, each as a single one is set."""
+
+    assets: dict[str, AssetPut]
+
+
+class InstrumentsPut(wire.Request):
+    """PUT /api/market/instruments: many at once, each as a single one is set."""
+
+    instruments: dict[str, InstrumentPut]
+
+
 class ParametersPut(wire.Request):
     """PUT /api/market/parameters: factors of the models and thresholds by name."""
 
@@ -55,6 +67,8 @@ class CorrelationPut(wire.Request):
 
 _ASSET = wire.Body(AssetPut)
 _INSTRUMENT = wire.Body(InstrumentPut)
+_ASSETS = wire.Body(AssetsPut)
+_INSTRUMENTS = wire.Body(InstrumentsPut)
 _PARAMETERS = wire.Body(ParametersPut)
 _CORRELATION = wire.Body(CorrelationPut)
 
@@ -65,6 +79,19 @@ async def list_assets(request: Request, _: AnyCaller, limit: Limit = PAGE_MAX, c
     view = parts_of(request).market.view.parameters
     assets = {**view.assets, view.default_asset.asset: view.default_asset}
     return _page("assets", {name: _resource(name, asdict(a)) for name, a in assets.items()}, limit, cursor)
+
+
+@router.put("/assets", openapi_extra=document("Set parameters of many assets", request=AssetsPut, scope="admin"))
+async def put_assets(request: Request, caller: AdminCaller) -> Response:
+    """Set the fields given of each asset, all under one new version, or nothing where one of them is refused."""
+    asked = await body_of(request, _ASSETS)
+    entries = {name: market.Entry(*_change_of(fields)) for name, fields in asked.assets.items()}
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        with pointers_under("/assets"):
+            done = await market.put_assets(tx, entries)
+    await parts.market.refresh()
+    return wire.JsonResponse(done)
 
 
 @router.get("/assets/{asset}", openapi_extra=document("Parameters of an asset"))
@@ -79,11 +106,10 @@ async def get_asset(request: Request, caller: AnyCaller, asset: str, version: Ve
 async def put_asset(request: Request, caller: AdminCaller, asset: str) -> Response:
     """Set the fields given; the others keep their values, or the default's for a new asset."""
     asked = await body_of(request, _ASSET)
-    change = fields_given(asked)
-    expected = change.pop("version", None)
+    change, expected = _change_of(asked)
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
-        stored = await market.put_asset(tx, asset, cast("market.AssetChange", change), expected)
+        stored = await market.put_asset(tx, asset, change, expected)
     await parts.market.refresh()
     return wire.JsonResponse(_resource(asset, asdict(stored.value), stored.version))
 
@@ -94,6 +120,22 @@ async def list_instruments(request: Request, _: AnyCaller, limit: Limit = PAGE_M
     view = parts_of(request).market.view.parameters
     items = {symbol: _resource(symbol, asdict(i)) for symbol, i in view.instruments.items()}
     return _page("instruments", items, limit, cursor)
+
+
+@router.put(
+    "/instruments",
+    openapi_extra=document("Set parameters of many instruments", request=InstrumentsPut, scope="admin"),
+)
+async def put_instruments(request: Request, caller: AdminCaller) -> Response:
+    """Set the fields given of each instrument, all under one new version, or nothing where one of them is refused."""
+    asked = await body_of(request, _INSTRUMENTS)
+    entries = {symbol: market.Entry(*_change_of(fields)) for symbol, fields in asked.instruments.items()}
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        with pointers_under("/instruments"):
+            done = await market.put_instruments(tx, entries)
+    await parts.market.refresh()
+    return wire.JsonResponse(done)
 
 
 @router.get("/instruments/{symbol:path}", openapi_extra=document("Parameters of an instrument"))
@@ -111,11 +153,10 @@ async def get_instrument(request: Request, caller: AnyCaller, symbol: str, versi
 async def put_instrument(request: Request, caller: AdminCaller, symbol: str) -> Response:
     """Set the fields given; underlying and kind are fixed once the instrument is listed."""
     asked = await body_of(request, _INSTRUMENT)
-    change = fields_given(asked)
-    expected = change.pop("version", None)
+    change, expected = _change_of(asked)
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
-        stored = await market.put_instrument(tx, symbol, cast("market.InstrumentChange", change), expected)
+        stored = await market.put_instrument(tx, symbol, change, expected)
     await parts.market.refresh()
     return wire.JsonResponse(_resource(symbol, asdict(stored.value), stored.version))
 
@@ -164,6 +205,13 @@ async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketPa
         return parts.market.view.parameters
     async with parts.database.transaction(actor) as tx:
         return await market.load_parameters(tx, version)
+
+
+def _change_of(given: AssetPut | InstrumentPut) -> tuple[Any, int | None]:
+    """Return the fields to set, and the version that the caller expects."""
+    fields = fields_given(given)
+    expected: int | None = fields.pop("version", None)
+    return fields, expected
 
 
 def _resource(name: str, fields: Mapping[str, Any], version: int | None = None) -> dict[str, Any]:

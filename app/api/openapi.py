@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
-from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut
+from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CollateralPost, OrderPost, ReducePost
@@ -21,7 +21,9 @@ from app.errors import FieldError
 BODIES = (
     MarginQuoteIn,
     AssetPut,
+    AssetsPut,
     InstrumentPut,
+    InstrumentsPut,
     PricesPost,
     ParametersPut,
     CorrelationPut,

@@ -25,9 +25,11 @@ ANY, AGENT, MARKET, ADMIN = "any key", "agent", "market", "admin"
 NEEDS = {
     "POST /api/quotes/margin": ANY,
     "GET /api/market/assets": ANY,
+    "PUT /api/market/assets": ADMIN,
     "GET /api/market/assets/{asset}": ANY,
     "PUT /api/market/assets/{asset}": ADMIN,
     "GET /api/market/instruments": ANY,
+    "PUT /api/market/instruments": ADMIN,
     "GET /api/market/instruments/{symbol}": ANY,
     "PUT /api/market/instruments/{symbol}": ADMIN,
     "POST /api/market/prices": MARKET,
