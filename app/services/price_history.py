@@ -1,8 +1,9 @@
 """Bars of one minute out of the prices that are posted, by the moment that each price is dated.
 
 A bar does not depend on the order in which its prices arrive: a late price, which no longer becomes the latest one,
-still opens, closes or widens the minute that it is dated in. Of several prices of one moment the first to arrive
-stands, as it does among the latest prices; one that disagrees with the latest price about its moment is in no bar.
+still opens, closes or widens the minute that it is dated in. Two prices of one moment are the exception: where it is
+the latest moment, the second is in no bar, as it is ignored among the latest prices; where it is past, the second
+widens the bar, but the first to arrive opens or closes it.
 """
 
 from __future__ import annotations
