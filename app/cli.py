@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, key, settings, quote."""
+"""The command line: serve, migrate, agent, key, revoke, settings, quote."""
 
 from __future__ import annotations
 
@@ -72,6 +72,18 @@ def migrate() -> None:
     with server.running_database(read_settings()) as settings:
         asyncio.run(server.prepare(settings))
     typer.echo(f"the database is at revision {head()}")
+
+
+@cli.command()
+def agent(name: Annotated[str, typer.Argument(help="what the agent is called")]) -> None:
+    """Make an agent and print its id and, on the next line, its API key, which is not shown again."""
+    import asyncio  # noqa: PLC0415
+
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        for line in asyncio.run(server.make_agent(settings, name)):
+            typer.echo(line)
 
 
 @cli.command()

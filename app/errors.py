@@ -144,19 +144,19 @@ def _token(step: str) -> str:
 
 @contextmanager
 def pointers_under(prefix: str, instead_of: str = "") -> Iterator[None]:
-    """Put a prefix before the pointers of an InvalidError that is raised inside, in place of another one."""
+    """Put a prefix before the pointers of an error that is raised inside, in place of another one."""
     with pointers_by(lambda pointer: prefix + pointer.removeprefix(instead_of)):
         yield
 
 
 @contextmanager
 def pointers_by(name: Callable[[str], str]) -> Iterator[None]:
-    """Rename the pointers of an InvalidError that is raised inside."""
+    """Rename the pointers of an error that is raised inside."""
     try:
         yield
-    except InvalidError as error:
-        errors = tuple(FieldError(name(e.pointer), e.code, e.detail) for e in error.errors)
-        raise InvalidError(detail=error.detail, code=error.code, errors=errors) from None
+    except PrimeriskError as error:
+        error.errors = tuple(FieldError(name(e.pointer), e.code, e.detail) for e in error.errors)
+        raise
 
 
 def invalid(pointer: str, code: str, detail: str) -> InvalidError:

@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.api import account, market, ops, problems, quotes, trading, wallet, what_if
+from app.api import account, agents, audit, market, ops, prices, problems, quotes, trading, wallet, what_if
 from app.api.deps import Parts
 from app.api.express import Express
 from app.api.middleware import Guard
@@ -21,6 +21,7 @@ from app.api.openapi import openapi_document
 from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
+from app.services import retention
 from app.services.accounts import KeyRing
 from app.services.margin import FiguresCache
 from app.services.market_cache import MarketCache
@@ -63,6 +64,9 @@ def create_app(settings: Settings) -> FastAPI:
         wallet.router,
         trading.router,
         market.router,
+        prices.router,
+        agents.router,
+        audit.router,
         ops.router,
     ):
         app.include_router(router)
@@ -76,18 +80,26 @@ def create_app(settings: Settings) -> FastAPI:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keep the market in memory fresh while the app runs; start also without the database, and say 503."""
+    """Keep the market in memory fresh, and history bounded, while the app runs.
+
+    It starts also without the database, and says 503.
+    """
     parts: Parts = app.state.parts
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_REFRESH_SECONDS_AT_START):
             await parts.market.try_refresh()
-    refresher = asyncio.create_task(parts.market.run(parts.settings.market_refresh_seconds))
+    loops = (
+        asyncio.create_task(parts.market.run(parts.settings.market_refresh_seconds)),
+        asyncio.create_task(retention.run(parts.database, retention.retentions(parts.settings.price_history_days))),
+    )
     try:
         yield
     finally:
-        refresher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await refresher
+        for loop in loops:
+            loop.cancel()
+        for loop in loops:
+            with contextlib.suppress(asyncio.CancelledError):
+                await loop
         parts.workshop.close()
         await parts.database.close()
 

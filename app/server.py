@@ -244,6 +244,13 @@ async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:
         return (await accounts.create_key(tx, None, cast("list[accounts.Scope]", scopes), name)).text
 
 
+async def make_agent(settings: Settings, name: str) -> tuple[str, str]:
+    """Return the id and the key of a new agent. Raises InvalidError for a name that is none."""
+    async with _prepared(settings) as database, database.transaction("command-line") as tx:
+        agent_id = await accounts.create_agent(tx, name)
+        return agent_id, (await accounts.create_key(tx, agent_id, {"agent"}, name)).text
+
+
 async def revoke_key(settings: Settings, key_id: str) -> None:
     """Revoke a key. Raises NotFoundError."""
     async with _prepared(settings) as database, database.transaction("command-line") as tx:

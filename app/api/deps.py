@@ -57,6 +57,10 @@ async def _any_key(request: Request) -> Caller:
     return await caller_of(request)
 
 
+async def _agent_key(request: Request) -> Caller:
+    return await caller_of(request, "agent")
+
+
 async def _market_key(request: Request) -> Caller:
     return await caller_of(request, "market")
 
@@ -67,6 +71,7 @@ async def _admin_key(request: Request) -> Caller:
 
 # as dependencies they run before any parameter is judged: without a key nothing else is said
 AnyCaller = Annotated[Caller, Depends(_any_key)]
+AgentCaller = Annotated[Caller, Depends(_agent_key)]
 MarketCaller = Annotated[Caller, Depends(_market_key)]
 AdminCaller = Annotated[Caller, Depends(_admin_key)]
 

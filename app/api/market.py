@@ -1,36 +1,28 @@
-"""The market: prices, and the versioned parameters of assets, instruments and models."""
+"""The versioned parameters of the market: assets, instruments and models."""
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import timedelta
-from decimal import Decimal
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.deps import AdminCaller, AnyCaller, MarketCaller, Parts, body_of, document, parts_of
+from app.api.deps import AdminCaller, AnyCaller, Parts, body_of, document, parts_of
+from app.api.pages import NUMBER_MAX, PAGE_MAX, Cursor, Limit, number_cursor
 from app.api.quote_reply import market_parameters_reply
 from app.api.quote_request import AssetIn, InstrumentIn, fields_given
 from app.domain.parameters import MarketParameters
-from app.errors import invalid, pointer_to, pointers_under
+from app.errors import pointers_under
 from app.services import market
 
 router = APIRouter(prefix="/api/market", tags=["market"])
 
-PAGE_MAX = 200
-VERSION_MAX = 2**63 - 1
-_NUMBER = re.compile(rb'\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*')
-
-Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
-Cursor = Annotated[str, Query(max_length=64, pattern=r"^[ -~]*$", description="next_cursor of the page before")]
-Version = Annotated[int | None, Query(ge=1, le=VERSION_MAX, description="as of this version of the parameters")]
+Version = Annotated[int | None, Query(ge=1, le=NUMBER_MAX, description="as of this version of the parameters")]
 
 
 class AssetPut(AssetIn):
@@ -45,11 +37,16 @@ class InstrumentPut(InstrumentIn):
     version: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
 
 
-class PricesPost(wire.Request):
-    """POST /api/market/prices: USD prices of assets, marks of instruments, all of one moment (now if left out)."""
+class AssetsPut(wire.Request):
+    """PUT /api/market/assets: many at once, each as a single one is set."""
 
-    prices: dict[str, Raw]
-    as_of: wire.Moment | None = None
+    assets: dict[str, AssetPut]
+
+
+class InstrumentsPut(wire.Request):
+    """PUT /api/market/instruments: many at once, each as a single one is set."""
+
+    instruments: dict[str, InstrumentPut]
 
 
 class ParametersPut(wire.Request):
@@ -70,7 +67,8 @@ class CorrelationPut(wire.Request):
 
 _ASSET = wire.Body(AssetPut)
 _INSTRUMENT = wire.Body(InstrumentPut)
-_PRICES = wire.Body(PricesPost)
+_ASSETS = wire.Body(AssetsPut)
+_INSTRUMENTS = wire.Body(InstrumentsPut)
 _PARAMETERS = wire.Body(ParametersPut)
 _CORRELATION = wire.Body(CorrelationPut)
 
@@ -81,6 +79,19 @@ async def list_assets(request: Request, _: AnyCaller, limit: Limit = PAGE_MAX, c
     view = parts_of(request).market.view.parameters
     assets = {**view.assets, view.default_asset.asset: view.default_asset}
     return _page("assets", {name: _resource(name, asdict(a)) for name, a in assets.items()}, limit, cursor)
+
+
+@router.put("/assets", openapi_extra=document("Set parameters of many assets", request=AssetsPut, scope="admin"))
+async def put_assets(request: Request, caller: AdminCaller) -> Response:
+    """Set the fields given of each asset, all under one new version, or nothing where one of them is refused."""
+    asked = await body_of(request, _ASSETS)
+    entries = {name: market.Entry(*_change_of(fields)) for name, fields in asked.assets.items()}
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        with pointers_under("/assets"):
+            done = await market.put_assets(tx, entries)
+    await parts.market.refresh()
+    return wire.JsonResponse(done)
 
 
 @router.get("/assets/{asset}", openapi_extra=document("Parameters of an asset"))
@@ -95,11 +106,10 @@ async def get_asset(request: Request, caller: AnyCaller, asset: str, version: Ve
 async def put_asset(request: Request, caller: AdminCaller, asset: str) -> Response:
     """Set the fields given; the others keep their values, or the default's for a new asset."""
     asked = await body_of(request, _ASSET)
-    change = fields_given(asked)
-    expected = change.pop("version", None)
+    change, expected = _change_of(asked)
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
-        stored = await market.put_asset(tx, asset, cast("market.AssetChange", change), expected)
+        stored = await market.put_asset(tx, asset, change, expected)
     await parts.market.refresh()
     return wire.JsonResponse(_resource(asset, asdict(stored.value), stored.version))
 
@@ -110,6 +120,22 @@ async def list_instruments(request: Request, _: AnyCaller, limit: Limit = PAGE_M
     view = parts_of(request).market.view.parameters
     items = {symbol: _resource(symbol, asdict(i)) for symbol, i in view.instruments.items()}
     return _page("instruments", items, limit, cursor)
+
+
+@router.put(
+    "/instruments",
+    openapi_extra=document("Set parameters of many instruments", request=InstrumentsPut, scope="admin"),
+)
+async def put_instruments(request: Request, caller: AdminCaller) -> Response:
+    """Set the fields given of each instrument, all under one new version, or nothing where one of them is refused."""
+    asked = await body_of(request, _INSTRUMENTS)
+    entries = {symbol: market.Entry(*_change_of(fields)) for symbol, fields in asked.instruments.items()}
+    parts = parts_of(request)
+    async with parts.database.transaction(caller.key_id) as tx:
+        with pointers_under("/instruments"):
+            done = await market.put_instruments(tx, entries)
+    await parts.market.refresh()
+    return wire.JsonResponse(done)
 
 
 @router.get("/instruments/{symbol:path}", openapi_extra=document("Parameters of an instrument"))
@@ -127,39 +153,12 @@ async def get_instrument(request: Request, caller: AnyCaller, symbol: str, versi
 async def put_instrument(request: Request, caller: AdminCaller, symbol: str) -> Response:
     """Set the fields given; underlying and kind are fixed once the instrument is listed."""
     asked = await body_of(request, _INSTRUMENT)
-    change = fields_given(asked)
-    expected = change.pop("version", None)
+    change, expected = _change_of(asked)
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
-        stored = await market.put_instrument(tx, symbol, cast("market.InstrumentChange", change), expected)
+        stored = await market.put_instrument(tx, symbol, change, expected)
     await parts.market.refresh()
     return wire.JsonResponse(_resource(symbol, asdict(stored.value), stored.version))
-
-
-@router.post("/prices", openapi_extra=document("Post prices", request=PricesPost, scope="market", status=202))
-async def post_prices(request: Request, caller: MarketCaller) -> Response:
-    """Store prices of one moment; per symbol the newer moment wins."""
-    posted = await body_of(request, _PRICES)
-    parts = parts_of(request)
-    skew = timedelta(seconds=parts.settings.price_skew_seconds_max)
-    prices = _decimals(posted.prices)
-    dated = None if posted.as_of is None else wire.moment(posted.as_of, "/as_of")
-    async with parts.database.transaction(caller.key_id) as tx:
-        result = await market.post_prices(tx, prices, dated, skew)
-        as_of = dated or tx.now
-    await parts.market.refresh()
-    return wire.JsonResponse({"accepted": result.accepted, "ignored": result.ignored, "as_of": as_of}, 202)
-
-
-@router.get("/prices", openapi_extra=document("Latest prices"))
-async def list_prices(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
-    """List the latest prices by symbol, with their digits as posted."""
-    async with parts_of(request).database.transaction(caller.key_id) as tx:
-        found = await market.list_prices(tx, limit, cursor)
-        now = tx.now
-    items = [{"id": p.symbol, **asdict(p), "age_seconds": max(0.0, (now - p.as_of).total_seconds())} for p in found]
-    more = found[-1].symbol if len(found) == limit else None
-    return wire.JsonResponse({"prices": items, "next_cursor": more})
 
 
 @router.get("/parameters", openapi_extra=document("Factors, thresholds and correlations"))
@@ -193,24 +192,12 @@ async def put_correlation(request: Request, caller: AdminCaller) -> Response:
 @router.get("/changes", openapi_extra=document("Who changed which parameter"))
 async def list_changes(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the versions, newest first, with who made each."""
-    if cursor and not (cursor.isascii() and cursor.isdecimal() and int(cursor) <= VERSION_MAX):
-        raise invalid("/cursor", "invalid_cursor", "not a cursor of this list")
+    before = number_cursor(cursor)
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        changes = await market.list_changes(tx, limit, int(cursor) if cursor else None)
+        changes = await market.list_changes(tx, limit, before)
     last = str(changes[-1].version) if len(changes) == limit else None
     items = [{"id": str(c.version), **asdict(c)} for c in changes]
     return wire.JsonResponse({"changes": items, "next_cursor": last})
-
-
-def _decimals(raw: Mapping[str, Raw]) -> dict[str, Decimal]:
-    """Return prices with their exact digits, each a JSON number or a string of one. Raises InvalidError."""
-    found = {}
-    for symbol, value in raw.items():
-        number = _NUMBER.fullmatch(bytes(value))
-        if number is None:
-            raise invalid(pointer_to("prices", symbol), "invalid_value", "a price is a number or a decimal string")
-        found[symbol] = Decimal(number["digits"].decode())
-    return found
 
 
 async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketParameters:
@@ -218,6 +205,13 @@ async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketPa
         return parts.market.view.parameters
     async with parts.database.transaction(actor) as tx:
         return await market.load_parameters(tx, version)
+
+
+def _change_of(given: AssetPut | InstrumentPut) -> tuple[Any, int | None]:
+    """Return the fields to set, and the version that the caller expects."""
+    fields = fields_given(given)
+    expected: int | None = fields.pop("version", None)
+    return fields, expected
 
 
 def _resource(name: str, fields: Mapping[str, Any], version: int | None = None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
-from app.api.market import AssetPut, CorrelationPut, InstrumentPut, ParametersPut, PricesPost
+from app.api.agents import AgentPost, KeyPost
+from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
+from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CollateralPost, OrderPost, ReducePost
 from app.api.wallet import AmountIn, PartIn, ReservationPost
@@ -19,7 +21,9 @@ from app.errors import FieldError
 BODIES = (
     MarginQuoteIn,
     AssetPut,
+    AssetsPut,
     InstrumentPut,
+    InstrumentsPut,
     PricesPost,
     ParametersPut,
     CorrelationPut,
@@ -31,6 +35,8 @@ BODIES = (
     ReducePost,
     CollateralPost,
     WhatIfIn,
+    AgentPost,
+    KeyPost,
 )
 _OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
@@ -15,7 +16,8 @@ from sqlalchemy import func, insert, select, update
 
 from app.db.tables import accounts, agents, api_keys
 from app.domain.money import to_decimal
-from app.errors import NotFoundError, UnauthorizedError, invalid
+from app.errors import ForbiddenError, NotFoundError, UnauthorizedError, invalid
+from app.services import audit
 from app.services.rates import RateLimiter
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from sqlalchemy import RowMapping
+    from sqlalchemy import ColumnElement, RowMapping
 
     from app.db.session import Database, Tx
     from app.settings import Settings
@@ -32,13 +34,18 @@ Scope = Literal["agent", "coordinator", "market", "admin"]
 
 ALL_SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
 KEYS_CACHED_MAX = 10_000
+AGENTS_A_PAGE_MAX = 200
 KEYS_A_PAGE_MAX = 200
 NAME_CHARACTERS_MAX = 200
+KEY_DAYS_MAX = 50 * 365
+"""How far ahead a key may expire: what is further is a slip of the pen, and may lie past the calendar."""
+
 _UNKNOWN_KEYS_BURST_SECONDS = 4
 _FIRST_KEY_LOCK = 7_165_001
 """Of `pg_advisory_xact_lock`, while the first key is looked for or made."""
 
 _KEY = re.compile(r"pr_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a character, which are no text to Postgres
 _NO_SECRET = bytes(32)  # stands in for an unknown key's hash, so that it costs the same work
 
 
@@ -63,6 +70,15 @@ class NewKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Agent:
+    """A stored agent."""
+
+    id: str
+    name: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """A stored key, without its secret."""
 
@@ -79,18 +95,39 @@ class Key:
 
 
 async def create_agent(tx: Tx, name: str) -> str:
-    """Add an agent and return its id."""
+    """Add an agent with an empty account and return its id."""
     _check_name(name, least=1)
     agent_id = f"agent_{secrets.token_hex(10)}"
     await tx.connection.execute(insert(agents).values(id=agent_id, name=name, created_at=tx.now))
+    await tx.connection.execute(insert(accounts).values(agent_id=agent_id, updated_at=tx.now))
+    await audit.record(tx, "agent.created", agent_id, agent_id, name=name)
     return agent_id
+
+
+async def get_agent(tx: Tx, agent_id: str) -> Agent:
+    """Return an agent; NotFoundError when there is none."""
+    row = (await tx.connection.execute(select(agents).where(agents.c.id == agent_id))).mappings().first()
+    if row is None:
+        raise no_such_agent()
+    return Agent(**row)
+
+
+async def list_agents(tx: Tx, limit: int = AGENTS_A_PAGE_MAX, after: str = "") -> list[Agent]:
+    """Return agents by id, past the id `after`."""
+    query = select(agents).where(agents.c.id > after).order_by(agents.c.id).limit(min(limit, AGENTS_A_PAGE_MAX))
+    return [Agent(**row) for row in (await tx.connection.execute(query)).mappings()]
 
 
 async def require_agent(tx: Tx, agent_id: str) -> None:
     """Raise NotFoundError when there is no such agent."""
     found = await tx.connection.execute(select(agents.c.id).where(agents.c.id == agent_id))
     if found.first() is None:
-        raise NotFoundError("There is no such agent.", code="agent_not_found")
+        raise no_such_agent()
+
+
+def no_such_agent() -> NotFoundError:
+    """Return the refusal of an agent that is not there, or not the caller's to see."""
+    return NotFoundError("There is no such agent.", code="agent_not_found")
 
 
 # --- accounts
@@ -107,7 +144,7 @@ async def lock_account(tx: Tx, agent_id: str) -> int:
     statement = statement.values(version=columns.version + 1, updated_at=tx.now)
     row = (await tx.connection.execute(statement.returning(columns.version))).first()
     if row is None:
-        raise NotFoundError("There is no such agent.", code="agent_not_found")
+        raise no_such_agent()
     version: int = row.version
     return version
 
@@ -119,6 +156,14 @@ async def put_account_settings(tx: Tx, agent_id: str, change: Mapping[str, objec
 
 
 # --- keys
+
+
+def check_handed_out(caller: Caller, scopes: Collection[Scope]) -> None:
+    """Refuse scopes that the caller does not have itself. Raises ForbiddenError."""
+    lacking = sorted(scope for scope in scopes if not caller.may(scope))
+    if lacking:
+        detail = f"the key lacks the scope {', '.join(lacking)}, and so can't hand it out"
+        raise ForbiddenError(detail, code="scope_missing")
 
 
 async def create_key(
@@ -146,28 +191,44 @@ async def create_key(
             expires_at=expires_at,
         )
     )
+    until = None if expires_at is None else expires_at.isoformat()
+    await audit.record(tx, "key.created", key_id, agent_id, name=name, scopes=sorted(scopes), expires_at=until)
     return NewKey(key_id, f"pr_{key_id}_{secret}")
 
 
-async def list_keys(tx: Tx, agent_id: str | None = None, limit: int = KEYS_A_PAGE_MAX, after: str = "") -> list[Key]:
-    """Return keys by id, past the id `after`; of one agent, or (None) all of them."""
+async def list_keys(tx: Tx, agent_id: str | None, limit: int = KEYS_A_PAGE_MAX, after: str = "") -> list[Key]:
+    """Return keys of an agent, or (None) the service's own, by id, past the id `after`; never a secret."""
     columns = [column for column in api_keys.c if column.name != "secret_sha256"]
-    query = select(*columns).where(api_keys.c.id > after).order_by(api_keys.c.id)
-    if agent_id is not None:
-        query = query.where(api_keys.c.agent_id == agent_id)
+    query = select(*columns).where(_owned_by(agent_id), api_keys.c.id > after).order_by(api_keys.c.id)
     rows = await tx.connection.execute(query.limit(min(limit, KEYS_A_PAGE_MAX)))
     return [Key(**(dict(row) | {"scopes": frozenset(row["scopes"])})) for row in rows.mappings()]
 
 
-async def revoke_key(tx: Tx, key_id: str, agent_id: str | None = None) -> None:
-    """Revoke a key (again, with no effect); given an agent, only one of its own, else NotFoundError."""
-    statement = update(api_keys).where(api_keys.c.id == key_id)
-    if agent_id is not None:
-        statement = statement.where(api_keys.c.agent_id == agent_id)
-    revoked = func.coalesce(api_keys.c.revoked_at, tx.now)
-    done = await tx.connection.execute(statement.values(revoked_at=revoked).returning(api_keys.c.id))
-    if done.first() is None:
+async def revoke_key_of(tx: Tx, agent_id: str | None, key_id: str) -> None:
+    """Revoke a key of an agent, or (None) of the service: another's is not found. Again, it has no effect."""
+    await _revoke(tx, key_id, _owned_by(agent_id))
+
+
+async def revoke_key(tx: Tx, key_id: str) -> None:
+    """Revoke a key, whoever's it is, for the operator. Raises NotFoundError."""
+    await _revoke(tx, key_id)
+
+
+async def _revoke(tx: Tx, key_id: str, *whose: ColumnElement[bool]) -> None:
+    columns = api_keys.c
+    live = update(api_keys).where(columns.id == key_id, columns.revoked_at.is_(None), *whose)
+    done = await tx.connection.execute(live.values(revoked_at=tx.now).returning(columns.agent_id, columns.name))
+    row = done.first()
+    if row is not None:
+        await audit.record(tx, "key.revoked", key_id, row.agent_id, name=row.name)
+        return
+    found = await tx.connection.execute(select(columns.id).where(columns.id == key_id, *whose))
+    if found.first() is None:
         raise NotFoundError("There is no such key.", code="key_not_found")
+
+
+def _owned_by(agent_id: str | None) -> ColumnElement[bool]:
+    return api_keys.c.agent_id == agent_id  # None: IS NULL, the service's own
 
 
 async def authenticate(tx: Tx, key: str) -> tuple[Caller, datetime | None]:
@@ -296,7 +357,7 @@ def _write_private(path: Path, key: str) -> None:
 
 
 def _check_name(name: str, least: int) -> None:
-    if not least <= len(name) <= NAME_CHARACTERS_MAX or "\0" in name:
+    if not least <= len(name) <= NAME_CHARACTERS_MAX or _UNSTORABLE.search(name):
         detail = f"A name has {least} to {NAME_CHARACTERS_MAX} characters, and no NUL."
         raise invalid("/name", "invalid_name", detail)
 
@@ -313,3 +374,5 @@ def _check_expiry(tx: Tx, expires_at: datetime | None) -> None:
         raise invalid("/expires_at", "no_zone", "expires_at needs a time zone, such as Z.")
     if expires_at <= tx.now:
         raise invalid("/expires_at", "in_the_past", "expires_at is not in the future.")
+    if expires_at > tx.now + timedelta(days=KEY_DAYS_MAX):
+        raise invalid("/expires_at", "expiry_too_far", f"A key expires within {KEY_DAYS_MAX // 365} years.")

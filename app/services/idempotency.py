@@ -7,14 +7,17 @@ commit, and then gives its answer; or, where the first failed, does the work its
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import sha256
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.db.session import Tx
 from app.db.tables import idempotency_keys
 from app.errors import ConflictError, FieldError
+
+KEYS_A_PURGE_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +69,13 @@ async def keep(tx: Tx, named: Named, answer: Answer) -> None:
     columns = idempotency_keys.c
     statement = update(idempotency_keys).where(columns.caller == named.caller, columns.key == named.key)
     await tx.connection.execute(statement.values(status=answer.status, reply=answer.reply))
+
+
+async def purge(tx: Tx, before: datetime, most: int = KEYS_A_PURGE_MAX) -> bool:
+    """Delete keys that were claimed before a moment, at most so many; tell whether there may be more of them."""
+    columns = idempotency_keys.c
+    old = (
+        select(columns.caller, columns.key).where(columns.created_at < before).order_by(columns.created_at).limit(most)
+    )
+    done = await tx.connection.execute(delete(idempotency_keys).where(tuple_(columns.caller, columns.key).in_(old)))
+    return done.rowcount >= most

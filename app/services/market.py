@@ -53,7 +53,8 @@ from app.domain.parameters import (
     ModelParameters,
 )
 from app.domain.prices import StoredPrice
-from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to
+from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to, pointers_under
+from app.services import audit, price_history
 from app.services import market_rules as rules
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
 PRICES_A_POST_MAX = 10_000
 PRICE_MOMENT_MIN = datetime(2000, 1, 1, tzinfo=UTC)
 CHANGES_A_PAGE_MAX = 200
+ENTRIES_A_PUT_MAX = 10_000
+NAMES_A_CHANGE_MAX = 10
+"""Names that a version's line spells out; the rows under the version say the others."""
 
 Matrix = Literal["stress", "hedge"]
 ChangeKind = Literal["seed", "asset", "instrument", "model", "correlation"]
@@ -114,6 +118,22 @@ class Versioned(Generic[T]):
 
     value: T
     version: int
+
+
+class Entry(NamedTuple, Generic[T]):
+    """One of many to set: its fields, and the version that it is expected at."""
+
+    change: T
+    expected: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BulkPut:
+    """The version under which so many entries were changed; where none was, the latest there is."""
+
+    version: int
+    changed: int
+    unchanged: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +208,14 @@ async def load_posted(tx: Tx, symbols: Iterable[str]) -> dict[str, PostedPrice]:
     return {row["symbol"]: PostedPrice(**row) for row in rows.mappings()}
 
 
+async def get_price(tx: Tx, symbol: str) -> PostedPrice:
+    """Return the latest price of a symbol; NotFoundError when none was ever posted."""
+    found = (await load_posted(tx, [symbol])).get(symbol)
+    if found is None:
+        raise NotFoundError(f"There is no price of {symbol}.", code="price_not_found")
+    return found
+
+
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
     """Return a listed asset, current or as of a version; NotFoundError when it is not listed."""
     row = await _row_at(tx, asset_parameters, asset_parameters.c.asset == asset, at)
@@ -245,19 +273,57 @@ async def put_instrument(
     """
     rules.check_symbol("/symbol", symbol)
     parameters = await _locked_parameters(tx)
-    current = parameters.instruments.get(symbol)
     stored = await _version_of(tx, instrument_parameters, instrument_parameters.c.symbol == symbol)
     _check_expected(symbol, stored, expected)
-    new = InstrumentParameters(symbol, parameters.underlying_of(symbol))
-    merged = replace(current or new, **change)
-    if merged == current:
+    merged = _merged_instrument(parameters, symbol, change)
+    if merged == parameters.instruments.get(symbol):
         return Versioned(merged, stored)
-    if current is not None:
-        _check_same_contract(current, merged)
-    rules.check_instrument(merged, parameters.asset(merged.underlying))
     version = await _next_version(tx, "instrument", symbol)
     await tx.connection.execute(insert(instrument_parameters), _stored(merged, version))
     return Versioned(merged, version)
+
+
+async def put_assets(tx: Tx, entries: Mapping[str, Entry[AssetChange]]) -> BulkPut:
+    """Set fields of many assets, all or none, under one version; each as `put_asset`.
+
+    Pointers start with /{asset}. New ones start from the default as it was before; what is checked is the market as
+    all entries leave it.
+    """
+    _check_many(entries)
+    parameters = await _locked_parameters(tx)
+    stored = await _versions_of(tx, asset_parameters, asset_parameters.c.asset)
+    merged: dict[str, AssetParameters] = {}
+    for name, (change, expected) in entries.items():
+        with pointers_under(pointer_to(name)):
+            rules.check_symbol("", name)
+            _check_expected(name, stored.get(name, 0), expected)
+        asset = replace(parameters.asset(name), asset=name, **change)
+        if name not in stored or asset != parameters.asset(name):
+            merged[name] = asset
+    default = merged.get(DEFAULT_ASSET, parameters.default_asset)
+    listed = {**parameters.assets, **{n: a for n, a in merged.items() if n != DEFAULT_ASSET}}
+    rules.check_assets(merged, replace(parameters, assets=listed, default_asset=default))
+    return await _write_many(tx, "asset", asset_parameters, merged, len(entries), parameters.version)
+
+
+async def put_instruments(tx: Tx, entries: Mapping[str, Entry[InstrumentChange]]) -> BulkPut:
+    """Set fields of many instruments, all or none, under one version; each as `put_instrument`.
+
+    Pointers start with /{symbol}.
+    """
+    _check_many(entries)
+    parameters = await _locked_parameters(tx)
+    stored = await _versions_of(tx, instrument_parameters, instrument_parameters.c.symbol)
+    merged: dict[str, InstrumentParameters] = {}
+    for symbol, (change, expected) in entries.items():
+        current = parameters.instruments.get(symbol)
+        with pointers_under(pointer_to(symbol)):
+            rules.check_symbol("", symbol)
+            _check_expected(symbol, stored.get(symbol, 0), expected)
+            instrument = _merged_instrument(parameters, symbol, change)
+        if instrument != current:
+            merged[symbol] = instrument
+    return await _write_many(tx, "instrument", instrument_parameters, merged, len(entries), parameters.version)
 
 
 async def put_model_parameters(
@@ -332,6 +398,7 @@ _UPSERT_PRICES = text(
 async def post_prices(tx: Tx, prices: Mapping[str, Decimal], as_of: datetime | None, skew: timedelta) -> PostedPrices:
     """Store the prices of one moment (the transaction's, when None); the newer `as_of` wins, per symbol.
 
+    Bars of the price history take them in as well, late ones too.
     Raises InvalidError for a name, a price or a number of them out of bounds, and for a moment without a
     zone or further ahead of the database's clock than `skew`.
     """
@@ -342,14 +409,16 @@ async def post_prices(tx: Tx, prices: Mapping[str, Decimal], as_of: datetime | N
     if not prices:
         return PostedPrices(0, 0)
     symbols = sorted(prices)  # one order of row locks, whoever else writes them
+    posted = [prices[symbol] for symbol in symbols]
     values = {
         "symbols": symbols,
-        "prices": [prices[symbol] for symbol in symbols],
+        "prices": posted,
         "as_of": moment,
         "now": tx.now,
         "version": await _bump(tx, PRICES),
     }
     accepted = (await tx.connection.execute(_UPSERT_PRICES, values)).rowcount
+    await price_history.add(tx, symbols, posted, moment)
     return PostedPrices(accepted, len(symbols) - accepted)
 
 
@@ -380,6 +449,7 @@ async def _next_version(tx: Tx, kind: ChangeKind, name: str) -> int:
     version = await _bump(tx, PARAMETERS)
     change = Change(version, tx.now, tx.actor, kind, name)
     await tx.connection.execute(insert(market_changes), asdict(change))
+    await audit.record(tx, f"market.{kind}", name, version=version)
     return version
 
 
@@ -390,10 +460,43 @@ async def _bump(tx: Tx, name: str) -> int:
     return version
 
 
+def _check_many(entries: Mapping[str, object]) -> None:
+    if len(entries) > ENTRIES_A_PUT_MAX:
+        raise invalid("", "too_many", f"At most {ENTRIES_A_PUT_MAX} entries a request.")
+
+
+async def _write_many(
+    tx: Tx,
+    kind: ChangeKind,
+    table: Table,
+    merged: Mapping[str, AssetParameters | InstrumentParameters],
+    entries: int,
+    latest: int,
+) -> BulkPut:
+    if not merged:
+        return BulkPut(latest, 0, entries)
+    names = sorted(merged)
+    more = f" and {len(names) - NAMES_A_CHANGE_MAX} more" if len(names) > NAMES_A_CHANGE_MAX else ""
+    version = await _next_version(tx, kind, ",".join(names[:NAMES_A_CHANGE_MAX]) + more)
+    await tx.connection.execute(insert(table), [_stored(merged[name], version) for name in names])
+    return BulkPut(version, len(names), entries - len(names))
+
+
+def _merged_instrument(parameters: MarketParameters, symbol: str, change: InstrumentChange) -> InstrumentParameters:
+    """Return the instrument with the change; refuse one that is out of range, or no longer the same contract."""
+    current = parameters.instruments.get(symbol)
+    merged = replace(current or InstrumentParameters(symbol, parameters.underlying_of(symbol)), **change)
+    if merged != current:
+        if current is not None:
+            _check_same_contract(current, merged)
+        rules.check_instrument(merged, parameters.asset(merged.underlying))
+    return merged
+
+
 def _check_expected(name: str, stored: int, expected: int | None) -> None:
     if expected is not None and expected != stored:
         detail = f"{name} is at version {stored}, not {expected}."
-        raise ConflictError(detail, code="version_conflict")
+        raise ConflictError(detail, "version_conflict", (FieldError("/version", "version_conflict", detail),))
 
 
 def _check_same_contract(current: InstrumentParameters, merged: InstrumentParameters) -> None:
@@ -418,6 +521,11 @@ async def _version_of(tx: Tx, table: Table, *where: ColumnElement[bool]) -> int:
     query = select(func.coalesce(func.max(table.c.version), 0)).where(*where)
     version: int = (await tx.connection.execute(query)).scalar_one()
     return version
+
+
+async def _versions_of(tx: Tx, table: Table, key: Column[Any]) -> dict[str, int]:
+    query = select(key, func.max(table.c.version)).group_by(key)
+    return {row[0]: row[1] for row in await tx.connection.execute(query)}
 
 
 async def _row_at(tx: Tx, table: Table, where: ColumnElement[bool], at: int | None = None) -> RowMapping | None:

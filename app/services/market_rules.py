@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from app.db.tables import SYMBOL_PATTERN
 from app.domain.money import AMOUNT_MAX, DECIMALS_MAX
-from app.errors import FieldError, InvalidError, pointer_to
+from app.errors import FieldError, InvalidError, pointer_to, pointers_under
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -129,6 +129,19 @@ def check_asset(merged: AssetParameters, parameters: MarketParameters) -> None:
         if parameters.asset(instrument.underlying).asset == merged.asset or instrument.underlying == merged.asset
         for error in _effective_margin_errors(instrument, merged)
     )
+
+
+def check_assets(merged: Mapping[str, AssetParameters], after: MarketParameters) -> None:
+    """Refuse what `check_asset` refuses, for many in one pass; `after` holds them all, pointers start with /{asset}."""
+    for name, asset in merged.items():
+        with pointers_under(pointer_to(name)):
+            refuse(_range_errors(asdict(asset), _ASSET_RANGES))
+            refuse(_margin_errors(asset.initial_margin_rate, asset.maintenance_margin_rate, ""))
+    for instrument in after.instruments.values():
+        underlying = after.asset(instrument.underlying)
+        if underlying.asset in merged:
+            with pointers_under(pointer_to(underlying.asset)):
+                refuse(_effective_margin_errors(instrument, underlying))
 
 
 def check_instrument(merged: InstrumentParameters, underlying: AssetParameters) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import httpx
 
 from app.main import create_app
-from app.services.accounts import Scope, create_key
+from app.services.accounts import Scope, create_agent, create_key
 from tests.database import make_settings
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ _NEVER_SHOWN = (ADMIN_KEY, "Traceback", 'File "', "sqlalchemy", "asyncpg", "post
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A running app with a key of each scope."""
+    """A running app with a key of each scope: agent's and coordinator's are an agent's, the others the service's."""
 
     app: FastAPI
     client: httpx.AsyncClient
     keys: Mapping[str, str]
+    agent_id: str
 
     async def send(self, method: str, path: str, *, key: str = "agent", **given: Any) -> httpx.Response:
         """Send a request with the key of a scope, or with the text of a key, or (empty) with none."""
@@ -44,6 +45,9 @@ class Service:
 
     async def post(self, path: str, **given: Any) -> httpx.Response:
         return await self.send("POST", path, **given)
+
+    async def delete(self, path: str, **given: Any) -> httpx.Response:
+        return await self.send("DELETE", path, **given)
 
     async def put(self, path: str, **given: Any) -> httpx.Response:
         return await self.send("PUT", path, **{"key": "admin", **given})
@@ -75,9 +79,11 @@ async def running(url: URL, **settings: Any) -> AsyncIterator[Service]:
     async with connected(url, **settings) as (app, client):
         keys = {"settings": ADMIN_KEY}
         async with app.state.parts.database.transaction("test") as tx:
+            agent_id = await create_agent(tx, "Alice")
             for scope in get_args(Scope):
-                keys[scope] = (await create_key(tx, None, [scope], scope)).text
-        yield Service(app, client, keys)
+                owner = agent_id if scope in ("agent", "coordinator") else None
+                keys[scope] = (await create_key(tx, owner, [scope], scope)).text
+        yield Service(app, client, keys, agent_id)
 
 
 def problem(answer: httpx.Response, status: int, code: str, pointer: str | None = None) -> dict[str, Any]:

@@ -21,21 +21,32 @@ UNKNOWN = f"pr_{'0' * 16}_{'A' * 43}"
 ASSETS = "/api/market/assets"
 
 # What each route needs; a route that is missing here fails the test that walks them.
-ANY, MARKET, ADMIN = "any key", "market", "admin"
+ANY, AGENT, MARKET, ADMIN = "any key", "agent", "market", "admin"
 NEEDS = {
     "POST /api/quotes/margin": ANY,
     "GET /api/market/assets": ANY,
+    "PUT /api/market/assets": ADMIN,
     "GET /api/market/assets/{asset}": ANY,
     "PUT /api/market/assets/{asset}": ADMIN,
     "GET /api/market/instruments": ANY,
+    "PUT /api/market/instruments": ADMIN,
     "GET /api/market/instruments/{symbol}": ANY,
     "PUT /api/market/instruments/{symbol}": ADMIN,
     "POST /api/market/prices": MARKET,
     "GET /api/market/prices": ANY,
+    "GET /api/market/prices/{symbol}": ANY,
+    "GET /api/market/prices/{symbol}/history": ANY,
     "GET /api/market/parameters": ANY,
     "PUT /api/market/parameters": ADMIN,
     "PUT /api/market/correlations": ADMIN,
     "GET /api/market/changes": ANY,
+    "POST /api/agents": ADMIN,
+    "GET /api/agents": ADMIN,
+    "GET /api/agents/{agent_id}": ADMIN,
+    "POST /api/keys": AGENT,
+    "GET /api/keys": AGENT,
+    "DELETE /api/keys/{key_id}": AGENT,
+    "GET /api/audit": AGENT,
 }
 OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 

@@ -158,6 +158,20 @@ def test_a_key_made_by_the_command_line(place: Home) -> None:
     _fails(place, "Scopes", "key", "x", "--scope", "root")
 
 
+def test_an_agent_made_by_the_command_line(place: Home) -> None:
+    made = place.run("agent", "Bob")
+    assert (made.returncode, place.servers()) == (0, [])
+    agent_id, key = made.stdout.decode().splitlines()
+    with serving(place) as served:
+        answer = httpx.get(f"{served.greeting.address}/api/keys", headers={"Authorization": f"Bearer {key}"})
+        assert [(k["agent_id"], k["name"], k["scopes"]) for k in answer.json()["keys"]] == [
+            (agent_id, "Bob", ["agent"])
+        ]
+        assert key not in (place.path / "serve.log").read_text()
+        served.stop(signal.SIGINT)
+    _fails(place, "name", "agent", "")
+
+
 def test_migrate_leaves_nothing_running(place: Home) -> None:
     done = place.run("migrate")
     assert (done.returncode, done.stdout.decode().strip()[:27]) == (0, "the database is at revision")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +21,7 @@ from app.services.accounts import (
     create_key,
     list_keys,
     revoke_key,
+    revoke_key_of,
 )
 from tests.database import make_settings
 
@@ -49,7 +50,10 @@ async def _new_agent(database: Database) -> str:
 
 async def _revoke(database: Database, key_id: str, agent_id: str | None = None) -> None:
     async with database.transaction("test") as tx:
-        await revoke_key(tx, key_id, agent_id)
+        if agent_id is None:
+            await revoke_key(tx, key_id)
+        else:
+            await revoke_key_of(tx, agent_id, key_id)
 
 
 async def test_a_key_says_who_calls(database: Database) -> None:
@@ -175,11 +179,12 @@ async def test_keys_are_listed_without_secrets_and_revoked_by_their_owner(databa
     alice, bob = await _new_agent(database), await _new_agent(database)
     mine = await _new_key(database, agent_id=alice)
     other = await _new_key(database, agent_id=bob)
+    services = [await _new_key(database), await _new_key(database)]
     async with database.transaction("test") as tx:
         assert [key.id for key in await list_keys(tx, alice)] == [mine.id]
-        everyone = await list_keys(tx)
-        assert [key.id for key in everyone] == sorted([mine.id, other.id])
-        assert await list_keys(tx, limit=1, after=everyone[0].id) == everyone[1:]
+        listed = await list_keys(tx, None)
+        assert [key.id for key in listed] == sorted(key.id for key in services)
+        assert await list_keys(tx, None, limit=1, after=listed[0].id) == listed[1:]
     with pytest.raises(NotFoundError):
         await _revoke(database, other.id, alice)
     await _revoke(database, mine.id, alice)
@@ -200,12 +205,15 @@ async def test_a_bad_key_is_not_made(database: Database) -> None:
             await create_key(tx, None, {"agent"}, "x" * 201)
         with pytest.raises(InvalidError, match="future"):
             await create_key(tx, None, {"agent"}, "", tx.now)
+        with pytest.raises(InvalidError, match="within"):
+            await create_key(tx, None, {"agent"}, "", datetime.max.replace(tzinfo=timezone(timedelta(hours=-10))))
         with pytest.raises(InvalidError, match="zone"):
             await create_key(tx, None, {"agent"}, "", tx.now.replace(tzinfo=None))
         with pytest.raises(NotFoundError):
             await create_key(tx, "agent_none", {"agent"})
-        with pytest.raises(InvalidError):
-            await create_agent(tx, "")
+        for name in ("", "a\0b", "\ud800", "x" * 201):
+            with pytest.raises(InvalidError):
+                await create_agent(tx, name)
 
 
 async def test_starts_at_once_make_one_first_key(database: Database, tmp_path: Path) -> None:
@@ -213,7 +221,7 @@ async def test_starts_at_once_make_one_first_key(database: Database, tmp_path: P
     keys = await asyncio.gather(*(create_first_key(database, path) for _ in range(5)))
     assert set(keys) == {path.read_text().strip()}
     async with database.transaction("test") as tx:
-        assert len(await list_keys(tx)) == 1
+        assert len(await list_keys(tx, None)) == 1
 
 
 async def test_unknown_keys_are_bounded_and_good_ones_pass(database: Database) -> None:
