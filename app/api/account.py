@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from app.api import account_reply as replies
 from app.api import body as wire
-from app.api.booking import BookOwner, Cursor, Limit, Owner, Reply, once
+from app.api.booking import BookOwner, Owner, Reply, once
 from app.api.deps import Parts, body_of, document, parts_of
+from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.api.quote_request import fields_given
 from app.db.session import Tx
 from app.domain.book import Book
@@ -108,11 +109,11 @@ async def list_portfolio(request: Request, owner: BookOwner) -> Response:
 
 
 @router.get("/positions", openapi_extra=document("Positions, open and closed", scope="agent"))
-async def list_positions(request: Request, owner: BookOwner, limit: Limit = 200, cursor: Cursor = None) -> Response:
+async def list_positions(request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List positions, newest first."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        found = await positions.list_positions(tx, owner.agent_id, limit, cursor)
-    more = found[-1].seq if len(found) == limit else None
+        found = await positions.list_positions(tx, owner.agent_id, limit, number_cursor(cursor))
+    more = next_cursor([item.seq for item in found], limit)
     return wire.JsonResponse({"positions": [replies.stored_position(p) for p in found], "next_cursor": more})
 
 

@@ -20,17 +20,10 @@ from app.services.accounts import Caller
 from app.services.idempotency import Answer, Named
 from app.services.margin import Scene
 
-PAGE_MAX = 200
-CURSOR_MAX = 2**63 - 1
 KEY_CHARACTERS_MAX = 255
 
 Label = Annotated[str, Meta(max_length=200, pattern="^[^\\x00]*$")]
 """A caller's own words, kept as they are."""
-
-Limit = Annotated[int, Query(ge=1, le=PAGE_MAX, description="items a page")]
-Cursor = Annotated[
-    int | None, Query(ge=0, le=CURSOR_MAX, description="next_cursor of the page before, which ended there")
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import Query
@@ -22,6 +23,11 @@ def number_cursor(cursor: str) -> int | None:
     if not (cursor.isascii() and cursor.isdecimal() and int(cursor) <= NUMBER_MAX):
         raise invalid_cursor()
     return int(cursor)
+
+
+def next_cursor(numbers: Sequence[int], limit: int) -> str | None:
+    """Return the cursor after a page of items with these numbers, None where the page is not full."""
+    return str(numbers[-1]) if len(numbers) == limit else None
 
 
 def invalid_cursor() -> InvalidError:

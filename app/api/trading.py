@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from app.api import account_reply as replies
 from app.api import body as wire
-from app.api.booking import BookOwner, Cursor, Label, Limit, Reply, idempotency_key, once
+from app.api.booking import BookOwner, Label, Reply, idempotency_key, once
 from app.api.deps import body_of, document, parts_of
+from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
 from app.domain.book import Book, OpenPosition, PositionMode
 from app.domain.parameters import MarginMode
@@ -83,11 +84,11 @@ async def post_order(request: Request, owner: BookOwner) -> Response:
 
 
 @router.get("/orders", openapi_extra=document("Orders", scope="agent"))
-async def list_orders(request: Request, owner: BookOwner, limit: Limit = 200, cursor: Cursor = None) -> Response:
+async def list_orders(request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List orders, newest first."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        found = await trading.list_orders(tx, owner.agent_id, limit, cursor)
-    more = found[-1].seq if len(found) == limit else None
+        found = await trading.list_orders(tx, owner.agent_id, limit, number_cursor(cursor))
+    more = next_cursor([item.seq for item in found], limit)
     return wire.JsonResponse({"orders": [replies.stored_order(o) for o in found], "next_cursor": more})
 
 

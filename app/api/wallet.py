@@ -12,8 +12,9 @@ from starlette.responses import Response
 from app.api import account_reply as replies
 from app.api import body as wire
 from app.api.account import read_account
-from app.api.booking import BookOwner, Cursor, Label, Limit, Reply, idempotency_key, once
+from app.api.booking import BookOwner, Label, Reply, idempotency_key, once
 from app.api.deps import body_of, document, parts_of
+from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
@@ -96,11 +97,11 @@ async def withdraw(request: Request, owner: BookOwner) -> Response:
 
 
 @router.get("/wallet/ledger", openapi_extra=document("Ledger entries", scope="agent"))
-async def list_entries(request: Request, owner: BookOwner, limit: Limit = 200, cursor: Cursor = None) -> Response:
+async def list_entries(request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List every move of the agent's money, newest first."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        found = await ledger.list_entries(tx, owner.agent_id, limit, cursor)
-    more = found[-1].id if len(found) == limit else None
+        found = await ledger.list_entries(tx, owner.agent_id, limit, number_cursor(cursor))
+    more = next_cursor([item.id for item in found], limit)
     return wire.JsonResponse({"entries": [_entry(e, owner.agent_id) for e in found], "next_cursor": more})
 
 
@@ -124,12 +125,12 @@ async def reserve(request: Request, owner: BookOwner) -> Response:
 
 @router.get("/reservations", openapi_extra=document("Reservations", scope="agent"))
 async def list_reservations(
-    request: Request, owner: BookOwner, limit: Limit = 200, cursor: Cursor = None, status: Status = None
+    request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "", status: Status = None
 ) -> Response:
     """List reservations, newest first."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        found = await wallet.list_reservations(tx, owner.agent_id, limit, cursor, status)
-    more = found[-1].seq if len(found) == limit else None
+        found = await wallet.list_reservations(tx, owner.agent_id, limit, number_cursor(cursor), status)
+    more = next_cursor([item.seq for item in found], limit)
     return wire.JsonResponse({"reservations": [replies.stored_reservation(r) for r in found], "next_cursor": more})
 
 
