@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tests.api.service import Service
 
 TYPES = {
+    "primerisk_idempotent_replays": "counter",
+    "primerisk_orders": "counter",
     "primerisk_http_requests": "counter",
     "primerisk_http_request_duration_seconds": "histogram",
     "primerisk_http_requests_under_way": "gauge",
