@@ -28,6 +28,7 @@ lint: $(INSTALLED_DEV)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quote
 	$(BIN)/python -m benchmarks.http
+	$(BIN)/python -m benchmarks.account
 
 lock: $(INSTALLED)
 	@$(PIP) install uv
