@@ -162,3 +162,8 @@ def pointers_by(name: Callable[[str], str]) -> Iterator[None]:
 def invalid(pointer: str, code: str, detail: str) -> InvalidError:
     """Return the 422 of one field."""
     return InvalidError(detail=detail, code=code, errors=(FieldError(pointer, code, detail),))
+
+
+def conflict(pointer: str, code: str, detail: str, **figures: Any) -> ConflictError:
+    """Return the 409 of one field; `figures` are further members of the problem document."""
+    return ConflictError(detail, code=code, errors=(FieldError(pointer, code, detail),), figures=figures)

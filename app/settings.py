@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     price_age_seconds_max: Annotated[
         float, Field(gt=0, description="age past which a stored price is called stale")
     ] = 60.0
+    account_items_max: Annotated[
+        int, Field(ge=1, description="open positions, reservations and assets of one account")
+    ] = 1_000
     agents_may_deposit: Annotated[
         bool, Field(description="whether agents book their own deposits; false: only admin keys do")
     ] = True

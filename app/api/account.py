@@ -19,7 +19,7 @@ from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.parameters import MarginMode
 from app.domain.quote import AccountFigures
-from app.errors import invalid
+from app.errors import InvalidError, invalid
 from app.services import account, book, positions
 from app.services.margin import Scene
 
@@ -58,7 +58,12 @@ _SETTINGS = wire.Body(AccountSettingsIn)
 async def read_account(parts: Parts, owner: Owner) -> tuple[Book, AccountFigures]:
     """Return the stored book and what it comes to, in one query. Raises NotFoundError."""
     held = await book.read(parts.database, owner.agent_id)
-    return held, parts.figures.figures(held, parts.market.view, parts.database.clock.now())
+    now = parts.database.clock.now()
+    try:
+        return held, parts.figures.figures(held, parts.market.view, now)
+    except InvalidError:
+        # another process may have posted the price a moment ago
+        return held, parts.figures.figures(held, await parts.market.refresh(), now)
 
 
 @router.get("/account", openapi_extra=document("The account: equity, positions, health", scope="agent"))
@@ -93,8 +98,8 @@ async def patch_settings(request: Request, owner: BookOwner) -> Response:
         detail = "orders are filled in the book: this release sends none to a venue"
         raise invalid("/execution", "not_available", detail)
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        changed = await account.change_settings(tx, scene, owner.agent_id, change)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        changed = await account.change_settings(tx, scene, held, change)
         return Reply(replies.settings_reply(changed, scene.market))
 
     return await once(request, owner, effect)

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.domain.book import THRESHOLDS, ZERO, Book, OpenPosition, OpenReservation, reserved_value
 from app.domain.gates import stale_symbols
-from app.domain.money import plain
+from app.domain.money import plain, to_float
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.prices import PriceFinder
 from app.domain.quote import AccountFigures
@@ -160,7 +160,7 @@ def portfolio_rows(book: Book, figures: AccountFigures, view: MarketView) -> lis
                 "service": reservation.service,
                 "symbol": reservation.asset,
                 "side": None,
-                "notional_usd": float(reservation.remaining) * price,
+                "notional_usd": to_float(reservation.remaining) * price,
                 "margin_reserved": reserved_value([reservation], view.parameters, view.prices),
                 "leverage": 1,
                 "reducible": reservation.reducible,
@@ -189,7 +189,6 @@ def stored_position(position: Position) -> dict[str, Any]:
     for name in ("size", "entry_price", "allocated", "realized_pnl"):
         row[name] = plain(row[name])
     row["allocated_collateral"] = row.pop("allocated")
-    row["margin_mode"] = "isolated" if position.margin_mode == "isolated" else "cross"
     row["status"] = "open" if position.closed_at is None else "closed"
     return row
 

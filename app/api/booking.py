@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Query, Request
 from msgspec import Meta
+from sqlalchemy import func, select
 from starlette.responses import Response
 
 from app.api.body import encoder
 from app.api.deps import Parts, caller_of, parts_of
 from app.db.session import Tx
+from app.domain.book import Book
 from app.errors import ForbiddenError, NotFoundError, invalid
-from app.services import idempotency
+from app.services import book, idempotency
 from app.services.accounts import Caller
 from app.services.idempotency import Answer, Named
 from app.services.margin import Scene
@@ -51,6 +56,8 @@ async def owner_of(
     Raises ForbiddenError, NotFoundError.
     """
     caller = await caller_of(request, "agent")
+    if agent_id is not None and not _AGENT_ID.fullmatch(agent_id):
+        raise NotFoundError("There is no such agent.", code="agent_not_found")
     if agent_id is None and caller.agent_id is not None:
         return Owner(caller, caller.agent_id)
     if agent_id is not None and (agent_id == caller.agent_id or caller.may("admin")):
@@ -63,13 +70,22 @@ async def owner_of(
 
 BookOwner = Annotated[Owner, Depends(owner_of)]
 
-Effect = Callable[[Tx, Scene], Awaitable[Reply]]
+Effect = Callable[[Tx, Book, Scene], Awaitable[Reply]]
+"""What a request does to a book: in its transaction, to the book under its lock, at the market read after that."""
+
+AT_ONCE_MAX = 2
+"""Requests that wait for one book's lock on a connection: a busy agent leaves connections to the others."""
+
+_AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
 
 async def scene_of(parts: Parts, tx: Tx) -> Scene:
     """Return the market as the transaction sees it."""
     seconds = timedelta(seconds=parts.settings.price_age_seconds_max)
-    return Scene(await parts.market.current(tx), tx.now, seconds)
+    view = await parts.market.current(tx)
+    now: datetime = (await tx.connection.execute(select(func.clock_timestamp()))).scalar_one()
+    return Scene(view, now, seconds, parts.settings.account_items_max)
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -84,7 +100,7 @@ def idempotency_key(request: Request) -> str | None:
 
 
 async def once(request: Request, owner: Owner, effect: Effect) -> Response:
-    """Run an effect in one transaction, and answer when it is committed.
+    """Run an effect on the owner's book in one transaction, and answer when it is committed.
 
     A request that carries an Idempotency-Key is done once: its answer is stored beside the effect and given again,
     with the header Idempotency-Replayed, to every later request with the key. A refusal is not stored: nothing was
@@ -94,11 +110,11 @@ async def once(request: Request, owner: Owner, effect: Effect) -> Response:
     key = idempotency_key(request)
     named = None
     if key is not None:
-        # the path without its query: the agent it may name is the caller of the key already
-        named = Named(owner.agent_id, key, f"{request.method} {request.url.path}", await request.body())
-    async with parts.database.transaction(owner.caller.key_id) as tx:
+        named = Named(_namespace(owner), key, f"{request.method} {request.url.path}", await request.body())
+    turn = _turns.setdefault(owner.agent_id, asyncio.Semaphore(AT_ONCE_MAX))
+    async with turn, parts.database.transaction(owner.caller.key_id) as tx:
         kept = None if named is None else await idempotency.claim(tx, named)
-        answer = kept or await _effect(tx, await scene_of(parts, tx), effect, named)
+        answer = kept or await _effect(parts, tx, owner, effect, named)
     headers = {}
     if kept is not None:
         headers["Idempotency-Replayed"] = "true"
@@ -106,8 +122,16 @@ async def once(request: Request, owner: Owner, effect: Effect) -> Response:
     return Response(answer.reply, answer.status, headers, "application/json")
 
 
-async def _effect(tx: Tx, scene: Scene, effect: Effect, named: Named | None) -> Answer:
-    reply = await effect(tx, scene)
+def _namespace(owner: Owner) -> str:
+    """Return whose names for requests these are: an agent's keys share theirs, an admin's key has its own."""
+    if owner.caller.agent_id == owner.agent_id:
+        return owner.agent_id
+    return f"{owner.caller.key_id}/{owner.agent_id}"
+
+
+async def _effect(parts: Parts, tx: Tx, owner: Owner, effect: Effect, named: Named | None) -> Answer:
+    held = await book.lock(tx, owner.agent_id)
+    reply = await effect(tx, held, await scene_of(parts, tx))
     answer = Answer(reply.status, encoder.encode(reply.content))
     if named is not None:
         await idempotency.keep(tx, named, answer)

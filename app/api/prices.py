@@ -17,8 +17,8 @@ from app.api import body as wire
 from app.api.deps import AnyCaller, MarketCaller, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, invalid_cursor
 from app.errors import InvalidError, invalid, pointer_to
-from app.services import market, price_history
-from app.services.market import PostedPrice
+from app.services import price_history, prices
+from app.services.prices import PostedPrice
 
 router = APIRouter(prefix="/api/market/prices", tags=["market"])
 
@@ -47,10 +47,10 @@ async def post_prices(request: Request, caller: MarketCaller) -> Response:
     posted = await body_of(request, _PRICES)
     parts = parts_of(request)
     skew = timedelta(seconds=parts.settings.price_skew_seconds_max)
-    prices = _decimals(posted.prices)
+    exact = _decimals(posted.prices)
     dated = None if posted.as_of is None else wire.moment(posted.as_of, "/as_of")
     async with parts.database.transaction(caller.key_id) as tx:
-        result = await market.post_prices(tx, prices, dated, skew)
+        result = await prices.post_prices(tx, exact, dated, skew)
         as_of = dated or tx.now
     await parts.market.refresh()
     return wire.JsonResponse({"accepted": result.accepted, "ignored": result.ignored, "as_of": as_of}, 202)
@@ -60,7 +60,7 @@ async def post_prices(request: Request, caller: MarketCaller) -> Response:
 async def list_prices(request: Request, caller: AnyCaller, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
     """List the latest prices by symbol, with their digits as posted."""
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        found = await market.list_prices(tx, limit, cursor)
+        found = await prices.list_prices(tx, limit, cursor)
         now = tx.now
     more = found[-1].symbol if len(found) == limit else None
     return wire.JsonResponse({"prices": [_price(price, now) for price in found], "next_cursor": more})
@@ -91,7 +91,7 @@ async def list_bars(
 async def get_price(request: Request, caller: AnyCaller, symbol: str) -> Response:
     """Show the latest price of an asset or instrument, with its age."""
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        found = await market.get_price(tx, symbol)
+        found = await prices.get_price(tx, symbol)
         now = tx.now
     return wire.JsonResponse(_price(found, now))
 

@@ -15,9 +15,10 @@ from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
 from app.domain.book import Book, OpenPosition, PositionMode
+from app.domain.money import checked_amount
 from app.domain.parameters import MarginMode
 from app.domain.trade import Order
-from app.errors import PrimeriskError, invalid
+from app.errors import InvalidError, PrimeriskError, invalid
 from app.services import positions, trading
 from app.services.margin import Scene
 from app.services.trading import Filled
@@ -27,7 +28,8 @@ router = APIRouter(prefix="/api", tags=["trading"])
 
 META_BYTES_MAX = 4_096
 LEVERAGE_MAX = 1_000
-FRACTION_DECIMALS_MAX = 18
+LEVERAGE_DECIMALS_MAX = 6
+META_BRACKETS_MAX = 200
 
 
 class OrderPost(wire.Request):
@@ -69,8 +71,8 @@ async def post_order(request: Request, owner: BookOwner) -> Response:
     order = _order(asked)
     named = Names(None, idempotency_key(request))
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        filled = await trading.submit(tx, scene, owner.agent_id, order, named, meta=asked.meta)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        filled = await trading.submit(tx, scene, held, order, named, meta=asked.meta)
         return Reply(_filled(filled, scene))
 
     counter = parts_of(request).metrics.orders
@@ -79,7 +81,8 @@ async def post_order(request: Request, owner: BookOwner) -> Response:
     except PrimeriskError:
         counter.labels("refused").inc()
         raise
-    counter.labels("filled").inc()
+    if "Idempotency-Replayed" not in answer.headers:
+        counter.labels("filled").inc()
     return answer
 
 
@@ -110,8 +113,8 @@ async def reduce(request: Request, owner: BookOwner, target_id: str) -> Response
     reason = asked.reason or ""
     named = Names(asked.reason, idempotency_key(request))
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        done = await trading.reduce(tx, scene, owner.agent_id, target_id, fraction, named, reason)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        done = await trading.reduce(tx, scene, held, target_id, fraction, named, reason)
         if isinstance(done, Filled):
             return Reply({**_filled(done, scene), "id": target_id, "service": "trading"})
         stored, left = done
@@ -129,34 +132,44 @@ async def allocate(request: Request, owner: BookOwner, position_id: str) -> Resp
     asked = await body_of(request, _COLLATERAL)
     named = Names(asked.reference, idempotency_key(request))
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        position, left = await positions.allocate(tx, scene, owner.agent_id, position_id, asked.amount, named)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        position, left = await positions.allocate(tx, scene, held, position_id, asked.amount, named)
         return Reply({"position": _position(position, left, scene), "account": _standing(left, scene)})
 
     return await once(request, owner, effect)
 
 
 def _order(asked: OrderPost) -> Order:
-    if asked.leverage is not None and not (asked.leverage.is_finite() and 1 <= asked.leverage <= LEVERAGE_MAX):
-        raise invalid("/leverage", "number_out_of_range", f"leverage is 1 to {LEVERAGE_MAX}")
+    leverage = None
+    if asked.leverage is not None:
+        leverage = checked_amount("/leverage", asked.leverage, LEVERAGE_DECIMALS_MAX)
+        if not 1 <= leverage <= LEVERAGE_MAX:
+            raise invalid("/leverage", "number_out_of_range", f"leverage is 1 to {LEVERAGE_MAX}")
     if asked.meta is not None:
-        written = wire.encoder.encode(asked.meta)
-        if len(written) > META_BYTES_MAX:
-            raise invalid("/meta", "too_long", f"meta has at most {META_BYTES_MAX} bytes")
-        if b"\\u0000" in written:
-            raise invalid("/meta", "invalid_value", "meta has no NUL")
+        _check_meta(asked.meta)
     mode: PositionMode | None = None
     if asked.margin_mode is not None:
         mode = "isolated" if asked.margin_mode == "isolated" else "pooled"
-    return Order(asked.symbol, asked.side, asked.size, bool(asked.reduce_only), asked.leverage, mode)
+    return Order(asked.symbol, asked.side, asked.size, bool(asked.reduce_only), leverage, mode)
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    """Refuse what is too long, too deep, or no text for Postgres. Raises InvalidError."""
+    written = wire.encoder.encode(meta)
+    if len(written) > META_BYTES_MAX:
+        raise invalid("/meta", "too_long", f"meta has at most {META_BYTES_MAX} bytes")
+    if b"\\u0000" in written:
+        raise invalid("/meta", "invalid_value", "meta has no NUL")
+    # brackets in its texts count too: it is a bound, not a measure
+    if written.count(b"[") + written.count(b"{") > META_BRACKETS_MAX:
+        raise invalid("/meta", "nested_too_deeply", f"meta has at most {META_BRACKETS_MAX} arrays and objects")
 
 
 def _fraction(given: Decimal) -> Decimal:
-    if not (given.is_finite() and 0 < given <= 1):
+    fraction = checked_amount("/reduce_pct", given)
+    if fraction > 1:
         raise invalid("/reduce_pct", "number_out_of_range", "reduce_pct is above 0 and at most 1")
-    if -int(given.normalize().as_tuple().exponent) > FRACTION_DECIMALS_MAX:
-        raise invalid("/reduce_pct", "too_many_decimals", f"reduce_pct has at most {FRACTION_DECIMALS_MAX} decimals")
-    return given
+    return fraction
 
 
 def _filled(filled: Filled, scene: Scene) -> dict[str, Any]:
@@ -164,14 +177,20 @@ def _filled(filled: Filled, scene: Scene) -> dict[str, Any]:
     return {**replies.stored_order(filled.order), "position": position, "account": _standing(filled.book, scene)}
 
 
-def _position(position: OpenPosition, book: Book, scene: Scene) -> dict[str, Any]:
-    rows = replies.open_positions(book, scene.figures(book))
+def _position(position: OpenPosition, book: Book, scene: Scene) -> dict[str, Any] | None:
+    try:
+        rows = replies.open_positions(book, scene.figures(book))
+    except InvalidError:
+        return None
     return next(row for row in rows if row["id"] == position.id)
 
 
-def _standing(book: Book, scene: Scene) -> dict[str, Any]:
-    """Return where the account stands after the event."""
-    figures = scene.figures(book)
+def _standing(book: Book, scene: Scene) -> dict[str, Any] | None:
+    """Return where the account stands after the event; None where a price is missing, which must keep nobody in."""
+    try:
+        figures = scene.figures(book)
+    except InvalidError:
+        return None
     health = figures.health
     return {
         "equity": figures.equity,

@@ -16,6 +16,7 @@ from app.api.booking import BookOwner, Label, Reply, idempotency_key, once
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
+from app.domain.book import Book
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
 from app.errors import ForbiddenError
@@ -74,8 +75,8 @@ async def deposit(request: Request, owner: BookOwner) -> Response:
         raise ForbiddenError("deposits are booked with an admin key", code="scope_missing")
     named = Names(asked.reference, idempotency_key(request))
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        booked = await wallet.deposit(tx, scene, owner.agent_id, asked.asset, asked.amount, named)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        booked = await wallet.deposit(tx, scene, held, asked.asset, asked.amount, named)
         return Reply(_booked("deposit", asked, booked, tx), 201)
 
     return await once(request, owner, effect)
@@ -89,8 +90,8 @@ async def withdraw(request: Request, owner: BookOwner) -> Response:
     asked = await body_of(request, _AMOUNT)
     named = Names(asked.reference, idempotency_key(request))
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        booked = await wallet.withdraw(tx, scene, owner.agent_id, asked.asset, asked.amount, named)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        booked = await wallet.withdraw(tx, scene, held, asked.asset, asked.amount, named)
         return Reply(_booked("withdrawal", asked, booked, tx), 201)
 
     return await once(request, owner, effect)
@@ -112,12 +113,10 @@ async def reserve(request: Request, owner: BookOwner) -> Response:
     """Set an amount aside; nobody else can spend it until it is settled or released."""
     asked = await body_of(request, _RESERVATION)
     named = Names(asked.reference, idempotency_key(request))
-    new = NewReservation(
-        owner.agent_id, asked.service, asked.asset or SETTLEMENT_ASSET, asked.amount, reducible=bool(asked.reducible)
-    )
+    new = NewReservation(asked.service, asked.asset or SETTLEMENT_ASSET, asked.amount, reducible=bool(asked.reducible))
 
-    async def effect(tx: Tx, scene: Scene) -> Reply:
-        stored, _ = await wallet.reserve(tx, scene, new, named)
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        stored, _ = await wallet.reserve(tx, scene, held, new, named)
         return Reply(replies.stored_reservation(stored), 201)
 
     return await once(request, owner, effect)
@@ -151,8 +150,8 @@ async def release(request: Request, owner: BookOwner, reservation_id: str) -> Re
     asked = await body_of(request, _PART, empty=b"{}")
     named = Names(asked.reference, idempotency_key(request))
 
-    async def effect(tx: Tx, _: Scene) -> Reply:
-        stored, _book = await wallet.release(tx, owner.agent_id, reservation_id, asked.amount, named)
+    async def effect(tx: Tx, held: Book, _: Scene) -> Reply:
+        stored, _book = await wallet.release(tx, held, reservation_id, asked.amount, named)
         return Reply(replies.stored_reservation(stored))
 
     return await once(request, owner, effect)
@@ -167,8 +166,8 @@ async def settle(request: Request, owner: BookOwner, reservation_id: str) -> Res
     asked = await body_of(request, _PART, empty=b"{}")
     named = Names(asked.reference, idempotency_key(request))
 
-    async def effect(tx: Tx, _: Scene) -> Reply:
-        stored, _book = await wallet.settle(tx, owner.agent_id, reservation_id, asked.amount, named)
+    async def effect(tx: Tx, held: Book, _: Scene) -> Reply:
+        stored, _book = await wallet.settle(tx, held, reservation_id, asked.amount, named)
         return Reply(replies.stored_reservation(stored))
 
     return await once(request, owner, effect)
@@ -180,7 +179,7 @@ def _booked(kind: str, asked: AmountIn, booked: Booked, tx: Tx) -> dict[str, Any
         "id": str(booked.batch),
         "kind": kind,
         "asset": asked.asset,
-        "amount": plain(asked.amount),
+        "amount": booked.amount,
         "reference": asked.reference,
         "posted_at": tx.now,
         "balance": {

@@ -52,7 +52,8 @@ def _answer(parts: Parts, held: Book, asked: WhatIfIn) -> bytes:
             rows[name] = position_terms(given or [])
             check_terms(rows[name], view.parameters, held.settings.margin_mode, limits, now)
     change = Change(asked.close or (), rows["add"], rows["replace"])
-    return wire.encoder.encode(_reply(what_if(held, change, view.parameters, view.prices, now)))
+    seconds = parts.settings.price_age_seconds_max
+    return wire.encoder.encode(_reply(what_if(held, change, view.parameters, view.prices, now, seconds)))
 
 
 def _reply(found: WhatIf) -> dict[str, Any]:

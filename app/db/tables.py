@@ -226,7 +226,7 @@ market_prices = Table(
     Column("version", BigInteger, nullable=False),  # of market_state 'prices'; no index, so updates stay HOT
     _symbol("symbol"),
     _check("price", "price > 0 AND price < 1e15 AND scale(price) <= 18"),
-    info={"owner": "market"},
+    info={"owner": "prices"},
 )
 
 # One minute of a symbol's posted prices, by the time that they are dated.

@@ -12,7 +12,7 @@ from app.domain.quote import AccountFigures
 TOLERANCE = 1e-9
 """Relative: utilization at the gate to the last bit passes, whatever the sums' rounding."""
 
-GateCode = Literal["insufficient_margin", "leverage_above_cap"]
+GateCode = Literal["insufficient_margin", "leverage_above_cap", "stale_price", "reduce_only"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,10 @@ def refusal(before: AccountFigures, after: AccountFigures, policy: HealthPolicy)
     """Return why an account may not go from one standing to the other, or None.
 
     What does not raise utilization passes at any level; what raises it must leave it at the gate or below. Gross
-    notional that rises stays within the cap times equity.
+    notional that rises stays within the cap times equity. Debts that weigh more than before stay within the gate's
+    share of what is held: utilization alone says nothing of an account that only owes.
     """
-    return _gate(before, after, policy) or _cap(before, after, policy)
+    return _gate(before, after, policy) or _cap(before, after, policy) or _debt(before, after, policy)
 
 
 def _gate(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
@@ -41,7 +42,8 @@ def _gate(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -
     if now.utilization is not None:
         if now.utilization <= level * (1.0 + TOLERANCE):
             return None
-        if then.utilization is not None and now.utilization <= then.utilization * (1.0 + TOLERANCE):
+        # exactly: a tolerance here would let many small steps climb
+        if then.utilization is not None and now.utilization <= then.utilization:
             return None
     shown = "no equity" if now.utilization is None else f"utilization {now.utilization:.4f}"
     missing = max(0.0, now.required_initial / level - now.equity)
@@ -50,12 +52,23 @@ def _gate(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -
 
 def _cap(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
     gross, cap = after.gross_notional, policy.leverage_cap
-    if gross <= cap * after.equity * (1.0 + TOLERANCE) or gross == 0.0:
+    if gross == 0.0 or gross <= cap * after.equity * (1.0 + TOLERANCE):
         return None
-    if gross <= before.gross_notional * (1.0 + TOLERANCE) and after.equity >= before.equity * (1.0 - TOLERANCE):
+    if gross <= before.gross_notional and after.equity >= before.equity:
         return None
     detail = f"gross notional would be {gross:,.2f}, over {cap:g} times the equity of {after.equity:,.2f}"
     return Refusal("leverage_above_cap", detail, max(0.0, gross / cap - after.equity))
+
+
+def _debt(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
+    owed, level = after.collateral.liabilities, policy.gate_utilization
+    backing = after.equity + owed
+    if owed == 0.0 or owed <= level * backing * (1.0 + TOLERANCE):
+        return None
+    if owed <= before.collateral.liabilities and backing >= before.equity + before.collateral.liabilities:
+        return None
+    detail = f"{owed:,.2f} USD are owed, over {level:g} of the {backing:,.2f} that would back it"
+    return Refusal("insufficient_margin", detail, max(0.0, owed / level - backing))
 
 
 def stale_symbols(figures: AccountFigures, now: datetime, seconds_max: float) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from typing import Literal
 
+from app.domain.money import to_decimal
 from app.domain.parameters import MarketParameters
 from app.errors import InvalidError, invalid
 
@@ -15,10 +17,16 @@ PriceSource = Literal["request", "position", "stored", "par"]
 
 @dataclass(frozen=True, slots=True)
 class StoredPrice:
-    """A price as last posted: USD, and the time it is dated."""
+    """A price as last posted: USD, the time it is dated, and its digits as they were posted where they are known."""
 
     value: float
     as_of: datetime
+    posted: Decimal | None = field(default=None, compare=False)
+
+    @property
+    def exact(self) -> Decimal:
+        """The price as money."""
+        return self.posted if self.posted is not None else to_decimal(self.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from decimal import Context, Decimal
+from decimal import Decimal
 from typing import Literal
 
 from app.domain.book import ZERO, Book, OpenPosition, PositionMode, Side
-from app.domain.money import plain, round_owed, round_owned
+from app.domain.money import AMOUNT_MAX, plain, round_owed, round_owned
 from app.domain.moves import (
     SETTLEMENT_ASSET,
     SETTLEMENT_DECIMALS,
@@ -23,13 +23,12 @@ from app.domain.moves import (
     pay_in,
     take_out,
 )
-from app.errors import ConflictError, FieldError
+from app.errors import conflict, invalid
 
 OrderSide = Literal["buy", "sell"]
 MoveKind = Literal["realized_pnl", "deficit", "allocate", "deallocate"]
 
 PRICE_DECIMALS = 18
-_WIDE = Context(prec=100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,10 @@ class Trade:
 
 
 def plan(book: Book, order: Order, contract: Contract, price: Decimal, new_id: str, now: datetime) -> Trade:
-    """Return what the order does at the price. Raises ConflictError where reduce_only or the margin mode forbids it."""
+    """Return what the order does at the price.
+
+    Raises ConflictError where reduce_only or the margin mode forbids it, InvalidError for a position too large to book.
+    """
     held = book.position(order.symbol)
     side: Side = "long" if order.side == "buy" else "short"
     closing = min(order.size, held.size) if held is not None and held.side != side else ZERO
@@ -107,27 +109,27 @@ def _check_reduce_only(order: Order, held: OpenPosition | None, closing: Decimal
         return
     if closing == 0:
         what = "there is no position" if held is None else f"the position is {held.side} too"
-        raise _refused("/reduce_only", "nothing_to_reduce", f"{what}: a reduce-only order has nothing to reduce")
+        raise conflict("/reduce_only", "nothing_to_reduce", f"{what}: a reduce-only order has nothing to reduce")
     if order.size > closing:
         detail = f"a reduce-only order never flips: the position has {plain(closing):f} contracts"
-        raise _refused("/size", "would_flip", detail)
-
-
-def _refused(pointer: str, code: str, detail: str) -> ConflictError:
-    return ConflictError(detail, code=code, errors=(FieldError(pointer, code, detail),))
+        raise conflict("/size", "would_flip", detail)
 
 
 def _applied(book: Book, postings: Sequence[Posting]) -> Book:
     return book.after_moves([move for posting in postings for move in posting.moves])
 
 
+def _gain(held: OpenPosition, size: Decimal, contract: Contract, price: Decimal) -> Decimal:
+    """Return the profit or loss of contracts of a position at a price, rounded down."""
+    direction = 1 if held.side == "long" else -1
+    return round_owned(size * contract.contract_size * direction * (price - held.entry_price), SETTLEMENT_DECIMALS)
+
+
 def _close(
     book: Book, held: OpenPosition, size: Decimal, contract: Contract, price: Decimal
 ) -> tuple[OpenPosition | None, Decimal, list[Posting]]:
     """Return what is left of a position, the profit or loss of what is closed, and the money that moves."""
-    direction = 1 if held.side == "long" else -1
-    gain = _WIDE.multiply(_WIDE.multiply(size, contract.contract_size), direction * (price - held.entry_price))
-    pnl = round_owned(gain, SETTLEMENT_DECIMALS)
+    pnl = _gain(held, size, contract, price)
     remaining = held.size - size
     if held.margin_mode == "isolated":
         allocated, postings = _isolated_close(book, held, size, pnl)
@@ -149,9 +151,15 @@ def _pooled_close(book: Book, pnl: Decimal) -> list[Posting]:
 
 
 def _isolated_close(book: Book, held: OpenPosition, size: Decimal, pnl: Decimal) -> tuple[Decimal, list[Posting]]:
-    """Return the allocation that stays, and the moves: a loss first, then the closed part of what is left."""
+    """Return the allocation that stays, and the moves.
+
+    The closed part's loss comes out of its own share of the allocation, then out of the rest, and is the house's beyond
+    that; only what its share has left is given back, so that closing in parts gives no more than closing at once.
+    """
     own = agent(book.agent_id, "allocated")
     owed = book.holding(SETTLEMENT_ASSET).owed
+    whole = size == held.size
+    share = held.allocated if whole else round_owned(held.allocated * size / held.size, SETTLEMENT_DECIMALS)
     postings = []
     loss = min(max(-pnl, ZERO), held.allocated)
     if loss > 0:
@@ -162,16 +170,10 @@ def _isolated_close(book: Book, held: OpenPosition, size: Decimal, pnl: Decimal)
     if pnl > 0:
         postings.append(Posting("realized_pnl", pay_in(book.agent_id, SETTLEMENT_ASSET, pnl, house("trading"), owed)))
         owed -= min(owed, pnl)
-    kept = held.allocated - loss
-    share = (
-        kept
-        if size == held.size
-        else round_owned(_WIDE.divide(_WIDE.multiply(kept, size), held.size), SETTLEMENT_DECIMALS)
-    )
-    if share > 0:
-        back = pay_in(book.agent_id, SETTLEMENT_ASSET, share, own, owed)
-        postings.append(Posting("deallocate", back))
-    return kept - share, postings
+    given_back = max(ZERO, share - loss)
+    if given_back > 0:
+        postings.append(Posting("deallocate", pay_in(book.agent_id, SETTLEMENT_ASSET, given_back, own, owed)))
+    return held.allocated - loss - given_back, postings
 
 
 def _open(
@@ -187,10 +189,12 @@ def _open(
     mode = _mode(book, held, order)
     side: Side = "long" if order.side == "buy" else "short"
     leverage = order.leverage if order.leverage is not None or held is None else held.leverage
+    total = size if held is None else held.size + size
+    if total >= AMOUNT_MAX:
+        raise invalid("/size", "number_out_of_range", f"a position stays below {AMOUNT_MAX:f} contracts")
     allocation, postings = ZERO, []
     if mode == "isolated":
-        notional = _WIDE.multiply(_WIDE.multiply(size, contract.contract_size), price)
-        allocation = round_owed(_WIDE.multiply(notional, _rate(contract, leverage)), SETTLEMENT_DECIMALS)
+        allocation = _allocation(held, size, contract, price, _rate(contract, leverage))
         moves = [Move(SETTLEMENT_ASSET, allocation, agent(book.agent_id, "free"), agent(book.agent_id, "allocated"))]
         postings = [Posting("allocate", moves)]
     if held is None:
@@ -198,7 +202,6 @@ def _open(
             new_id, order.symbol, side, size, price, leverage, mode, allocation, ZERO, reducible=True, opened_at=now
         )
         return opened, postings
-    total = held.size + size
     grown = replace(
         held,
         size=total,
@@ -209,22 +212,35 @@ def _open(
     return grown, postings
 
 
+def _allocation(held: OpenPosition | None, size: Decimal, contract: Contract, price: Decimal, rate: Decimal) -> Decimal:
+    """Return what an isolated position takes for further contracts, rounded up.
+
+    Their initial margin, or more where the position as a whole, its loss so far paid, would have less than its own.
+    """
+    each = contract.contract_size * price * rate
+    added = size * each
+    if held is None:
+        return round_owed(added, SETTLEMENT_DECIMALS)
+    loss = max(ZERO, -_gain(held, held.size, contract, price))
+    whole = (held.size + size) * each + loss - held.allocated
+    return round_owed(max(added, whole), SETTLEMENT_DECIMALS)
+
+
 def _mode(book: Book, held: OpenPosition | None, order: Order) -> PositionMode:
     if held is None:
         return order.margin_mode or ("isolated" if book.settings.margin_mode == "isolated" else "pooled")
     if order.margin_mode is not None and order.margin_mode != held.margin_mode:
         detail = f"the open position in {held.symbol} is {held.margin_mode}: close it first"
-        raise _refused("/margin_mode", "margin_mode_conflict", detail)
+        raise conflict("/margin_mode", "margin_mode_conflict", detail)
     return held.margin_mode
 
 
 def _rate(contract: Contract, leverage: Decimal | None) -> Decimal:
     """Return max(market rate, 1/leverage): a position's own leverage only raises it."""
-    return contract.initial_rate if leverage is None else max(contract.initial_rate, _WIDE.divide(1, leverage))
+    return contract.initial_rate if leverage is None else max(contract.initial_rate, 1 / leverage)
 
 
 def _average(held: OpenPosition, size: Decimal, price: Decimal) -> Decimal:
     """Return the average entry price, rounded against the agent: up for a long, down for a short."""
-    cost = _WIDE.add(_WIDE.multiply(held.size, held.entry_price), _WIDE.multiply(size, price))
-    average = _WIDE.divide(cost, held.size + size)
+    average = (held.size * held.entry_price + size * price) / (held.size + size)
     return round_owed(average, PRICE_DECIMALS) if held.side == "long" else round_owned(average, PRICE_DECIMALS)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 
 from app.domain.book import Book, OpenPosition
-from app.domain.gates import Refusal, refusal
+from app.domain.gates import Refusal, refusal, stale_symbols
 from app.domain.money import to_decimal
 from app.domain.parameters import MarketParameters
 from app.domain.prices import PriceFinder, StoredPrice
-from app.domain.quote import MarginQuote, account_figures, margin_quote
+from app.domain.quote import AccountFigures, MarginQuote, account_figures, margin_quote
 from app.domain.terms import PositionTerms
 from app.domain.trade import Contract, Order, plan
 from app.errors import invalid, pointers_by
@@ -31,7 +31,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """A book's quotes before and after a change, and why the gates would refuse it (None: they would not)."""
+    """A book's quotes before and after a change, and why an order for it would be refused (None: it would not)."""
 
     before: MarginQuote
     after: MarginQuote
@@ -39,7 +39,12 @@ class WhatIf:
 
 
 def what_if(
-    book: Book, change: Change, parameters: MarketParameters, stored: Mapping[str, StoredPrice], now: datetime
+    book: Book,
+    change: Change,
+    parameters: MarketParameters,
+    stored: Mapping[str, StoredPrice],
+    now: datetime,
+    price_seconds_max: float,
 ) -> WhatIf:
     """Return what the change would come to at stored prices.
 
@@ -58,7 +63,22 @@ def what_if(
     then = account_figures(before, stored, now)
     with pointers_by(_renamed(len(left.positions), len(change.replace))):
         quoted, figures = margin_quote(after, stored, now), account_figures(after, stored, now)
-    return WhatIf(margin_quote(before, stored, now), quoted, refusal(then, figures, before.margin.parameters.policy))
+    refused = None
+    if len(change.add) + len(change.replace):
+        refused = _never_opens(book, then, figures, now, price_seconds_max)
+    refused = refused or refusal(then, figures, before.margin.parameters.policy)
+    return WhatIf(margin_quote(before, stored, now), quoted, refused)
+
+
+def _never_opens(
+    book: Book, then: AccountFigures, after: AccountFigures, now: datetime, price_seconds_max: float
+) -> Refusal | None:
+    """Return why nothing may be opened at all, whatever it comes to."""
+    if stale := stale_symbols(after, now, price_seconds_max):
+        return Refusal("stale_price", f"the price of {stale[0]} is over {price_seconds_max:g} s old", 0.0)
+    if book.settings.margin_mode == "portfolio" and not then.eligible:
+        return Refusal("reduce_only", "equity is below what portfolio margin asks for: reduce only", 0.0)
+    return None
 
 
 def _renamed(kept: int, replacing: int) -> Callable[[str], str]:

@@ -8,18 +8,17 @@ from typing import Any
 
 from app.db.session import Tx
 from app.domain.book import THRESHOLDS, AccountSettings, Book
-from app.errors import ConflictError, FieldError, InvalidError, pointers_under
-from app.services import accounts, audit, book, market_rules
+from app.errors import FieldError, InvalidError, conflict, pointers_under
+from app.services import accounts, audit, market_rules
 from app.services.margin import Scene, refusal_error
 
 
-async def change_settings(tx: Tx, scene: Scene, agent_id: str, change: Mapping[str, Any]) -> Book:
-    """Set the fields given and return the book.
+async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[str, Any]) -> Book:
+    """Set the fields given and return the book, which is locked.
 
     A level of the account's own is never looser than the market's (InvalidError), and a margin mode must leave the
     open book within the gate (ConflictError); portfolio mode asks for its minimum equity on entry.
     """
-    before = await book.lock(tx, agent_id)
     settings = replace(before.settings, **change)
     changed = {k: v for k, v in asdict(settings).items() if v != getattr(before.settings, k)}
     if not changed:
@@ -28,8 +27,8 @@ async def change_settings(tx: Tx, scene: Scene, agent_id: str, change: Mapping[s
     _check_levels(scene, settings)
     if "margin_mode" in changed:
         _check_mode(scene, before, after)
-    await accounts.put_account_settings(tx, agent_id, changed)
-    await audit.record(tx, "account.settings", agent_id, agent_id, **changed)
+    await accounts.put_account_settings(tx, before.agent_id, changed)
+    await audit.record(tx, "account.settings", before.agent_id, before.agent_id, **changed)
     return after
 
 
@@ -54,13 +53,7 @@ def _check_mode(scene: Scene, before: Book, after: Book) -> None:
     if after.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"portfolio margin asks for an equity of {least:,.0f} USD, this is {figures.equity:,.2f}"
-        error = FieldError("/margin_mode", "equity_below_minimum", detail)
-        raise ConflictError(
-            detail,
-            code="equity_below_minimum",
-            errors=(error,),
-            figures={"shortfall": least - figures.equity},
-        )
+        raise conflict("/margin_mode", "equity_below_minimum", detail, shortfall=least - figures.equity)
     refused = scene.refusal(before, after)
     if refused is not None:
         raise refusal_error(refused, "/margin_mode")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
-from functools import lru_cache
 
 import msgspec
 from sqlalchemy import text
@@ -45,6 +45,8 @@ BOOK_QUERY = """
     FROM accounts a WHERE a.agent_id = $1"""
 
 _BOOK = text(BOOK_QUERY.replace("$1", ":agent_id"))
+_last_read: OrderedDict[str, tuple[str, Book]] = OrderedDict()
+"""The last row of an agent and the book it is: the same row is the same book, which nobody changes."""
 _decoder = msgspec.json.Decoder(_Row)
 
 
@@ -68,12 +70,17 @@ async def lock(tx: Tx, agent_id: str) -> Book:
 def _book(agent_id: str, row: str | None) -> Book:
     if row is None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
-    return _decoded(agent_id, row)
+    known = _last_read.get(agent_id)
+    if known is not None and known[0] == row:
+        return known[1]
+    book = _decoded(agent_id, row)
+    _last_read[agent_id] = row, book
+    if len(_last_read) > BOOKS_REMEMBERED_MAX:
+        _last_read.popitem(last=False)
+    return book
 
 
-@lru_cache(maxsize=BOOKS_REMEMBERED_MAX)
 def _decoded(agent_id: str, row: str) -> Book:
-    """Return the book of a row; the same row is the same book, which nobody changes."""
     found = _decoder.decode(row)
     return Book(
         agent_id=agent_id,

@@ -14,13 +14,28 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import ARRAY, Numeric, Text, bindparam, insert, or_, select, text
+from sqlalchemy import (
+    ARRAY,
+    Column,
+    ColumnElement,
+    Numeric,
+    Select,
+    Text,
+    bindparam,
+    insert,
+    select,
+    text,
+    union_all,
+)
 from sqlalchemy import Sequence as DatabaseSequence
+from sqlalchemy.exc import IntegrityError
 
 from app.db.session import Tx
 from app.db.tables import balances, ledger_entries
+from app.domain.money import AMOUNT_MAX, plain
 from app.domain.moves import HOUSE, BalanceKey, Move, net_changes
-from app.errors import ConflictError, FieldError
+from app.errors import ConflictError, conflict, invalid
+from app.services import audit
 
 Kind = Literal[
     "deposit", "withdrawal", "reserve", "settle", "release", "allocate", "deallocate", "realized_pnl", "deficit"
@@ -85,10 +100,11 @@ _LOWER = _LOWER.bindparams(*_COLUMNS, bindparam("amounts", type_=ARRAY(Numeric))
 
 
 async def post(tx: Tx, occasion: Occasion, moves: Sequence[Move]) -> int:
-    """Write a batch of entries and the balances they change, all or none; return the batch's number.
+    """Write a batch of entries and the balances they change; return the batch's number.
 
-    Raises ConflictError `insufficient_funds`, and then writes nothing, where a bucket would fall below zero. Whoever
-    posts holds the lock on the accounts concerned.
+    Raises ConflictError `insufficient_funds` where a bucket would fall below zero, InvalidError where one would grow
+    too large: the transaction is then to be rolled back, as an error that leaves it does. Whoever posts holds the
+    lock on the accounts concerned.
     """
     if not moves:
         raise ValueError("a batch has at least one move")
@@ -99,18 +115,22 @@ async def post(tx: Tx, occasion: Occasion, moves: Sequence[Move]) -> int:
         lowered = await tx.connection.execute(_LOWER, _arrays(falling))
         if lowered.rowcount != len(falling):
             raise insufficient_funds("the balance does not cover it")
-    # after this point nothing is refused
-    if rising:
-        await tx.connection.execute(_RAISE, _arrays(rising))
     batch: int = (await tx.connection.execute(select(_NEXT_BATCH))).scalar_one()
-    await tx.connection.execute(insert(ledger_entries), [_row(tx, batch, occasion, move) for move in moves])
+    try:
+        if rising:
+            await tx.connection.execute(_RAISE, _arrays(rising))
+        await tx.connection.execute(insert(ledger_entries), [_row(tx, batch, occasion, move) for move in moves])
+    except IntegrityError as error:
+        if "amount_check" not in str(error.orig):
+            raise
+        raise invalid("/amount", "number_out_of_range", f"a balance stays below {AMOUNT_MAX:f}") from error
+    await audit.record(tx, f"money.{occasion.kind}", str(batch), occasion.agent_id, **_detail(occasion, moves))
     return batch
 
 
 def insufficient_funds(detail: str, pointer: str = "/amount", **figures: Any) -> ConflictError:
     """Return the refusal of a move that the balance does not cover."""
-    error = FieldError(pointer, "insufficient_funds", detail)
-    return ConflictError(detail, code="insufficient_funds", errors=(error,), figures=figures)
+    return conflict(pointer, "insufficient_funds", detail, **figures)
 
 
 def _arrays(changes: Mapping[BalanceKey, Decimal]) -> dict[str, list[Any]]:
@@ -120,6 +140,11 @@ def _arrays(changes: Mapping[BalanceKey, Decimal]) -> dict[str, list[Any]]:
         "buckets": [key[2] for key in changes],
         "amounts": list(changes.values()),
     }
+
+
+def _detail(occasion: Occasion, moves: Sequence[Move]) -> dict[str, Any]:
+    shown = [f"{plain(move.amount):f} {move.asset} {move.source.bucket} to {move.target.bucket}" for move in moves]
+    return {"service": occasion.service, "reference": occasion.reference, "moves": shown}
 
 
 def _row(tx: Tx, batch: int, occasion: Occasion, move: Move) -> dict[str, Any]:
@@ -151,11 +176,17 @@ async def load_balances(tx: Tx, agent_id: str) -> dict[tuple[str, str], Decimal]
 
 async def list_entries(tx: Tx, agent_id: str, limit: int, before: int | None = None) -> list[Entry]:
     """Return an agent's entries, newest first, from below the id `before`."""
-    columns = ledger_entries.c
-    query = select(ledger_entries).where(or_(columns.from_owner == agent_id, columns.to_owner == agent_id))
-    if before is not None:
-        query = query.where(columns.id < before)
-    rows = await tx.connection.execute(query.order_by(columns.id.desc()).limit(min(limit, ENTRIES_A_PAGE_MAX)))
+    columns, size = ledger_entries.c, min(limit, ENTRIES_A_PAGE_MAX)
+
+    def side(owner: Column[str], other: ColumnElement[bool] | None = None) -> Select[Any]:
+        query = select(ledger_entries).where(owner == agent_id).order_by(columns.id.desc()).limit(size)
+        query = query if before is None else query.where(columns.id < before)
+        return query if other is None else query.where(other)
+
+    # each side by its own index: a planner that is asked for either one walks all entries since
+    sides = side(columns.from_owner), side(columns.to_owner, columns.from_owner != agent_id)
+    found = union_all(*(select(part.subquery()) for part in sides)).subquery()
+    rows = await tx.connection.execute(select(found).order_by(found.c.id.desc()).limit(size))
     return [Entry(**row) for row in rows.mappings()]
 
 

@@ -8,9 +8,11 @@ from datetime import datetime, timedelta
 
 from app.domain.book import Book
 from app.domain.gates import Refusal, refusal, stale_symbols
-from app.domain.prices import PriceFinder
+from app.domain.money import to_decimal
+from app.domain.prices import PriceFinder, StoredPrice
 from app.domain.quote import AccountFigures, account_figures
-from app.errors import ConflictError, FieldError
+from app.domain.trade import Contract
+from app.errors import ConflictError, conflict, invalid
 from app.services.market_cache import MarketView
 
 ACCOUNTS_REMEMBERED_MAX = 1_024
@@ -18,11 +20,15 @@ ACCOUNTS_REMEMBERED_MAX = 1_024
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The market at the moment of a decision, and how old a price may be for it."""
+    """The market at the moment of a decision, how old a price may be for it, and how large a book.
+
+    It is read after the book is locked: what was posted while a request waited for the lock counts.
+    """
 
     market: MarketView
     now: datetime
     price_age_max: timedelta
+    items_max: int
 
     def figures(self, book: Book) -> AccountFigures:
         """Return what a book comes to. Raises InvalidError for a missing price."""
@@ -31,8 +37,18 @@ class Scene:
 
     def refusal(self, before: Book, after: Book) -> Refusal | None:
         """Return why the account may not go from one book to the other, or None. Raises InvalidError."""
-        policy = before.settings.policy(self.market.parameters.policy)
-        return refusal(self.figures(before), self.figures(after), policy)
+        return self.judge(self.figures(before), after)
+
+    def judge(self, before: AccountFigures, after: Book) -> Refusal | None:
+        """As `refusal`, from figures that are known. The settings are those of the book after."""
+        return refusal(before, self.figures(after), after.settings.policy(self.market.parameters.policy))
+
+    def require_room(self, book: Book) -> None:
+        """Raise ConflictError `account_full` where a book has grown past what is assessed in a moment."""
+        items = len(book.positions) + len(book.reservations) + len(book.holdings)
+        if items > self.items_max:
+            detail = f"an account has at most {self.items_max} open positions, reservations and assets"
+            raise conflict("", "account_full", detail)
 
     def require_price(self, pointer: str, asset: str) -> None:
         """Raise InvalidError `missing_price` where an asset has no price."""
@@ -46,8 +62,7 @@ class Scene:
             detail = (
                 f"the price of {stale[0]} is over {seconds:g} s old: nothing that raises utilization is decided on it"
             )
-            errors = tuple(FieldError("/market/prices", "stale_price", f"{symbol} is stale") for symbol in stale[:5])
-            raise ConflictError(detail, code="stale_price", errors=errors)
+            raise conflict("/market/prices", "stale_price", detail)
 
     def require_margin(self, before: Book, after: Book, pointer: str) -> None:
         """Check a step that raises utilization: fresh prices, then the gates. Raises ConflictError.
@@ -60,6 +75,19 @@ class Scene:
         refused = self.refusal(before, after)
         if refused is not None:
             raise refusal_error(refused, pointer)
+
+
+def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:
+    """Return the contract of a symbol and its mark: its own stored price, else its underlying's.
+
+    Raises InvalidError where there is none.
+    """
+    underlying = view.parameters.underlying_of(symbol)
+    mark = view.prices.get(symbol) or view.prices.get(underlying)
+    if mark is None:
+        raise invalid("/symbol", "missing_price", f"no price for {symbol} nor for {underlying}: post one to the market")
+    figures = view.parameters.market(symbol, underlying)
+    return Contract(to_decimal(figures.contract_size), to_decimal(figures.initial_margin_rate)), mark
 
 
 class FiguresCache:
@@ -87,7 +115,4 @@ class FiguresCache:
 
 def refusal_error(refused: Refusal, pointer: str, **figures: object) -> ConflictError:
     """Return the problem that tells why, and what is missing."""
-    error = FieldError(pointer, refused.code, refused.detail)
-    return ConflictError(
-        refused.detail, code=refused.code, errors=(error,), figures={"shortfall": refused.shortfall, **figures}
-    )
+    return conflict(pointer, refused.code, refused.detail, shortfall=refused.shortfall, **figures)

@@ -1,4 +1,4 @@
-"""The market's tables: versioned parameters with their audit trail, and the latest prices.
+"""The market's parameters, versioned, with their audit trail.
 
 Whoever writes holds a row of `market_state` to the end of the transaction, so that writers go one by one,
 no change is lost, and the versions that readers see only ever grow. A parameter row is never rewritten:
@@ -8,22 +8,15 @@ each change appends one under the next version, and the greatest version of a ke
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
 from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    DateTime,
-    Numeric,
-    Text,
-    bindparam,
     func,
     insert,
     select,
-    text,
     update,
 )
 from sqlalchemy.dialects.postgresql import distinct_on
@@ -36,9 +29,9 @@ from app.db.tables import (
     correlation_parameters,
     instrument_parameters,
     market_changes,
-    market_prices,
     market_state,
     model_parameters,
+    positions,
 )
 from app.domain.money import to_decimal, to_float
 from app.domain.parameters import (
@@ -52,21 +45,17 @@ from app.domain.parameters import (
     MarketParameters,
     ModelParameters,
 )
-from app.domain.prices import StoredPrice
 from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to, pointers_under
-from app.services import audit, price_history
+from app.services import audit
 from app.services import market_rules as rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from datetime import timedelta
 
     from sqlalchemy import Column, ColumnElement, RowMapping, Table
 
     from app.db.session import Tx
 
-PRICES_A_POST_MAX = 10_000
-PRICE_MOMENT_MIN = datetime(2000, 1, 1, tzinfo=UTC)
 CHANGES_A_PAGE_MAX = 200
 ENTRIES_A_PUT_MAX = 10_000
 NAMES_A_CHANGE_MAX = 10
@@ -147,24 +136,6 @@ class Change:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class PostedPrice:
-    """A price as it was posted: USD, the moment its sender says it held, and when it arrived."""
-
-    symbol: str
-    price: Decimal
-    as_of: datetime
-    received_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class PostedPrices:
-    """How many posted prices now stand, and how many gave way to one as new or newer."""
-
-    accepted: int
-    ignored: int
-
-
 # --- reading
 
 
@@ -182,38 +153,6 @@ async def load_parameters(tx: Tx, at: int | None = None) -> MarketParameters:
     if not 1 <= version <= latest:
         raise NotFoundError(f"There is no version {version} of the parameters.", code="version_not_found")
     return await _parameters(tx, version)
-
-
-async def load_prices(tx: Tx, after: int = 0) -> dict[str, StoredPrice]:
-    """Return the prices that were posted past a price version; all of them past 0."""
-    columns = market_prices.c
-    query = select(columns.symbol, columns.price, columns.as_of).where(columns.version > after)
-    rows = await tx.connection.execute(query)
-    return {symbol: StoredPrice(to_float(price), as_of) for symbol, price, as_of in rows}
-
-
-async def list_prices(tx: Tx, limit: int, after: str = "") -> list[PostedPrice]:
-    """Return prices with the digits they were posted with, by symbol, from past the symbol `after`."""
-    columns = market_prices.c
-    query = select(columns.symbol, columns.price, columns.as_of, columns.received_at)
-    rows = await tx.connection.execute(query.where(columns.symbol > after).order_by(columns.symbol).limit(limit))
-    return [PostedPrice(**row) for row in rows.mappings()]
-
-
-async def load_posted(tx: Tx, symbols: Iterable[str]) -> dict[str, PostedPrice]:
-    """Return the latest prices of the symbols that have one, with their digits as posted."""
-    columns = market_prices.c
-    query = select(columns.symbol, columns.price, columns.as_of, columns.received_at)
-    rows = await tx.connection.execute(query.where(columns.symbol.in_([*symbols])))
-    return {row["symbol"]: PostedPrice(**row) for row in rows.mappings()}
-
-
-async def get_price(tx: Tx, symbol: str) -> PostedPrice:
-    """Return the latest price of a symbol; NotFoundError when none was ever posted."""
-    found = (await load_posted(tx, [symbol])).get(symbol)
-    if found is None:
-        raise NotFoundError(f"There is no price of {symbol}.", code="price_not_found")
-    return found
 
 
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
@@ -268,7 +207,7 @@ async def put_instrument(
 ) -> Versioned[InstrumentParameters]:
     """Set fields of an instrument; as `put_asset`. A new one may take its underlying from the symbol.
 
-    Underlying and kind say what the contract is, and open positions hold it: they never change
+    Underlying, kind and contract size say what the contract is, and open positions hold it: they never change
     (ConflictError). Another contract is another symbol.
     """
     rules.check_symbol("/symbol", symbol)
@@ -278,6 +217,7 @@ async def put_instrument(
     merged = _merged_instrument(parameters, symbol, change)
     if merged == parameters.instruments.get(symbol):
         return Versioned(merged, stored)
+    await _check_untraded(tx, parameters, [merged])
     version = await _next_version(tx, "instrument", symbol)
     await tx.connection.execute(insert(instrument_parameters), _stored(merged, version))
     return Versioned(merged, version)
@@ -323,6 +263,7 @@ async def put_instruments(tx: Tx, entries: Mapping[str, Entry[InstrumentChange]]
             instrument = _merged_instrument(parameters, symbol, change)
         if instrument != current:
             merged[symbol] = instrument
+    await _check_untraded(tx, parameters, merged.values())
     return await _write_many(tx, "instrument", instrument_parameters, merged, len(entries), parameters.version)
 
 
@@ -371,69 +312,6 @@ async def put_correlation(
     return Versioned(value, version)
 
 
-# --- writing prices
-
-# A price gives way to a newer one alone. The same price of the same time is written again, so that a post
-# that is sent twice is answered alike.
-_UPSERT_PRICES = text(
-    """
-    INSERT INTO market_prices AS stored (symbol, price, as_of, received_at, version)
-    SELECT symbol, price, :as_of, :now, :version
-    FROM unnest(:symbols, :prices) AS posted (symbol, price)
-    ON CONFLICT (symbol) DO UPDATE
-    SET price = excluded.price, as_of = excluded.as_of,
-        received_at = excluded.received_at, version = excluded.version
-    WHERE stored.as_of < excluded.as_of
-       OR stored.as_of = excluded.as_of AND stored.price = excluded.price
-    """
-).bindparams(
-    bindparam("as_of", type_=DateTime(timezone=True)),
-    bindparam("now", type_=DateTime(timezone=True)),
-    bindparam("version", type_=BigInteger),
-    bindparam("symbols", type_=ARRAY(Text)),
-    bindparam("prices", type_=ARRAY(Numeric)),
-)
-
-
-async def post_prices(tx: Tx, prices: Mapping[str, Decimal], as_of: datetime | None, skew: timedelta) -> PostedPrices:
-    """Store the prices of one moment (the transaction's, when None); the newer `as_of` wins, per symbol.
-
-    Bars of the price history take them in as well, late ones too.
-    Raises InvalidError for a name, a price or a number of them out of bounds, and for a moment without a
-    zone or further ahead of the database's clock than `skew`.
-    """
-    if len(prices) > PRICES_A_POST_MAX:
-        raise invalid("/prices", "too_many", f"At most {PRICES_A_POST_MAX} prices a post.")
-    rules.check_prices(prices)
-    moment = _checked_moment(tx, as_of, skew)
-    if not prices:
-        return PostedPrices(0, 0)
-    symbols = sorted(prices)  # one order of row locks, whoever else writes them
-    posted = [prices[symbol] for symbol in symbols]
-    values = {
-        "symbols": symbols,
-        "prices": posted,
-        "as_of": moment,
-        "now": tx.now,
-        "version": await _bump(tx, PRICES),
-    }
-    accepted = (await tx.connection.execute(_UPSERT_PRICES, values)).rowcount
-    await price_history.add(tx, symbols, posted, moment)
-    return PostedPrices(accepted, len(symbols) - accepted)
-
-
-def _checked_moment(tx: Tx, as_of: datetime | None, skew: timedelta) -> datetime:
-    if as_of is None:
-        return tx.now
-    if as_of.tzinfo is None:
-        raise invalid("/as_of", "no_zone", "as_of needs a time zone, such as Z.")
-    if as_of < PRICE_MOMENT_MIN:
-        raise invalid("/as_of", "in_the_past", f"as_of is before {PRICE_MOMENT_MIN:%Y-%m-%d}.")
-    if as_of > tx.now + skew:
-        raise invalid("/as_of", "in_the_future", f"as_of is over {skew.total_seconds():g} s ahead of now.")
-    return as_of
-
-
 # --- versions and rows
 
 
@@ -446,14 +324,15 @@ async def _locked_parameters(tx: Tx) -> MarketParameters:
 
 
 async def _next_version(tx: Tx, kind: ChangeKind, name: str) -> int:
-    version = await _bump(tx, PARAMETERS)
+    version = await bump_version(tx, PARAMETERS)
     change = Change(version, tx.now, tx.actor, kind, name)
     await tx.connection.execute(insert(market_changes), asdict(change))
     await audit.record(tx, f"market.{kind}", name, version=version)
     return version
 
 
-async def _bump(tx: Tx, name: str) -> int:
+async def bump_version(tx: Tx, name: str) -> int:
+    """Return the next version of one side of the market; its row stays locked until the transaction ends."""
     state = market_state.c
     statement = update(market_state).where(state.name == name).values(version=state.version + 1)
     version: int = (await tx.connection.execute(statement.returning(state.version))).scalar_one()
@@ -487,9 +366,9 @@ def _merged_instrument(parameters: MarketParameters, symbol: str, change: Instru
     current = parameters.instruments.get(symbol)
     merged = replace(current or InstrumentParameters(symbol, parameters.underlying_of(symbol)), **change)
     if merged != current:
+        rules.check_instrument(merged, parameters.asset(merged.underlying))
         if current is not None:
             _check_same_contract(current, merged)
-        rules.check_instrument(merged, parameters.asset(merged.underlying))
     return merged
 
 
@@ -500,10 +379,22 @@ def _check_expected(name: str, stored: int, expected: int | None) -> None:
 
 
 def _check_same_contract(current: InstrumentParameters, merged: InstrumentParameters) -> None:
-    for name in ("underlying", "kind"):
+    for name in ("underlying", "kind", "contract_size"):
         if getattr(current, name) != getattr(merged, name):
             detail = f"The {name} of {current.symbol} never changes: positions hold it. Use another symbol."
             raise ConflictError(detail, "contract_fixed", (FieldError(f"/{name}", "contract_fixed", detail),))
+
+
+async def _check_untraded(tx: Tx, parameters: MarketParameters, merged: Iterable[InstrumentParameters]) -> None:
+    """Refuse to list, as another contract, what is traded already as the perpetual that its name implies."""
+    implied = InstrumentParameters("", "").contract_size
+    new = [i for i in merged if i.symbol not in parameters.instruments]
+    other = [i.symbol for i in new if (i.contract_size, i.underlying) != (implied, parameters.underlying_of(i.symbol))]
+    query = select(positions.c.symbol).where(positions.c.symbol.in_(other), positions.c.closed_at.is_(None)).limit(1)
+    found = (await tx.connection.execute(query)).scalar_one_or_none() if other else None
+    if found is not None:
+        detail = f"Positions are open in {found}, as a perpetual of size {implied:g}. Use another symbol."
+        raise ConflictError(detail, "contract_fixed", (FieldError("/contract_size", "contract_fixed", detail),))
 
 
 def _sorted_pair(pair: tuple[str, str] | None) -> tuple[str, str]:

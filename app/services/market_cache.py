@@ -13,7 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.domain.parameters import MarketParameters
 from app.errors import DatabaseUnavailableError
-from app.services.market import load_parameters, load_prices, load_versions
+from app.services.market import load_parameters, load_versions
+from app.services.prices import load_prices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

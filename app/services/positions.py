@@ -12,12 +12,12 @@ from sqlalchemy import insert, select, update
 from app.db.session import Tx
 from app.db.tables import positions
 from app.domain.book import ZERO, Book, OpenPosition
-from app.domain.money import plain
-from app.domain.moves import SETTLEMENT_ASSET, Move, agent
-from app.errors import ConflictError, FieldError, NotFoundError
-from app.services import book, ledger
+from app.domain.money import checked_amount, plain, to_float
+from app.domain.moves import SETTLEMENT_ASSET, Move, agent, pay_in
+from app.errors import NotFoundError, conflict
+from app.services import ledger
 from app.services.margin import Scene
-from app.services.wallet import Names, check_amount
+from app.services.wallet import Names
 
 POSITIONS_A_PAGE_MAX = 200
 
@@ -79,61 +79,57 @@ async def list_positions(tx: Tx, agent_id: str, limit: int, before: int | None =
 
 
 async def allocate(
-    tx: Tx, scene: Scene, agent_id: str, position_id: str, amount: Decimal, named: Names
+    tx: Tx, scene: Scene, held: Book, position_id: str, amount: Decimal, named: Names
 ) -> tuple[OpenPosition, Book]:
-    """Add collateral to an isolated position, or (amount < 0) take some back.
+    """Add collateral to an isolated position, or (amount < 0) take some back. The book is locked.
 
-    What stays must cover the position's initial margin at the mark, and what is added leaves the pool within the
-    gates. Raises ConflictError, NotFoundError, InvalidError.
+    What stays must cover the position's initial margin and its loss so far, and what is added leaves the pool within
+    the gates. Raises ConflictError, NotFoundError, InvalidError.
     """
-    check_amount("/amount", abs(amount))
-    before = await book.lock(tx, agent_id)
-    held = await _isolated(tx, before, position_id)
-    free, own = agent(agent_id, "free"), agent(agent_id, "allocated")
-    move = Move(SETTLEMENT_ASSET, abs(amount), *((free, own) if amount > 0 else (own, free)))
-    if amount < 0 and -amount > held.allocated:
-        raise ledger.insufficient_funds(
-            f"{plain(held.allocated):f} {SETTLEMENT_ASSET} are allocated", available=plain(held.allocated)
-        )
-    changed = replace(held, allocated=held.allocated + amount)
-    after = before.after_moves([move]).with_position(held, changed)
-    if amount > 0:
-        scene.require_margin(before, after, "/amount")
+    adding = not amount.is_signed()
+    size = checked_amount("/amount", amount.copy_abs())
+    position = await _isolated(tx, held, position_id)
+    own = agent(held.agent_id, "allocated")
+    if adding:
+        moves = [Move(SETTLEMENT_ASSET, size, agent(held.agent_id, "free"), own)]
+    else:
+        moves = pay_in(held.agent_id, SETTLEMENT_ASSET, size, own, held.holding(SETTLEMENT_ASSET).owed)
+    available = held.holding(SETTLEMENT_ASSET).free if adding else position.allocated
+    if size > available:
+        what = "free" if adding else "allocated"
+        detail = f"{plain(available):f} {SETTLEMENT_ASSET} are {what}"
+        raise ledger.insufficient_funds(detail, available=plain(available))
+    changed = replace(position, allocated=position.allocated + (size if adding else -size))
+    after = held.after_moves(moves).with_position(position, changed)
+    if adding:
+        scene.require_margin(held, after, "/amount")
     else:
         _check_covered(scene, after, changed)
-    await ledger.post(tx, named.occasion(agent_id, "trading", "allocate" if amount > 0 else "deallocate"), [move])
-    await _update(tx, held.id, {"allocated": changed.allocated})
+    await ledger.post(tx, named.occasion(held.agent_id, "trading", "allocate" if adding else "deallocate"), moves)
+    await _update(tx, position.id, {"allocated": changed.allocated})
     return changed, after
 
 
-async def _isolated(tx: Tx, held_book: Book, position_id: str) -> OpenPosition:
-    held = next((p for p in held_book.positions if p.id == position_id), None)
-    if held is None:
-        stored = await get(tx, held_book.agent_id, position_id)
-        raise _conflict("/id", "position_closed", f"the position was closed at {stored.closed_at}")
-    if held.margin_mode != "isolated":
-        raise _conflict("/id", "not_isolated", "the position shares the account's collateral")
-    return held
+async def _isolated(tx: Tx, held: Book, position_id: str) -> OpenPosition:
+    position = next((p for p in held.positions if p.id == position_id), None)
+    if position is None:
+        stored = await get(tx, held.agent_id, position_id)
+        raise conflict("/id", "position_closed", f"the position was closed at {stored.closed_at}")
+    if position.margin_mode != "isolated":
+        raise conflict("/id", "not_isolated", "the position shares the account's collateral")
+    return position
 
 
 def _check_covered(scene: Scene, after: Book, changed: OpenPosition) -> None:
+    """Refuse what would leave an isolated position less than its initial margin; a profit so far does not count."""
     scene.require_fresh(after)
     figures = scene.figures(after)
     row = list(after.positions).index(changed)
-    equity = float(changed.allocated) + float(figures.portfolio.unrealized_pnl[row])
+    kept = to_float(changed.allocated) + min(0.0, float(figures.portfolio.unrealized_pnl[row]))
     needed = float(figures.isolated.position_initial[row])
-    if equity < needed:
-        detail = f"it would leave {equity:,.2f} USD for an initial margin of {needed:,.2f}"
-        raise ConflictError(
-            detail,
-            code="insufficient_margin",
-            errors=(FieldError("/amount", "insufficient_margin", detail),),
-            figures={"shortfall": needed - equity},
-        )
-
-
-def _conflict(pointer: str, code: str, detail: str) -> ConflictError:
-    return ConflictError(detail, code=code, errors=(FieldError(pointer, code, detail),))
+    if kept < needed:
+        detail = f"it would leave {kept:,.2f} USD for an initial margin of {needed:,.2f}"
+        raise conflict("/amount", "insufficient_margin", detail, shortfall=needed - kept)
 
 
 async def _update(tx: Tx, position_id: str, values: dict[str, Any]) -> None:

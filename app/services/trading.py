@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 from sqlalchemy import insert, select
@@ -15,12 +15,14 @@ from app.db.session import Tx
 from app.db.tables import orders
 from app.domain.book import Book, OpenPosition, OpenReservation
 from app.domain.gates import Refusal
-from app.domain.money import DECIMALS_MAX, plain, to_decimal
+from app.domain.money import DECIMALS_MAX, checked_amount, plain, round_owed, to_decimal, to_float
+from app.domain.moves import SETTLEMENT_ASSET
+from app.domain.quote import AccountFigures
 from app.domain.trade import Contract, Order, OrderSide, Trade, plan
-from app.errors import ConflictError, FieldError, NotFoundError, invalid
-from app.services import audit, book, ledger, market, market_rules, positions, wallet
-from app.services.margin import Scene, refusal_error
-from app.services.wallet import Names, Reservation, check_amount
+from app.errors import ConflictError, NotFoundError, conflict, invalid
+from app.services import audit, ledger, market_rules, positions, wallet
+from app.services.margin import Scene, by_mark, refusal_error
+from app.services.wallet import Names, Reservation
 
 ORDERS_A_PAGE_MAX = 200
 SIZE_SEARCH_STEPS = 24
@@ -60,41 +62,40 @@ class Filled:
 
 
 async def submit(
-    tx: Tx, scene: Scene, agent_id: str, order: Order, named: Names, reason: str = "", meta: Any = None
+    tx: Tx, scene: Scene, held: Book, order: Order, named: Names, reason: str = "", meta: Any = None
 ) -> Filled:
-    """Fill an order at the mark. What opens must pass the gates; what only reduces always may.
+    """Fill an order at the mark. What opens must pass the gates; what only reduces always may. The book is locked.
 
     Raises ConflictError with the shortfall and the largest size that would pass, or for a stale mark; InvalidError
-    for a symbol without a price.
+    for a symbol that is not traded here, or without a price.
     """
     market_rules.check_symbol("/symbol", order.symbol)
-    check_amount("/size", order.size)
-    held = await book.lock(tx, agent_id)
-    contract, mark = await _market(tx, scene, order.symbol)
-    trade = plan(held, order, contract, mark.price, f"pos_{secrets.token_hex(10)}", tx.now)
+    order = replace(order, size=checked_amount("/size", order.size))
+    contract, mark = by_mark(scene.market, order.symbol)
+    trade = plan(held, order, contract, mark.exact, f"pos_{secrets.token_hex(10)}", tx.now)
     if trade.is_opening:
+        _check_traded(scene, order.symbol)
         _check_opening(scene, held, order, contract, trade)
-    return await _book(tx, agent_id, order, trade, named, reason, meta)
+    return await _book(tx, held.agent_id, order, trade, named, reason, meta)
 
 
 async def reduce(
-    tx: Tx, scene: Scene, agent_id: str, target_id: str, fraction: Decimal, named: Names, reason: str
+    tx: Tx, scene: Scene, held: Book, target_id: str, fraction: Decimal, named: Names, reason: str
 ) -> Filled | tuple[Reservation, Book]:
     """Reduce an open position, or release a reducible reservation, by a fraction of what there is."""
-    held = await book.lock(tx, agent_id)
     position = next((p for p in held.positions if p.id == target_id), None)
     if position is not None:
         _check_reducible(position)
         side: OrderSide = "sell" if position.side == "long" else "buy"
         order = Order(position.symbol, side, _part(position.size, fraction), reduce_only=True)
-        contract, mark = await _market(tx, scene, order.symbol)
-        trade = plan(held, order, contract, mark.price, "", tx.now)
-        return await _book(tx, agent_id, order, trade, named, reason, None)
+        contract, mark = by_mark(scene.market, order.symbol)
+        trade = plan(held, order, contract, mark.exact, "", tx.now)
+        return await _book(tx, held.agent_id, order, trade, named, reason, None)
     reservation = next((r for r in held.reservations if r.id == target_id), None)
     if reservation is None:
-        raise await _gone(tx, agent_id, target_id)
+        raise await _gone(tx, held.agent_id, target_id)
     _check_reducible(reservation)
-    return await wallet.release(tx, agent_id, target_id, _part(reservation.remaining, fraction), named)
+    return await wallet.release(tx, held, target_id, _part(reservation.remaining, fraction), named)
 
 
 async def get_order(tx: Tx, agent_id: str, order_id: str) -> StoredOrder:
@@ -115,49 +116,54 @@ async def list_orders(tx: Tx, agent_id: str, limit: int, before: int | None = No
     return [StoredOrder(**row) for row in rows.mappings()]
 
 
-async def _market(tx: Tx, scene: Scene, symbol: str) -> tuple[Contract, market.PostedPrice]:
-    """Return a symbol's contract and its mark: its own price, else its underlying's. Raises InvalidError."""
+def _check_traded(scene: Scene, symbol: str) -> None:
+    """Refuse to open what is neither a listed instrument nor the one perpetual that an asset's name implies."""
     parameters = scene.market.parameters
-    underlying = parameters.underlying_of(symbol)
-    found = await market.load_posted(tx, (symbol, underlying))
-    mark = found.get(symbol) or found.get(underlying)
-    if mark is None:
-        raise invalid("/symbol", "missing_price", f"no price for {symbol} nor for {underlying}: post one to the market")
-    figures = parameters.market(symbol, underlying)
-    return Contract(to_decimal(figures.contract_size), to_decimal(figures.initial_margin_rate)), mark
+    if symbol in parameters.instruments or symbol == f"{parameters.underlying_of(symbol)}-PERP":
+        return
+    detail = f"{symbol} is not listed: orders open listed instruments, or ASSET-PERP"
+    raise invalid("/symbol", "not_listed", detail)
 
 
 def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, trade: Trade) -> None:
     """Refuse an opening order that the account can't carry. Raises ConflictError."""
+    scene.require_room(trade.book)
     scene.require_fresh(trade.book)
     figures = scene.figures(held)
     if held.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"equity is below the {least:,.0f} USD that portfolio margin asks for: reduce only"
-        raise ConflictError(detail, code="reduce_only", errors=(FieldError("/reduce_only", "reduce_only", detail),))
-    refused = _refusal(scene, held, trade)
-    if refused is None:
-        return
-    raise refusal_error(refused, "/size", size_max=_largest_size(scene, held, order, contract, trade))
+        raise conflict("/reduce_only", "reduce_only", detail)
+    refused = _refusal(scene, figures, trade)
+    if refused is not None:
+        largest = _largest_size(scene, held, figures, order, contract, trade)
+        raise refusal_error(refused, "/size", size_max=largest)
 
 
-def _refusal(scene: Scene, held: Book, trade: Trade) -> Refusal | None:
-    lacking = [h.free for h in trade.book.holdings.values() if h.free < 0]
-    if lacking:
-        detail = f"the allocation takes {plain(-lacking[0]):f} USDC more than are free"
-        return Refusal("insufficient_margin", detail, float(-lacking[0]))
-    return scene.refusal(held, trade.book)
+def _refusal(scene: Scene, before: AccountFigures, trade: Trade) -> Refusal | None:
+    free = trade.book.holding(SETTLEMENT_ASSET).free
+    if free < 0:
+        detail = f"the allocation takes {plain(-free):f} {SETTLEMENT_ASSET} more than are free"
+        return Refusal("insufficient_margin", detail, to_float(-free))
+    return scene.judge(before, trade.book)
 
 
-def _largest_size(scene: Scene, held: Book, order: Order, contract: Contract, trade: Trade) -> Decimal:
-    """Return the largest size that passes, to eight digits, found by halving: what only closes always passes."""
-    low, high = trade.closed, order.size
+def _largest_size(
+    scene: Scene, held: Book, figures: AccountFigures, order: Order, contract: Contract, trade: Trade
+) -> Decimal:
+    """Return the largest size that passes, to eight digits, found by halving: what only closes always passes.
+
+    What opens can't exceed the leverage cap, so that the search starts there.
+    """
+    cap = scene.market.parameters.policy.leverage_cap * max(figures.equity, 0.0)
+    reach = to_decimal(cap) / (contract.contract_size * trade.price)
+    low, high = trade.closed, min(order.size, trade.closed + 2 * reach)
     for _ in range(SIZE_SEARCH_STEPS):
         middle = _SIZE_DIGITS.plus((low + high) / 2)
         if not low < middle < high:
             break
         smaller = plan(held, replace(order, size=middle), contract, trade.price, "", scene.now)
-        low, high = (middle, high) if _refusal(scene, held, smaller) is None else (low, middle)
+        low, high = (middle, high) if _refusal(scene, figures, smaller) is None else (low, middle)
     return low
 
 
@@ -195,13 +201,12 @@ async def _book(tx: Tx, agent_id: str, order: Order, trade: Trade, named: Names,
 
 def _check_reducible(target: OpenPosition | OpenReservation) -> None:
     if not target.reducible:
-        detail = "it is not reducible: only its service ends it"
-        raise ConflictError(detail, code="not_reducible", errors=(FieldError("/id", "not_reducible", detail),))
+        raise conflict("/id", "not_reducible", "it is not reducible: only its service ends it")
 
 
 def _part(whole: Decimal, fraction: Decimal) -> Decimal:
     """Return the fraction of the whole, rounded up: who asks to reduce is not left with dust."""
-    return min(whole, (whole * fraction).quantize(Decimal(1).scaleb(-DECIMALS_MAX), ROUND_CEILING, Context(prec=60)))
+    return plain(min(whole, round_owed(whole * fraction, DECIMALS_MAX)))
 
 
 async def _gone(tx: Tx, agent_id: str, target_id: str) -> ConflictError | NotFoundError:
@@ -211,6 +216,5 @@ async def _gone(tx: Tx, agent_id: str, target_id: str) -> ConflictError | NotFou
             await find(tx, agent_id, target_id)
         except NotFoundError:
             continue
-        detail = "it is closed already"
-        return ConflictError(detail, code="already_closed", errors=(FieldError("/id", "already_closed", detail),))
+        return conflict("/id", "already_closed", "it is closed already")
     return NotFoundError("There is no such position or reservation.", code="position_not_found")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 
@@ -13,10 +13,10 @@ from sqlalchemy import insert, select, update
 from app.db.session import Tx
 from app.db.tables import SERVICE_PATTERN, reservations
 from app.domain.book import ZERO, Book, OpenReservation
-from app.domain.money import AMOUNT_MAX, DECIMALS_MAX, plain
+from app.domain.money import checked_amount, plain
 from app.domain.moves import Move, agent, house, pay_in
-from app.errors import ConflictError, FieldError, NotFoundError, invalid
-from app.services import audit, book, ledger, market_rules
+from app.errors import NotFoundError, conflict, invalid
+from app.services import ledger, market_rules
 from app.services.ledger import Occasion
 from app.services.margin import Scene
 
@@ -50,88 +50,92 @@ class Booked:
     """The ledger batch that an event wrote, and the book that it left."""
 
     batch: int
+    amount: Decimal
     book: Book
 
 
-async def deposit(tx: Tx, scene: Scene, agent_id: str, asset: str, amount: Decimal, named: Names) -> Booked:
-    """Book what has arrived; what the agent owes of the asset is paid first.
+async def deposit(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal, named: Names) -> Booked:
+    """Book what has arrived; what the agent owes of the asset is paid first. The book is locked.
 
     Raises InvalidError, also for an asset without a price: from then on the book could not be valued.
     """
     market_rules.check_symbol("/asset", asset)
-    check_amount("/amount", amount)
+    amount = checked_amount("/amount", amount)
     scene.require_price("/asset", asset)
-    before = await book.lock(tx, agent_id)
-    moves = pay_in(agent_id, asset, amount, house("external"), before.holding(asset).owed)
-    batch = await ledger.post(tx, named.occasion(agent_id, "wallet", "deposit"), moves)
-    return Booked(batch, before.after_moves(moves))
+    moves = pay_in(held.agent_id, asset, amount, house("external"), held.holding(asset).owed)
+    after = held.after_moves(moves)
+    if asset not in held.holdings:
+        scene.require_room(after)
+    batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "deposit"), moves)
+    return Booked(batch, amount, after)
 
 
-async def withdraw(tx: Tx, scene: Scene, agent_id: str, asset: str, amount: Decimal, named: Names) -> Booked:
-    """Book what leaves: of what is free, and never past the gate. Raises ConflictError, InvalidError."""
+async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal, named: Names) -> Booked:
+    """Book what leaves: of what is free, and never past the gate. The book is locked.
+
+    Raises ConflictError, InvalidError.
+    """
     market_rules.check_symbol("/asset", asset)
-    check_amount("/amount", amount)
-    before = await book.lock(tx, agent_id)
-    _check_free(before, asset, amount)
-    moves = [Move(asset, amount, agent(agent_id, "free"), house("external"))]
-    after = before.after_moves(moves)
-    scene.require_margin(before, after, "/amount")
-    batch = await ledger.post(tx, named.occasion(agent_id, "wallet", "withdrawal"), moves)
-    return Booked(batch, after)
+    amount = checked_amount("/amount", amount)
+    _check_free(held, asset, amount)
+    moves = [Move(asset, amount, agent(held.agent_id, "free"), house("external"))]
+    after = held.after_moves(moves)
+    scene.require_margin(held, after, "/amount")
+    batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "withdrawal"), moves)
+    return Booked(batch, amount, after)
 
 
-async def reserve(tx: Tx, scene: Scene, asked: NewReservation, named: Names) -> tuple[Reservation, Book]:
+async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named: Names) -> tuple[Reservation, Book]:
     """Set an amount aside for a service. Raises ConflictError past what is free or past the gate."""
     _check_service(asked.service)
     market_rules.check_symbol("/asset", asked.asset)
-    check_amount("/amount", asked.amount)
-    before = await book.lock(tx, asked.agent_id)
-    _check_free(before, asked.asset, asked.amount)
-    moves = [Move(asked.asset, asked.amount, agent(asked.agent_id, "free"), agent(asked.agent_id, "reserved"))]
-    row = {
-        "id": f"res_{secrets.token_hex(10)}",
-        "agent_id": asked.agent_id,
-        "service": asked.service,
-        "asset": asked.asset,
-        "amount": asked.amount,
-        "remaining": asked.amount,
-        "settled": ZERO,
-        "reference": named.reference,
-        "reducible": asked.reducible,
-        "status": "open",
-        "created_at": tx.now,
-    }
-    shown = ("agent_id", "status")
-    after = before.after_moves(moves).with_reservation(
-        OpenReservation(**{k: v for k, v in row.items() if k not in shown})  # type: ignore[arg-type]
+    amount = checked_amount("/amount", asked.amount)
+    _check_free(held, asked.asset, amount)
+    new = OpenReservation(
+        id=f"res_{secrets.token_hex(10)}",
+        service=asked.service,
+        asset=asked.asset,
+        amount=amount,
+        remaining=amount,
+        settled=ZERO,
+        reference=named.reference,
+        reducible=asked.reducible,
+        created_at=tx.now,
     )
-    scene.require_margin(before, after, "/amount")
+    moves = [Move(new.asset, amount, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
+    after = held.after_moves(moves).with_reservation(new)
+    scene.require_room(after)
+    scene.require_margin(held, after, "/amount")
+    row = asdict(new) | {"agent_id": held.agent_id, "status": "open"}
     stored = (await tx.connection.execute(insert(reservations).values(row).returning(reservations))).mappings().one()
-    await ledger.post(tx, named.occasion(asked.agent_id, asked.service, "reserve"), moves)
+    await ledger.post(tx, named.occasion(held.agent_id, new.service, "reserve", new.id), moves)
     return Reservation(**stored), after
 
 
 async def release(
-    tx: Tx, agent_id: str, reservation_id: str, amount: Decimal | None, named: Names
+    tx: Tx, held: Book, reservation_id: str, amount: Decimal | None, named: Names
 ) -> tuple[Reservation, Book]:
-    """Give back what a reservation holds, all of it or an amount. Raises ConflictError where it holds less."""
-    before, held, part = await _locked(tx, agent_id, reservation_id, amount)
-    moves = [Move(held.asset, part, agent(agent_id, "reserved"), agent(agent_id, "free"))]
-    await ledger.post(tx, named.occasion(agent_id, held.service, "release", reservation_id), moves)
-    stored = await _shrink(tx, held, part, ZERO)
-    return stored, before.after_moves(moves).with_reservation(_open(stored))
+    """Give back what a reservation holds, all of it or an amount; what the agent owes of the asset is paid first.
+
+    The book is locked. Raises ConflictError where the reservation holds less, NotFoundError.
+    """
+    stored, part = await _part(tx, held, reservation_id, amount)
+    owed = held.holding(stored.asset).owed
+    moves = pay_in(held.agent_id, stored.asset, part, agent(held.agent_id, "reserved"), owed)
+    await ledger.post(tx, named.occasion(held.agent_id, stored.service, "release", reservation_id), moves)
+    left = await _shrink(tx, stored, part, ZERO)
+    return left, held.after_moves(moves).with_reservation(_open(left))
 
 
 async def settle(
-    tx: Tx, agent_id: str, reservation_id: str, amount: Decimal | None, named: Names
+    tx: Tx, held: Book, reservation_id: str, amount: Decimal | None, named: Names
 ) -> tuple[Reservation, Book]:
     """Pay what a reservation holds to its service, all of it or an amount; the rest stays reserved."""
-    before, held, part = await _locked(tx, agent_id, reservation_id, amount)
-    moves = [Move(held.asset, part, agent(agent_id, "reserved"), house("services"))]
-    await ledger.post(tx, named.occasion(agent_id, held.service, "settle", reservation_id), moves)
-    stored = await _shrink(tx, held, part, part)
-    await audit.record(tx, "reservation.settled", held.id, agent_id, amount=str(part), asset=held.asset)
-    return stored, before.after_moves(moves).with_reservation(_open(stored))
+    stored, part = await _part(tx, held, reservation_id, amount)
+    moves = [Move(stored.asset, part, agent(held.agent_id, "reserved"), house("services"))]
+    await ledger.post(tx, named.occasion(held.agent_id, stored.service, "settle", reservation_id), moves)
+    left = await _shrink(tx, stored, part, part)
+    return left, held.after_moves(moves).with_reservation(_open(left))
 
 
 async def get_reservation(tx: Tx, agent_id: str, reservation_id: str) -> Reservation:
@@ -162,7 +166,6 @@ async def list_reservations(
 class NewReservation:
     """What a service asks for."""
 
-    agent_id: str
     service: str
     asset: str
     amount: Decimal
@@ -181,16 +184,6 @@ class Names:
         return Occasion(agent_id, service, kind, self.reference or reference, self.idempotency_key)
 
 
-def check_amount(pointer: str, amount: Decimal) -> None:
-    """Refuse what is no amount of money: not above zero, too large, or with too many decimals."""
-    if not amount.is_finite() or amount <= 0:
-        raise invalid(pointer, "not_positive", "an amount is above zero")
-    if amount >= AMOUNT_MAX:
-        raise invalid(pointer, "number_out_of_range", f"an amount is below {AMOUNT_MAX:f}")
-    if -int(amount.normalize().as_tuple().exponent) > DECIMALS_MAX:
-        raise invalid(pointer, "too_many_decimals", f"an amount has at most {DECIMALS_MAX} decimals")
-
-
 def _check_service(service: str) -> None:
     if not _SERVICE.fullmatch(service):
         detail = "a service is 1 to 32 lower-case letters, digits or _ and starts with a letter"
@@ -203,24 +196,17 @@ def _check_free(held: Book, asset: str, amount: Decimal) -> None:
         raise ledger.insufficient_funds(f"{plain(free):f} {asset} are free", available=plain(free))
 
 
-async def _locked(
-    tx: Tx, agent_id: str, reservation_id: str, amount: Decimal | None
-) -> tuple[Book, Reservation, Decimal]:
-    """Lock the book and return it, the reservation and the part that is asked for. Raises ConflictError."""
-    if amount is not None:
-        check_amount("/amount", amount)
-    before = await book.lock(tx, agent_id)
-    held = await get_reservation(tx, agent_id, reservation_id)
-    if held.status != "open":
-        raise _conflict("/status", "reservation_closed", f"the reservation is {held.status}")
-    part = held.remaining if amount is None else amount
-    if part > held.remaining:
-        raise _conflict("/amount", "amount_above_reservation", f"{plain(held.remaining):f} {held.asset} are reserved")
-    return before, held, part
-
-
-def _conflict(pointer: str, code: str, detail: str) -> ConflictError:
-    return ConflictError(detail, code=code, errors=(FieldError(pointer, code, detail),))
+async def _part(tx: Tx, held: Book, reservation_id: str, amount: Decimal | None) -> tuple[Reservation, Decimal]:
+    """Return an open reservation and the part of it that is asked for. Raises ConflictError, NotFoundError."""
+    part = None if amount is None else checked_amount("/amount", amount)
+    stored = await get_reservation(tx, held.agent_id, reservation_id)
+    if stored.status != "open":
+        raise conflict("/status", "reservation_closed", f"the reservation is {stored.status}")
+    part = stored.remaining if part is None else part
+    if part > stored.remaining:
+        detail = f"{plain(stored.remaining):f} {stored.asset} are reserved"
+        raise conflict("/amount", "amount_above_reservation", detail)
+    return stored, part
 
 
 async def _shrink(tx: Tx, held: Reservation, part: Decimal, settled: Decimal) -> Reservation:

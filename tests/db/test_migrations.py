@@ -12,7 +12,8 @@ from app.db import migrate
 from app.db.session import Database, parse_database_url
 from app.db.tables import APPEND_ONLY, api_keys, market_prices, metadata, model_parameters
 from app.domain.parameters import MarketParameters
-from app.services.market import load_parameters, load_prices
+from app.services.market import load_parameters
+from app.services.prices import load_prices
 from tests.postgres import fresh_database
 
 if TYPE_CHECKING:

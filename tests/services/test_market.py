@@ -14,25 +14,22 @@ from app.domain.parameters import AssetParameters, InstrumentParameters, MarketP
 from app.domain.prices import StoredPrice
 from app.errors import ConflictError, InvalidError, NotFoundError, PrimeriskError
 from app.services.market import (
-    PRICES_A_POST_MAX,
     AssetChange,
     InstrumentChange,
     Matrix,
-    PostedPrices,
     Versioned,
     get_asset,
     get_instrument,
     list_changes,
     load_parameters,
-    load_prices,
     load_versions,
-    post_prices,
     put_asset,
     put_correlation,
     put_instrument,
     put_model_parameters,
 )
 from app.services.market_cache import MarketCache
+from app.services.prices import PRICES_A_POST_MAX, PostedPrices, load_prices, post_prices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

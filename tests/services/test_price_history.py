@@ -15,8 +15,8 @@ from sqlalchemy import text
 
 from app.db.session import Database
 from app.services import price_history
-from app.services.market import post_prices
 from app.services.price_history import Bar, list_bars
+from app.services.prices import post_prices
 
 SKEW = timedelta(seconds=5)
 START = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)

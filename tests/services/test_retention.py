@@ -13,7 +13,7 @@ from sqlalchemy import func, select, text
 from app.db.session import Database
 from app.services import idempotency, retention
 from app.services.idempotency import Named
-from app.services.market import post_prices
+from app.services.prices import post_prices
 
 KEPT = retention.retentions(price_history_days=2)
 
