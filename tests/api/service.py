@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, get_args
 
 import httpx
@@ -13,10 +15,12 @@ from app.services.accounts import Scope, create_agent, create_key
 from tests.database import make_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping
 
     from fastapi import FastAPI
     from sqlalchemy import URL
+
+    from app.db.session import Database
 
 ADMIN_KEY = "an admin key that is long enough"
 MARGIN = "/api/quotes/margin"
@@ -59,6 +63,69 @@ class Service:
         reply: dict[str, Any] = answer.json()
         return reply
 
+    async def patch(self, path: str, **given: Any) -> httpx.Response:
+        return await self.send("PATCH", path, **given)
+
+    async def agent(self, name: str = "an agent") -> Agent:
+        """Make an agent with an empty book, and return it with a key of its own."""
+        return Agent(self, *await make_agent(self.app.state.parts.database, name))
+
+    async def prices(self, **prices: Any) -> None:
+        """Post prices of now; an underscore in a name stands for its dash."""
+        body = {"prices": {name.replace("_", "-"): price for name, price in prices.items()}}
+        answer = await self.post("/api/market/prices", key="market", json=body)
+        assert answer.status_code == 202, answer.text
+
+
+async def make_agent(database: Database, name: str = "an agent") -> tuple[str, str]:
+    """Return the id and the key of a new agent with an empty book."""
+    async with database.transaction("test") as tx:
+        agent_id = await create_agent(tx, name)
+        return agent_id, (await create_key(tx, agent_id, ["agent"])).text
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A client with an agent's own key."""
+
+    service: Service
+    id: str
+    key: str
+
+    async def send(self, method: str, path: str, **given: Any) -> httpx.Response:
+        return await self.service.send(method, f"/api{path}", **{"key": self.key, **given})
+
+    async def get(self, path: str, **given: Any) -> dict[str, Any]:
+        """Return the reply to a read, which must be 200."""
+        answer = await self.send("GET", path, **given)
+        assert answer.status_code == 200, answer.text
+        return exact(answer)
+
+    async def post(self, path: str, body: Any = None, **given: Any) -> dict[str, Any]:
+        """Return the reply to a write, which must be 200 or 201."""
+        answer = await self.ask(path, body, **given)
+        assert answer.status_code in (200, 201), answer.text
+        return exact(answer)
+
+    async def ask(self, path: str, body: Any = None, **given: Any) -> httpx.Response:
+        """Post, whatever the answer."""
+        more = {} if body is None else {"json": body}
+        return await self.send("POST", path, **more, **given)
+
+    async def deposit(self, **amounts: Any) -> None:
+        for asset, amount in amounts.items():
+            await self.post("/wallet/deposits", {"asset": asset, "amount": amount})
+
+    async def order(self, symbol: str, side: str, size: Any, **more: Any) -> dict[str, Any]:
+        """Return the reply to an order, which must be filled."""
+        return await self.post("/orders", {"symbol": symbol, "side": side, "size": size, **more})
+
+
+def exact(answer: httpx.Response) -> dict[str, Any]:
+    """Return a reply with every number that has a point as the Decimal of its digits."""
+    reply: dict[str, Any] = json.loads(answer.text, parse_float=Decimal)
+    return reply
+
 
 @asynccontextmanager
 async def connected(url: URL, **settings: Any) -> AsyncIterator[tuple[FastAPI, httpx.AsyncClient]]:
@@ -86,15 +153,20 @@ async def running(url: URL, **settings: Any) -> AsyncIterator[Service]:
         yield Service(app, client, keys, agent_id)
 
 
-def problem(answer: httpx.Response, status: int, code: str, pointer: str | None = None) -> dict[str, Any]:
-    """Check that the answer is a whole RFC 9457 document that says this, and gives nothing away."""
+def problem(
+    answer: httpx.Response, status: int, code: str, pointer: str | None = None, figures: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check that the answer is a whole RFC 9457 document that says this, and gives nothing away.
+
+    `figures` are the members that it has beyond those of every problem.
+    """
     body = answer.text
     assert (answer.status_code, answer.json().get("code")) == (status, code), body[:400]
     assert answer.headers["content-type"] == "application/problem+json"
     assert not [word for word in _NEVER_SHOWN if word.lower() in body.lower()]
     assert len(body) < 10_000
     document: dict[str, Any] = answer.json()
-    assert document.keys() == {"type", "title", "status", "detail", "code", "request_id", "errors"}
+    assert document.keys() == {"type", "title", "status", "detail", "code", "request_id", "errors", *figures}
     assert document["type"] == f"urn:primerisk:problem:{code}"
     assert document["status"] == status
     assert document["title"]
