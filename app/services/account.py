@@ -8,9 +8,12 @@ from typing import Any
 
 from app.db.session import Tx
 from app.domain.book import THRESHOLDS, AccountSettings, Book
-from app.errors import FieldError, InvalidError, conflict, pointers_under
+from app.errors import FieldError, InvalidError, conflict
 from app.services import accounts, audit, market_rules
 from app.services.margin import Scene, refusal_error
+
+_POINTERS = {name: f"/thresholds/{name}" for name in THRESHOLDS} | {"target_utilization": "/target_utilization"}
+"""Where a level stands in what a caller sends."""
 
 
 async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[str, Any]) -> Book:
@@ -35,14 +38,17 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
 def _check_levels(scene: Scene, settings: AccountSettings) -> None:
     market = scene.market.parameters.policy
     loose = [
-        FieldError(f"/{name}", "looser_than_market", f"the market's {name} is {getattr(market, name):g}")
+        FieldError(_POINTERS[name], "looser_than_market", f"the market's {name} is {getattr(market, name):g}")
         for name in THRESHOLDS
         if (own := getattr(settings, name)) is not None and own > getattr(market, name)
     ]
     if loose:
         raise InvalidError(loose[0].detail, code="looser_than_market", errors=tuple(loose))
-    with pointers_under("/thresholds"):
+    try:
         market_rules.check_models(scene.market.parameters.models, settings.policy(market))
+    except InvalidError as error:
+        pointed = tuple(replace(e, pointer=_POINTERS.get(e.pointer[1:], e.pointer)) for e in error.errors)
+        raise InvalidError(error.detail, code=error.code, errors=pointed) from None
 
 
 def _check_mode(scene: Scene, before: Book, after: Book) -> None:
