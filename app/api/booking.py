@@ -49,7 +49,7 @@ class Reply:
 
 async def owner_of(
     request: Request,
-    agent_id: Annotated[str | None, Query(max_length=64, description="whose book: for keys of an admin")] = None,
+    agent_id: Annotated[str | None, Query(description="whose book: for keys of an admin")] = None,
 ) -> Owner:
     """Return whose book it is: the key's own agent's, or any that an admin names.
 
