@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from decimal import Decimal
 
 import numpy as np
@@ -76,3 +78,14 @@ def test_only_numbers_are_rounded(text: str) -> None:
 def test_decimals_are_bounded(decimals: int) -> None:
     with pytest.raises(ValueError, match="decimals"):
         round_owned(Decimal(1), decimals)
+
+
+def test_sums_keep_every_digit_wherever_they_are_made() -> None:
+    def less_dust() -> Decimal:
+        return Decimal("999999999999999.999999999999999999") - Decimal("0.000000000000000001")
+
+    expected = Decimal("999999999999999.999999999999999998")
+    assert less_dust() == expected
+    assert Context().run(less_dust) == expected
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(less_dust).result() == expected
