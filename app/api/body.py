@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -39,6 +40,14 @@ BRACKETS_MAX = 200_000
 """Arrays or objects that the second look takes: more than any limit of ours lets through."""
 
 
+Number = Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["number", "string"]})]
+"""A number with all its digits, read by `exact`: the decoder's own Decimal takes `1_000` and Arabic digits as well."""
+
+_NUMBER = re.compile(
+    rb"""\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*"""
+)
+
+
 class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Base of request bodies: unknown fields are refused, and re-encoding yields just what was given."""
 
@@ -61,6 +70,19 @@ def moment(text: str, pointer: str) -> datetime:
         except ValueError:
             pass  # such as the 30th of February: refused like any other text below
     raise invalid(pointer, "invalid_value", "a time is written like 2026-12-25T08:00:00Z, with its zone")
+
+
+def exact(number: msgspec.Raw, pointer: str) -> Decimal:
+    """Return a JSON number, or a string of one, with its exact digits. Raises InvalidError."""
+    found = _NUMBER.fullmatch(bytes(number))
+    if found is None:
+        raise invalid(pointer, "invalid_value", "a number or a decimal string is expected")
+    return Decimal(found["digits"].decode())
+
+
+def exact_or_none(number: msgspec.Raw | None, pointer: str) -> Decimal | None:
+    """Return as `exact` does, None for what was left out or null."""
+    return None if number is None or bytes(number) == b"null" else exact(number, pointer)
 
 
 class Body(Generic[T]):

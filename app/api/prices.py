@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -16,7 +15,7 @@ from starlette.responses import Response
 from app.api import body as wire
 from app.api.deps import AnyCaller, MarketCaller, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, invalid_cursor
-from app.errors import InvalidError, invalid, pointer_to
+from app.errors import InvalidError, pointer_to
 from app.services import price_history, prices
 from app.services.prices import PostedPrice
 
@@ -25,8 +24,6 @@ router = APIRouter(prefix="/api/market/prices", tags=["market"])
 HISTORY_MIN, HISTORY_MAX = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 """Times that the history is asked within: others are moved to its ends, for some are past Postgres's calendar."""
 
-_NUMBER = re.compile(rb'\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*')
-
 _From = Annotated[str | None, Query(alias="from", max_length=40, description="from this moment on (RFC 3339)")]
 _To = Annotated[str | None, Query(max_length=40, description="before this moment (RFC 3339)")]
 
@@ -34,7 +31,7 @@ _To = Annotated[str | None, Query(max_length=40, description="before this moment
 class PricesPost(wire.Request):
     """POST /api/market/prices: USD prices of assets, marks of instruments, all of one moment (now if left out)."""
 
-    prices: dict[str, Raw]
+    prices: dict[str, wire.Number]
     as_of: wire.Moment | None = None
 
 
@@ -113,11 +110,5 @@ def _minute_of(cursor: str) -> datetime:
 
 
 def _decimals(raw: Mapping[str, Raw]) -> dict[str, Decimal]:
-    """Return prices with their exact digits, each a JSON number or a string of one. Raises InvalidError."""
-    found = {}
-    for symbol, value in raw.items():
-        number = _NUMBER.fullmatch(bytes(value))
-        if number is None:
-            raise invalid(pointer_to("prices", symbol), "invalid_value", "a price is a number or a decimal string")
-        found[symbol] = Decimal(number["digits"].decode())
-    return found
+    """Return prices with their exact digits. Raises InvalidError."""
+    return {symbol: wire.exact(value, pointer_to("prices", symbol)) for symbol, value in raw.items()}

@@ -37,10 +37,10 @@ class OrderPost(wire.Request):
 
     symbol: str
     side: Literal["buy", "sell"]
-    size: Decimal
+    size: wire.Number
     order_type: Literal["market"] | None = None
     reduce_only: bool | None = None
-    leverage: Decimal | None = None
+    leverage: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
     margin_mode: MarginMode | None = None
     meta: dict[str, Any] | None = None
 
@@ -48,14 +48,14 @@ class OrderPost(wire.Request):
 class ReducePost(wire.Request):
     """POST /api/positions/{id}/reduce: a fraction in (0, 1] of the position or reservation."""
 
-    reduce_pct: Decimal
+    reduce_pct: wire.Number
     reason: Label | None = None
 
 
 class CollateralPost(wire.Request):
     """POST /api/positions/{id}/collateral: USDC to add to an isolated position, or (negative) to take back."""
 
-    amount: Decimal
+    amount: wire.Number
     reference: Label | None = None
 
 
@@ -109,7 +109,7 @@ async def get_order(request: Request, owner: BookOwner, order_id: str) -> Respon
 async def reduce(request: Request, owner: BookOwner, target_id: str) -> Response:
     """Close a fraction of a position at the mark, or release that fraction of a reducible reservation."""
     asked = await body_of(request, _REDUCE)
-    fraction = _fraction(asked.reduce_pct)
+    fraction = _fraction(wire.exact(asked.reduce_pct, "/reduce_pct"))
     reason = asked.reason or ""
     named = Names(asked.reason, idempotency_key(request))
 
@@ -130,19 +130,20 @@ async def reduce(request: Request, owner: BookOwner, target_id: str) -> Response
 async def allocate(request: Request, owner: BookOwner, position_id: str) -> Response:
     """Move USDC between the wallet and an isolated position."""
     asked = await body_of(request, _COLLATERAL)
+    amount = wire.exact(asked.amount, "/amount")
     named = Names(asked.reference, idempotency_key(request))
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
-        position, left = await positions.allocate(tx, scene, held, position_id, asked.amount, named)
+        position, left = await positions.allocate(tx, scene, held, position_id, amount, named)
         return Reply({"position": _position(position, left, scene), "account": _standing(left, scene)})
 
     return await once(request, owner, effect)
 
 
 def _order(asked: OrderPost) -> Order:
-    leverage = None
-    if asked.leverage is not None:
-        leverage = checked_amount("/leverage", asked.leverage, LEVERAGE_DECIMALS_MAX)
+    leverage = wire.exact_or_none(asked.leverage, "/leverage")
+    if leverage is not None:
+        leverage = checked_amount("/leverage", leverage, LEVERAGE_DECIMALS_MAX)
         if not 1 <= leverage <= LEVERAGE_MAX:
             raise invalid("/leverage", "number_out_of_range", f"leverage is 1 to {LEVERAGE_MAX}")
     if asked.meta is not None:
@@ -150,7 +151,7 @@ def _order(asked: OrderPost) -> Order:
     mode: PositionMode | None = None
     if asked.margin_mode is not None:
         mode = "isolated" if asked.margin_mode == "isolated" else "pooled"
-    return Order(asked.symbol, asked.side, asked.size, bool(asked.reduce_only), leverage, mode)
+    return Order(asked.symbol, asked.side, wire.exact(asked.size, "/size"), bool(asked.reduce_only), leverage, mode)
 
 
 def _check_meta(meta: dict[str, Any]) -> None:

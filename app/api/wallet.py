@@ -32,7 +32,7 @@ class AmountIn(wire.Request):
     """POST /api/wallet/deposits and /withdrawals: units of an asset, and the caller's reference."""
 
     asset: str
-    amount: Decimal
+    amount: wire.Number
     reference: Label | None = None
 
 
@@ -40,7 +40,7 @@ class ReservationPost(wire.Request):
     """POST /api/reservations: units of an asset (USDC if left out) that a service sets aside."""
 
     service: str
-    amount: Decimal
+    amount: wire.Number
     asset: str | None = None
     reference: Label | None = None
     reducible: bool | None = None
@@ -49,7 +49,7 @@ class ReservationPost(wire.Request):
 class PartIn(wire.Request):
     """POST /api/reservations/{id}/release and /settle: an amount, or all that remains."""
 
-    amount: Decimal | None = None
+    amount: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
     reference: Label | None = None
 
 
@@ -71,12 +71,13 @@ async def get_balance(request: Request, owner: BookOwner) -> Response:
 async def deposit(request: Request, owner: BookOwner) -> Response:
     """Book units of an asset that have arrived."""
     asked = await body_of(request, _AMOUNT)
+    amount = wire.exact(asked.amount, "/amount")
     if not (parts_of(request).settings.agents_may_deposit or owner.caller.may("admin")):
         raise ForbiddenError("deposits are booked with an admin key", code="scope_missing")
     named = Names(asked.reference, idempotency_key(request))
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
-        booked = await wallet.deposit(tx, scene, held, asked.asset, asked.amount, named)
+        booked = await wallet.deposit(tx, scene, held, asked.asset, amount, named)
         return Reply(_booked("deposit", asked, booked, tx), 201)
 
     return await once(request, owner, effect)
@@ -88,10 +89,11 @@ async def deposit(request: Request, owner: BookOwner) -> Response:
 async def withdraw(request: Request, owner: BookOwner) -> Response:
     """Book units of an asset that leave: what is free, and never past the gate."""
     asked = await body_of(request, _AMOUNT)
+    amount = wire.exact(asked.amount, "/amount")
     named = Names(asked.reference, idempotency_key(request))
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
-        booked = await wallet.withdraw(tx, scene, held, asked.asset, asked.amount, named)
+        booked = await wallet.withdraw(tx, scene, held, asked.asset, amount, named)
         return Reply(_booked("withdrawal", asked, booked, tx), 201)
 
     return await once(request, owner, effect)
@@ -113,7 +115,8 @@ async def reserve(request: Request, owner: BookOwner) -> Response:
     """Set an amount aside; nobody else can spend it until it is settled or released."""
     asked = await body_of(request, _RESERVATION)
     named = Names(asked.reference, idempotency_key(request))
-    new = NewReservation(asked.service, asked.asset or SETTLEMENT_ASSET, asked.amount, reducible=bool(asked.reducible))
+    amount = wire.exact(asked.amount, "/amount")
+    new = NewReservation(asked.service, asked.asset or SETTLEMENT_ASSET, amount, reducible=bool(asked.reducible))
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
         stored, _ = await wallet.reserve(tx, scene, held, new, named)
@@ -148,10 +151,11 @@ async def get_reservation(request: Request, owner: BookOwner, reservation_id: st
 async def release(request: Request, owner: BookOwner, reservation_id: str) -> Response:
     """Release all that remains of a reservation, or an amount of it."""
     asked = await body_of(request, _PART, empty=b"{}")
+    amount = wire.exact_or_none(asked.amount, "/amount")
     named = Names(asked.reference, idempotency_key(request))
 
     async def effect(tx: Tx, held: Book, _: Scene) -> Reply:
-        stored, _book = await wallet.release(tx, held, reservation_id, asked.amount, named)
+        stored, _book = await wallet.release(tx, held, reservation_id, amount, named)
         return Reply(replies.stored_reservation(stored))
 
     return await once(request, owner, effect)
@@ -164,10 +168,11 @@ async def release(request: Request, owner: BookOwner, reservation_id: str) -> Re
 async def settle(request: Request, owner: BookOwner, reservation_id: str) -> Response:
     """Settle all that remains of a reservation, or an amount of it; the rest stays reserved."""
     asked = await body_of(request, _PART, empty=b"{}")
+    amount = wire.exact_or_none(asked.amount, "/amount")
     named = Names(asked.reference, idempotency_key(request))
 
     async def effect(tx: Tx, held: Book, _: Scene) -> Reply:
-        stored, _book = await wallet.settle(tx, held, reservation_id, asked.amount, named)
+        stored, _book = await wallet.settle(tx, held, reservation_id, amount, named)
         return Reply(replies.stored_reservation(stored))
 
     return await once(request, owner, effect)

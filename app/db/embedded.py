@@ -386,9 +386,22 @@ def _read_password(site: _Site) -> str:
 
 
 def _ensure_database(site: _Site, port: int, password: str) -> None:
-    found = _query(site, port, password, "SELECT datname FROM pg_database")
+    found = _first_answer(site, port, password, "SELECT datname FROM pg_database")
     if _DATABASE not in found.splitlines():
         _query(site, port, password, f"CREATE DATABASE {_DATABASE}")
+
+
+def _first_answer(site: _Site, port: int, password: str, sql: str) -> str:
+    """Return what a query gives, once a server that recovers from a crash lets anyone in."""
+    deadline = time.monotonic() + _START_SECONDS_MAX
+    while True:
+        try:
+            return _query(site, port, password, sql)
+        except StartupError as error:
+            recovering = "recovery mode" in str(error) or "starting up" in str(error)
+            if not recovering or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _query(site: _Site, port: int, password: str, sql: str) -> str:
