@@ -12,7 +12,7 @@ from app.api import body as wire
 from app.api.deps import AdminCaller, AgentCaller, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit
 from app.db.session import Tx
-from app.errors import ForbiddenError
+from app.errors import ForbiddenError, invalid
 from app.services import accounts
 from app.services.accounts import Caller, Key, Scope
 
@@ -77,6 +77,9 @@ async def create_key(request: Request, caller: AgentCaller, agent_id: AgentId = 
     scopes = set(asked.scopes)
     expires_at = None if asked.expires_at is None else wire.moment(asked.expires_at, "/expires_at")
     accounts.check_handed_out(caller, scopes)
+    if caller.expires_at is not None and (expires_at is None or expires_at > caller.expires_at):
+        detail = f"a key that expires makes none that lasts longer: at the latest {caller.expires_at.isoformat()}"
+        raise invalid("/expires_at", "outlives_its_maker", detail)
     async with parts_of(request).database.transaction(caller.key_id) as tx:
         owner = await owner_of(tx, caller, agent_id)
         made = await accounts.create_key(tx, owner, scopes, asked.name or "", expires_at)

@@ -40,6 +40,8 @@ class Guard:
         self.under_way_max = settings.requests_under_way_max
         self.metrics = metrics
         self.under_way = 0
+        self.under_way_each_max = max(1, settings.requests_under_way_max // 4)
+        self._under_way_each: dict[bytes, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request; pass everything else through."""
@@ -49,19 +51,22 @@ class Guard:
         token = telemetry.request_id.set(_identifier(scope))
         exchange = _Exchange(scope, send, telemetry.request_id.get())
         started = time.perf_counter()
+        credential = _credential(scope)
         self.under_way += 1
+        self._under_way_each[credential] = self._under_way_each.get(credential, 0) + 1
         self.metrics.requests_under_way.set(self.under_way)
         try:
             await self._answer(scope, receive, exchange)
         finally:
             self.under_way -= 1
+            self._leave(credential)
             self.metrics.requests_under_way.set(self.under_way)
             self._count(scope, exchange.status, time.perf_counter() - started)
             telemetry.request_id.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
-            self._check_room(scope["path"])
+            self._check_room(scope)
             self._check_path(scope["path"])
             self._check_length(scope)
             await self.app(scope, self._bounded(receive), exchange.send)
@@ -73,10 +78,23 @@ class Guard:
             log.exception("unhandled error on %s", scope["path"])
             await exchange.refuse(internal_error())
 
-    def _check_room(self, path: str) -> None:
-        if self.under_way > self.under_way_max and path not in _UNLIMITED:
+    def _check_room(self, scope: Scope) -> None:
+        """Refuse what is too much at once, in all or of one key: one that withholds bodies leaves room to others."""
+        if scope["path"] in _UNLIMITED:
+            return
+        if self.under_way > self.under_way_max:
             detail = f"{self.under_way_max} requests are under way"
             raise OverloadedError(detail, code="overloaded", headers={"Retry-After": "1"})
+        if self._under_way_each[_credential(scope)] > self.under_way_each_max:
+            detail = f"{self.under_way_each_max} requests with this key are under way"
+            raise OverloadedError(detail, code="overloaded", headers={"Retry-After": "1"})
+
+    def _leave(self, credential: bytes) -> None:
+        left = self._under_way_each[credential] - 1
+        if left:
+            self._under_way_each[credential] = left
+        else:
+            del self._under_way_each[credential]
 
     def _check_path(self, path: str) -> None:
         """Refuse control characters: a router's `$` ends before a line feed, and Postgres takes no NUL."""
@@ -150,6 +168,14 @@ class _Exchange:
 
 async def _nothing_more() -> Message:
     return {"type": "http.disconnect"}
+
+
+def _credential(scope: Scope) -> bytes:
+    """Return what the request authenticates with, checked or not; empty for nothing."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            return bytes(value)
+    return b""
 
 
 def _identifier(scope: Scope) -> str:

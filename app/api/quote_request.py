@@ -257,7 +257,7 @@ def check_terms(
     """Refuse rows past a limit, with names that are none, or that ask for too much work. Raises InvalidError."""
     _check_length("/positions", terms, limits.positions_max)
     _check_positions(terms, parameters, limits, now)
-    _check_work(estimated_work(terms, parameters, mode, repairs=repairs), limits)
+    check_work(estimated_work(terms, parameters, mode, repairs=repairs), limits)
 
 
 def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
@@ -313,7 +313,8 @@ def estimated_work(
     return once + (underlyings + 1) * (110 if curved else 22) * assessment
 
 
-def _check_work(milliseconds: float, limits: Limits) -> None:
+def check_work(milliseconds: float, limits: Limits) -> None:
+    """Refuse what would take too long. Raises InvalidError."""
     if milliseconds > limits.quote_milliseconds_max:
         detail = (
             f"some {milliseconds / 1e3:,.0f} s of work, over the limit of {limits.quote_milliseconds_max / 1e3:g} s: "

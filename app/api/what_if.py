@@ -11,8 +11,9 @@ from starlette.responses import Response
 from app.api import body as wire
 from app.api.booking import BookOwner
 from app.api.deps import Parts, body_of, document, parts_of
-from app.api.quote_request import Limits, PositionIn, check_terms, position_terms
+from app.api.quote_request import Limits, PositionIn, check_terms, check_work, estimated_work, position_terms
 from app.domain.book import Book
+from app.domain.book import position_terms as position_terms_of
 from app.domain.quote import MarginQuote
 from app.domain.what_if import Change, WhatIf, what_if
 from app.errors import pointers_under
@@ -51,6 +52,9 @@ def _answer(parts: Parts, held: Book, asked: WhatIfIn) -> bytes:
         with pointers_under(f"/{name}", "/positions"):
             rows[name] = position_terms(given or [])
             check_terms(rows[name], view.parameters, held.settings.margin_mode, limits, now)
+    whole = position_terms_of(held.positions)
+    work = sum(estimated_work(part, view.parameters, held.settings.margin_mode) for part in (whole, *rows.values()))
+    check_work(2 * work, limits)
     change = Change(asked.close or (), rows["add"], rows["replace"])
     seconds = parts.settings.price_age_seconds_max
     return wire.encoder.encode(_reply(what_if(held, change, view.parameters, view.prices, now, seconds)))

@@ -9,12 +9,13 @@ from datetime import datetime
 
 from app.domain.book import Book, OpenPosition
 from app.domain.gates import Refusal, refusal, stale_symbols
-from app.domain.money import to_decimal
+from app.domain.money import plain, to_decimal, to_float
+from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.parameters import MarketParameters
-from app.domain.prices import PriceFinder, StoredPrice
+from app.domain.prices import StoredPrice
 from app.domain.quote import AccountFigures, MarginQuote, account_figures, margin_quote
 from app.domain.terms import PositionTerms
-from app.domain.trade import Contract, Order, plan
+from app.domain.trade import Contract, Order, OrderSide, plan
 from app.errors import invalid, pointers_by
 
 _COLUMNS = tuple(field.name for field in fields(PositionTerms))
@@ -57,15 +58,22 @@ def what_if(
     left = book
     for position in closing:
         left = _closed(left, position, parameters, stored, now)
+    added = _joined(change.replace, change.add)
+    orders = [_as_order(added, row) for row in range(len(added))]
+    for row, order in enumerate(orders):
+        if order is not None:
+            with pointers_by(_in_row(row, len(change.replace))):
+                left = _traded(left, order, parameters, stored, now)
     before = book.quote_terms(parameters, stored)
     kept = left.quote_terms(parameters, stored)
-    after = replace(kept, positions=_joined(kept.positions, change.replace, change.add))
+    other = [row for row, order in enumerate(orders) if order is None]
+    after = replace(kept, positions=_joined(kept.positions, _rows(added, other)))
     then = account_figures(before, stored, now)
-    with pointers_by(_renamed(len(left.positions), len(change.replace))):
+    with pointers_by(_renamed(len(left.positions), other, len(change.replace))):
         quoted, figures = margin_quote(after, stored, now), account_figures(after, stored, now)
     refused = None
     if len(change.add) + len(change.replace):
-        refused = _never_opens(book, then, figures, now, price_seconds_max)
+        refused = _never_opens(book, then, figures, now, price_seconds_max) or _uncovered(left)
     refused = refused or refusal(then, figures, before.margin.parameters.policy)
     return WhatIf(margin_quote(before, stored, now), quoted, refused)
 
@@ -81,16 +89,46 @@ def _never_opens(
     return None
 
 
-def _renamed(kept: int, replacing: int) -> Callable[[str], str]:
+def _uncovered(left: Book) -> Refusal | None:
+    free = left.holding(SETTLEMENT_ASSET).free
+    if free >= 0:
+        return None
+    detail = f"the allocation takes {plain(-free):f} {SETTLEMENT_ASSET} more than are free"
+    return Refusal("insufficient_margin", detail, to_float(-free))
+
+
+def _as_order(rows: PositionTerms, row: int) -> Order | None:
+    """Return the order that a row stands for, None for one that no order makes: an option, or one at a price."""
+    of_orders = ("symbol", "side", "size", "leverage", "margin_mode")
+    if any(getattr(rows, name)[row] is not None for name in _COLUMNS if name not in of_orders):
+        return None
+    symbol, side, size = rows.symbol[row], rows.side[row], rows.size[row]
+    if symbol is None or side is None or not size:
+        return None
+    leverage, mode = rows.leverage[row], rows.margin_mode[row]
+    return Order(
+        symbol,
+        "buy" if side == "long" else "sell",
+        to_decimal(size),
+        leverage=None if leverage is None else to_decimal(leverage),
+        margin_mode=None if mode is None else "isolated" if mode == "isolated" else "pooled",
+    )
+
+
+def _in_row(row: int, replacing: int) -> Callable[[str], str]:
+    where = f"/replace/{row}" if row < replacing else f"/add/{row - replacing}"
+    return lambda pointer: where + pointer
+
+
+def _renamed(kept: int, other: Sequence[int], replacing: int) -> Callable[[str], str]:
     """Return what turns the pointer of a row of the whole into that of the caller's own list."""
 
     def name(pointer: str) -> str:
         match = re.fullmatch(r"/positions/(\d+)(/.*)?", pointer)
         if match is None or int(match[1]) < kept:
             return pointer
-        row = int(match[1]) - kept
-        where = f"/replace/{row}" if row < replacing else f"/add/{row - replacing}"
-        return where + (match[2] or "")
+        row = other[int(match[1]) - kept]
+        return _in_row(row, replacing)(match[2] or "")
 
     return name
 
@@ -109,12 +147,25 @@ def _closed(
     stored: Mapping[str, StoredPrice],
     now: datetime,
 ) -> Book:
-    underlying = parameters.underlying_of(position.symbol)
-    market = parameters.market(position.symbol, underlying)
-    mark = PriceFinder(parameters, {}, stored).mark(position.symbol, underlying, "/close")
-    order = Order(position.symbol, "sell" if position.side == "long" else "buy", position.size, reduce_only=True)
+    side: OrderSide = "sell" if position.side == "long" else "buy"
+    return _traded(book, Order(position.symbol, side, position.size, reduce_only=True), parameters, stored, now)
+
+
+def _traded(
+    book: Book, order: Order, parameters: MarketParameters, stored: Mapping[str, StoredPrice], now: datetime
+) -> Book:
+    """Return the book after an order at the mark. Raises InvalidError where there is none."""
+    underlying = parameters.underlying_of(order.symbol)
+    mark = stored.get(order.symbol) or stored.get(underlying)
+    if mark is None:
+        raise invalid("/mark_price", "missing_price", f"no price for {order.symbol} nor for {underlying}")
+    market = parameters.market(order.symbol, underlying)
     contract = Contract(to_decimal(market.contract_size), to_decimal(market.initial_margin_rate))
-    return plan(book, order, contract, to_decimal(mark), "", now).book
+    return plan(book, order, contract, mark.exact, f"new:{order.symbol}", now).book
+
+
+def _rows(terms: PositionTerms, rows: Sequence[int]) -> PositionTerms:
+    return PositionTerms(**{name: [getattr(terms, name)[row] for row in rows] for name in _COLUMNS})
 
 
 def _joined(*parts: PositionTerms) -> PositionTerms:

@@ -56,6 +56,7 @@ class Caller:
     key_id: str
     agent_id: str | None
     scopes: frozenset[Scope]
+    expires_at: datetime | None = None
 
     def may(self, scope: Scope) -> bool:
         """Tell whether the key has a scope; `admin` has them all."""
@@ -242,7 +243,7 @@ async def authenticate(tx: Tx, key: str) -> tuple[Caller, datetime | None]:
     same = hmac.compare_digest(_digest(secret), row["secret_sha256"] if row else _NO_SECRET)
     if row is None or not same or not _is_live(row, tx.now):
         _refuse()
-    return Caller(key_id, row["agent_id"], frozenset(row["scopes"])), row["expires_at"]
+    return Caller(key_id, row["agent_id"], frozenset(row["scopes"]), row["expires_at"]), row["expires_at"]
 
 
 async def create_first_key(database: Database, path: Path) -> str:

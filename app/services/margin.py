@@ -75,6 +75,10 @@ class Scene:
         refused = self.refusal(before, after)
         if refused is not None:
             raise refusal_error(refused, pointer)
+        if after.settings.margin_mode == "portfolio" and not self.figures(after).eligible:
+            least = self.market.parameters.models.portfolio_minimum_equity
+            detail = f"portfolio margin asks for an equity of {least:,.0f} USD: only what comes in and what reduces"
+            raise conflict(pointer, "equity_below_minimum", detail)
 
 
 def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:

@@ -155,6 +155,15 @@ async def load_parameters(tx: Tx, at: int | None = None) -> MarketParameters:
     return await _parameters(tx, version)
 
 
+async def hold_parameters(tx: Tx, version: int) -> None:
+    """Keep the parameters as they are until the transaction ends. Raises ConflictError where they have moved on."""
+    state = market_state.c
+    query = select(state.version).where(state.name == PARAMETERS).with_for_update(read=True)
+    if (await tx.connection.execute(query)).scalar_one() != version:
+        detail = "The market's parameters have just changed: try again."
+        raise ConflictError(detail, "parameters_changed", (FieldError("", "parameters_changed", detail),))
+
+
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
     """Return a listed asset, current or as of a version; NotFoundError when it is not listed."""
     row = await _row_at(tx, asset_parameters, asset_parameters.c.asset == asset, at)

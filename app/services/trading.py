@@ -20,12 +20,14 @@ from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.quote import AccountFigures
 from app.domain.trade import Contract, Order, OrderSide, Trade, plan
 from app.errors import ConflictError, NotFoundError, conflict, invalid
-from app.services import audit, ledger, market_rules, positions, wallet
+from app.services import audit, ledger, market, market_rules, positions, wallet
 from app.services.margin import Scene, by_mark, refusal_error
 from app.services.wallet import Names, Reservation
 
 ORDERS_A_PAGE_MAX = 200
 SIZE_SEARCH_STEPS = 24
+SIZE_SEARCH_POSITIONS_MAX = 50
+"""Larger books are told no largest size: each step of the search assesses the whole book."""
 _SIZE_DIGITS = Context(prec=8, rounding=ROUND_FLOOR)
 
 
@@ -74,7 +76,7 @@ async def submit(
     contract, mark = by_mark(scene.market, order.symbol)
     trade = plan(held, order, contract, mark.exact, f"pos_{secrets.token_hex(10)}", tx.now)
     if trade.is_opening:
-        _check_traded(scene, order.symbol)
+        await _check_traded(tx, scene, order.symbol)
         _check_opening(scene, held, order, contract, trade)
     return await _book(tx, held.agent_id, order, trade, named, reason, meta)
 
@@ -116,10 +118,16 @@ async def list_orders(tx: Tx, agent_id: str, limit: int, before: int | None = No
     return [StoredOrder(**row) for row in rows.mappings()]
 
 
-def _check_traded(scene: Scene, symbol: str) -> None:
-    """Refuse to open what is neither a listed instrument nor the one perpetual that an asset's name implies."""
+async def _check_traded(tx: Tx, scene: Scene, symbol: str) -> None:
+    """Refuse to open what is neither a listed instrument nor the one perpetual that an asset's name implies.
+
+    While the latter is opened nobody lists the symbol as another contract.
+    """
     parameters = scene.market.parameters
-    if symbol in parameters.instruments or symbol == f"{parameters.underlying_of(symbol)}-PERP":
+    if symbol in parameters.instruments:
+        return
+    if symbol == f"{parameters.underlying_of(symbol)}-PERP":
+        await market.hold_parameters(tx, parameters.version)
         return
     detail = f"{symbol} is not listed: orders open listed instruments, or ASSET-PERP"
     raise invalid("/symbol", "not_listed", detail)
@@ -129,15 +137,23 @@ def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, t
     """Refuse an opening order that the account can't carry. Raises ConflictError."""
     scene.require_room(trade.book)
     scene.require_fresh(trade.book)
-    figures = scene.figures(held)
+    figures = scene.figures(_after_closing(held, order, contract, trade, scene))
     if held.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"equity is below the {least:,.0f} USD that portfolio margin asks for: reduce only"
         raise conflict("/reduce_only", "reduce_only", detail)
     refused = _refusal(scene, figures, trade)
     if refused is not None:
-        largest = _largest_size(scene, held, figures, order, contract, trade)
+        small = len(held.positions) <= SIZE_SEARCH_POSITIONS_MAX
+        largest = _largest_size(scene, held, figures, order, contract, trade) if small else None
         raise refusal_error(refused, "/size", size_max=largest)
+
+
+def _after_closing(held: Book, order: Order, contract: Contract, trade: Trade, scene: Scene) -> Book:
+    """Return the book that what the order opens is judged against: what it closes first is no credit to it."""
+    if trade.closed == 0:
+        return held
+    return plan(held, replace(order, size=trade.closed), contract, trade.price, "", scene.now).book
 
 
 def _refusal(scene: Scene, before: AccountFigures, trade: Trade) -> Refusal | None:
@@ -201,7 +217,7 @@ async def _book(tx: Tx, agent_id: str, order: Order, trade: Trade, named: Names,
 
 def _check_reducible(target: OpenPosition | OpenReservation) -> None:
     if not target.reducible:
-        raise conflict("/id", "not_reducible", "it is not reducible: only its service ends it")
+        raise conflict("/id", "not_reducible", "it is not reducible: release or settle it")
 
 
 def _part(whole: Decimal, fraction: Decimal) -> Decimal:

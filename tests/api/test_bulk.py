@@ -113,18 +113,20 @@ async def test_an_asset_may_not_break_what_inherits_from_it(service: Service) ->
 async def test_two_at_once_leave_what_one_after_the_other_leaves(service: Service) -> None:
     names = [f"C{i}" for i in range(100)]
     bodies = [
-        {name: {"underlying": "BTC", "contract_size": 2} for name in names},
+        {name: {"underlying": "BTC", "price_range": 0.2} for name in names},
         {name: {"underlying": "BTC", "initial_margin_rate": 0.5} for name in names[::-1]},
     ]
     replies = await asyncio.gather(*(_put(service, instruments=body) for body in bodies))
     assert sorted(reply["version"] for reply in replies) == [2, 3]
     for item in (await service.get(INSTRUMENTS)).json()["instruments"]:
         if item["id"] in names:
-            assert (item["contract_size"], item["initial_margin_rate"]) == (2, 0.5)
-    guarded = [{"C0": {"contract_size": 3 + i, "version": 3}, "C1": {"contract_size": 3 + i}} for i in range(2)]
+            assert (item["price_range"], item["initial_margin_rate"]) == (0.2, 0.5)
+    guarded = [
+        {"C0": {"price_range": (3 + i) / 10, "version": 3}, "C1": {"price_range": (3 + i) / 10}} for i in range(2)
+    ]
     answers = await asyncio.gather(*(service.put(INSTRUMENTS, json={"instruments": body}) for body in guarded))
     assert sorted(answer.status_code for answer in answers) == [200, 409]
-    sizes = [(await service.get(f"{INSTRUMENTS}/{name}")).json()["contract_size"] for name in ("C0", "C1")]
+    sizes = [(await service.get(f"{INSTRUMENTS}/{name}")).json()["price_range"] for name in ("C0", "C1")]
     assert sizes[0] == sizes[1]
 
 
