@@ -292,3 +292,14 @@ async def test_an_expired_key_is_refused(database_url: URL) -> None:
 async def test_what_is_no_key(shared: Service, body: dict[str, Any], pointer: str) -> None:
     answer = await shared.post(KEYS, key="agent", json=body)
     problem(answer, 422, answer.json()["code"], pointer)
+
+
+async def test_a_key_that_expires_makes_none_that_lasts_longer(service: Service) -> None:
+    soon, later = "2030-01-01T00:00:00Z", "2030-01-02T00:00:00Z"
+    made = await service.post("/api/keys", json={"scopes": ["agent"], "expires_at": soon})
+    assert made.status_code == 201
+    key = made.json()["api_key"]
+    for expires in ({}, {"expires_at": later}):
+        answer = await service.post("/api/keys", key=key, json={"scopes": ["agent"], **expires})
+        problem(answer, 422, "outlives_its_maker", "/expires_at")
+    assert (await service.post("/api/keys", key=key, json={"scopes": ["agent"], "expires_at": soon})).status_code == 201

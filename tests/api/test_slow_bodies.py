@@ -62,3 +62,27 @@ async def test_a_caller_that_hangs_up_is_no_fault_of_ours(database_url: URL, cap
             writer.transport.abort()
         await asyncio.sleep(0.2)
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_one_key_that_withholds_bodies_leaves_room_to_others(database_url: URL) -> None:
+    async with serving(database_url, requests_under_way_max=8, body_seconds_max=5) as port:
+        waiting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for _, writer in waiting:
+            writer.write(_head("Content-Length: 10"))
+            await writer.drain()
+        await asyncio.sleep(0.3)
+        assert await _refusal_of_one_more(port) == (503, "overloaded")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /api/market/assets HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer another\r\n\r\n")
+        assert (await problem_read(reader))[0] == 401
+        writer.close()
+        for _, other in waiting:
+            other.close()
+
+
+async def _refusal_of_one_more(port: int) -> tuple[int, str]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(_head("Content-Length: 10"))
+    status, document = await problem_read(reader)
+    writer.close()
+    return status, document["code"]
