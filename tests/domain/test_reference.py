@@ -164,8 +164,9 @@ def same_root(reported: float | None, surplus: Callable[[float], float], tiny: f
     if all(abs(surplus(m)) < tiny for m in (0.0, 0.3, -0.3)):
         return  # all but zero everywhere: rounding decides
     if reported is not None:
-        near, far = (surplus((1 + reported) * (1 + e) - 1) for e in (-1e-6, 1e-6))
-        assert (near < 0) != (far < 0) or min(abs(near), abs(far)) < tiny
+        near, at, far = (surplus((1 + reported) * (1 + e) - 1) for e in (-1e-6, 0.0, 1e-6))
+        # it crosses there, or touches: with nothing but a short gamma the surplus is a wedge with its tip at zero
+        assert (near < 0) != (far < 0) or min(abs(near), abs(at), abs(far)) < tiny
     if expected is None:
         assert reported is None or not 1e-6 < 1 + reported < 1_001  # beyond our walk
         return
