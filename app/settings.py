@@ -77,3 +77,10 @@ class Settings(BaseSettings):
     price_skew_seconds_max: Annotated[
         float, Field(ge=0, description="how far in the future a posted price may be dated")
     ] = 5.0
+    webhook_allow_private: Annotated[
+        bool, Field(description="whether webhooks may go to loopback and private addresses: development and tests")
+    ] = False
+    webhook_seconds_max: Annotated[float, Field(gt=0, le=60, description="longest time that a receiver may take")] = (
+        10.0
+    )
+    event_streams_max: Annotated[int, Field(ge=0, description="event streams that a process holds open")] = 100

@@ -79,6 +79,23 @@ class Metrics:
         self.market_version = Gauge(
             "primerisk_market_version", "Version of the parameters in use.", registry=self.registry
         )
+        self.webhook_attempts = Counter(
+            "primerisk_webhook_attempts_total",
+            "Attempts to deliver a webhook by result: delivered, refused, timeout, unreachable, blocked.",
+            ("result",),
+            registry=self.registry,
+        )
+        self.webhook_oldest_seconds = Gauge(
+            "primerisk_webhook_oldest_undelivered_seconds",
+            "Age of the oldest webhook that is still to be delivered.",
+            registry=self.registry,
+        )
+        self.webhook_lag_seconds = Gauge(
+            "primerisk_webhook_lag_seconds",
+            "How long the webhook that waits the longest has been due.",
+            registry=self.registry,
+        )
+        self.event_streams = Gauge("primerisk_event_streams", "Event streams that are open.", registry=self.registry)
         self.database_up = Gauge(
             "primerisk_database_up", "1 when the database answered last, else 0.", registry=self.registry
         )

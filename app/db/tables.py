@@ -470,12 +470,19 @@ event.listen(
         """
     ),
 )
-for _table in APPEND_ONLY:
+
+
+def append_only(table: Table) -> None:
+    """Give the table the trigger that refuses to change or delete what is in it."""
     event.listen(
-        _table,
+        table,
         "after_create",
         DDL(  # type: ignore[no-untyped-call]
             "CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %(table)s"
             " FOR EACH STATEMENT EXECUTE FUNCTION refuse_rewrite()"
         ),
     )
+
+
+for _table in APPEND_ONLY:
+    append_only(_table)

@@ -1,0 +1,108 @@
+"""Events: what has happened to an agent, written in the transaction that made it so, with a number of its own.
+
+An agent's numbers have no gap, and follow the order of commits: whoever has seen number n has missed nothing below.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import DateTime, Text, bindparam, select, text
+
+from app.db.event_tables import events
+from app.db.session import Tx
+from app.domain.webhooks import EVENT_TYPES, is_urgent
+from app.services import outbox
+
+EVENTS_A_PAGE_MAX = 200
+
+_encoder = msgspec.json.Encoder(decimal_format="number")
+_DEADLINE = "deadline_at"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An event that was just written: its number in the table, and the id that everybody else knows."""
+
+    number: int
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A stored event; `data` is JSON text, with its digits as they were written."""
+
+    event_id: str
+    type: str
+    timestamp: datetime
+    sequence: int
+    data: str
+
+    def body(self) -> bytes:
+        """Return the event as a webhook sends it; the same bytes each time."""
+        return body_of(self.type, self.timestamp, self.data)
+
+
+def body_of(event_type: str, timestamp: datetime, data: str) -> bytes:
+    """Return the body of a webhook, of which every retry is a copy."""
+    return _encoder.encode({"type": event_type, "timestamp": timestamp, "data": msgspec.Raw(data.encode())})
+
+
+async def emit(tx: Tx, event_type: str, agent_id: str | None, data: Mapping[str, Any]) -> str:
+    """Write an event of an agent, or (None) of the service, and queue it for the webhooks that want it.
+
+    Return its id. `data` gains `agent_id`, `fleet_id` and `sequence`; Decimals keep their digits. An urgent event's
+    `deadline_at`, a datetime, is until when its webhook is tried at short intervals. The agent's next events wait
+    for this transaction: emit last.
+    """
+    written = await write(tx, event_type, agent_id, data)
+    deadline = data.get(_DEADLINE) if is_urgent(event_type) else None
+    await outbox.enqueue(tx, written.number, event_type, agent_id, deadline)
+    return written.event_id
+
+
+_WRITE = text(
+    """
+    WITH counted AS (
+        INSERT INTO event_sequences AS s (agent_id, last) VALUES (:agent_id, 1)
+        ON CONFLICT (agent_id) DO UPDATE SET last = s.last + 1 RETURNING last
+    )
+    INSERT INTO events (event_id, agent_id, sequence, type, timestamp, data)
+    SELECT :event_id, :agent_id, last, :type, :now, CAST(:data AS jsonb) || jsonb_build_object(
+        'agent_id', CAST(:agent_id AS text), 'fleet_id', NULL, 'sequence', last)
+    FROM counted RETURNING id
+    """
+).bindparams(
+    bindparam("agent_id", type_=Text),
+    bindparam("event_id", type_=Text),
+    bindparam("type", type_=Text),
+    bindparam("now", type_=DateTime(timezone=True)),
+    bindparam("data", type_=Text),
+)
+
+
+async def write(tx: Tx, event_type: str, agent_id: str | None, data: Mapping[str, Any]) -> Written:
+    """Write an event that goes to no webhook by itself; `emit` is what others call."""
+    if event_type not in EVENT_TYPES:
+        raise ValueError(f"{event_type} is no event type")
+    event_id = f"evt_{secrets.token_hex(16)}"
+    values = {"event_id": event_id, "agent_id": agent_id, "type": event_type, "now": tx.now}
+    done = await tx.connection.execute(_WRITE, values | {"data": _encoder.encode(data).decode()})
+    return Written(done.scalar_one(), event_id)
+
+
+async def list_events(tx: Tx, agent_id: str | None, limit: int, after: int = 0) -> list[Event]:
+    """Return events of an agent, or (None) of the service, past the number `after`, in their order."""
+    columns = events.c
+    shown = (columns.event_id, columns.type, columns.timestamp, columns.sequence, columns.data.cast(Text).label("data"))
+    query = select(*shown).where(columns.agent_id == agent_id, columns.sequence > after)
+    rows = await tx.connection.execute(query.order_by(columns.sequence).limit(min(limit, EVENTS_A_PAGE_MAX)))
+    return [Event(**row) for row in rows.mappings()]
+
+
+LAST_SEQUENCE = "SELECT last FROM event_sequences WHERE agent_id IS NOT DISTINCT FROM $1"
