@@ -13,11 +13,26 @@ from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.api import account, agents, audit, market, ops, prices, problems, quotes, trading, wallet, what_if
+from app.api import (
+    account,
+    agents,
+    audit,
+    events,
+    market,
+    ops,
+    prices,
+    problems,
+    quotes,
+    trading,
+    wallet,
+    webhooks,
+    what_if,
+)
 from app.api.deps import Parts
 from app.api.express import Express
 from app.api.middleware import Guard
 from app.api.openapi import openapi_document
+from app.api.streams import Streams
 from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
@@ -47,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
         figures=FiguresCache(),
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
+        streams=Streams(database, metrics, settings.event_streams_max),
     )
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a host of its author's
         redoc_url=None,
@@ -67,6 +83,8 @@ def create_app(settings: Settings) -> FastAPI:
         prices.router,
         agents.router,
         audit.router,
+        events.router,
+        webhooks.router,
         ops.router,
     ):
         app.include_router(router)
@@ -95,6 +113,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        parts.streams.close()
         for loop in loops:
             loop.cancel()
         for loop in loops:

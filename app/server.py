@@ -24,6 +24,7 @@ from sqlalchemy import URL
 
 from app.api import workshop
 from app.api.front import KEEP_ALIVE_SECONDS, front
+from app.api.streams import Streams
 from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
 from app.errors import StartupError
@@ -96,6 +97,7 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
     )
     _settle_memory()
     server = _Server(config)
+    server.streams = app.state.parts.streams
     server.greeting = greeting(_address(listener), key, has_admin_key=settings.admin_key is not None)
     async with _watched(embedded_in, _url(settings)):
         await server.serve(sockets=[listener])
@@ -154,12 +156,17 @@ class _Server(uvicorn.Server):
     """Greets once it really listens, so that the line it prints works when it is pasted."""
 
     greeting = ""
+    streams: Streams
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
             sys.stdout.write(self.greeting)
             sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.streams.close()  # they would be waited for
+        await super().shutdown(sockets)
 
 
 def greeting(address: str, key: str | None, *, has_admin_key: bool) -> str:

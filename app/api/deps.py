@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, cast
 from fastapi import Depends, Request
 
 from app.api.body import Body
+from app.api.streams import Streams
 from app.api.workshop import Workshop
 from app.db.session import Database
 from app.errors import ForbiddenError, UnauthorizedError
@@ -36,6 +37,7 @@ class Parts:
     figures: FiguresCache
     limiter: RateLimiter
     workshop: Workshop
+    streams: Streams
 
 
 def parts_of(request: Request) -> Parts:

@@ -15,6 +15,7 @@ from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CollateralPost, OrderPost, ReducePost
 from app.api.wallet import AmountIn, PartIn, ReservationPost
+from app.api.webhooks import NothingIn, RecoverPost, WebhookPost
 from app.api.what_if import WhatIfIn
 from app.errors import FieldError
 
@@ -37,6 +38,9 @@ BODIES = (
     WhatIfIn,
     AgentPost,
     KeyPost,
+    WebhookPost,
+    RecoverPost,
+    NothingIn,
 )
 _OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 

@@ -43,9 +43,16 @@ class Event:
     sequence: int
     data: str
 
-    def body(self) -> bytes:
-        """Return the event as a webhook sends it; the same bytes each time."""
-        return body_of(self.type, self.timestamp, self.data)
+    def shown(self) -> dict[str, Any]:
+        """Return the event for a reply: what a webhook says, with the id that stands in its header."""
+        data = msgspec.Raw(self.data.encode())
+        return {
+            "id": self.event_id,
+            "sequence": self.sequence,
+            "type": self.type,
+            "timestamp": self.timestamp,
+            "data": data,
+        }
 
 
 def body_of(event_type: str, timestamp: datetime, data: str) -> bytes:

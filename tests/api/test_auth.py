@@ -68,8 +68,20 @@ NEEDS = {
     "GET /api/orders/{order_id}": AGENT,
     "POST /api/positions/{target_id}/reduce": AGENT,
     "POST /api/positions/{position_id}/collateral": AGENT,
+    "GET /api/events": AGENT,
+    "POST /api/webhooks": AGENT,
+    "GET /api/webhooks": AGENT,
+    "GET /api/webhooks/{webhook_id}": AGENT,
+    "DELETE /api/webhooks/{webhook_id}": AGENT,
+    "POST /api/webhooks/{webhook_id}/rotate": AGENT,
+    "POST /api/webhooks/{webhook_id}/enable": AGENT,
+    "POST /api/webhooks/{webhook_id}/test": AGENT,
+    "POST /api/webhooks/{webhook_id}/recover": AGENT,
+    "GET /api/webhooks/{webhook_id}/deliveries": AGENT,
+    "GET /api/webhooks/deliveries/{delivery_id}": AGENT,
+    "POST /api/webhooks/deliveries/{delivery_id}/replay": AGENT,
 }
-SERVICE_KEYS_TOO = ("/api/keys", "/api/audit")
+SERVICE_KEYS_TOO = ("/api/keys", "/api/audit", "/api/events", "/api/webhooks")
 """Routes for agents that a key of the service may ask for itself; on the others it names an agent."""
 OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 

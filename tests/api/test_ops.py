@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 TYPES = {
     "primerisk_idempotent_replays": "counter",
     "primerisk_orders": "counter",
+    "primerisk_webhook_attempts": "counter",
+    "primerisk_webhook_oldest_undelivered_seconds": "gauge",
+    "primerisk_webhook_lag_seconds": "gauge",
+    "primerisk_event_streams": "gauge",
     "primerisk_http_requests": "counter",
     "primerisk_http_request_duration_seconds": "histogram",
     "primerisk_http_requests_under_way": "gauge",

@@ -35,6 +35,7 @@ async def serving(url: URL, *, send_seconds_max: float = 60.0, **settings: Any) 
                     break
                 await asyncio.sleep(0.01)
             yield listener.getsockname()[1]
+            app.state.parts.streams.close()
             server.should_exit = True
             await task
 

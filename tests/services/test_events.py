@@ -100,7 +100,8 @@ async def test_digits_and_moments_come_back_as_they_went_in(hooks: Hooks) -> Non
     async with hooks.database.transaction("test") as tx:
         (event,) = await events.list_events(tx, hooks.agent_id, 10)
     assert '"amount": 0.100000000000000001' in event.data
-    assert json.loads(event.body())["data"]["name"] == 'a "b" \\ ü'
+    body = events.body_of(event.type, event.timestamp, event.data)
+    assert json.loads(body)["data"]["name"] == 'a "b" \\ ü'
     assert json.loads(event.data)["none"] is None
 
 

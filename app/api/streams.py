@@ -1,0 +1,113 @@
+"""Event streams: an agent's events as server-sent events, from any point on, as long as the caller listens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from app.api.body import encoder
+from app.db.session import Database
+from app.errors import DatabaseUnavailableError, OverloadedError, RateLimitedError, UnauthorizedError
+from app.services import events
+from app.services.events import Event
+from app.telemetry import Metrics
+
+MEDIA_TYPE = "text/event-stream"
+AN_AGENT_MAX = 4
+"""Streams of one agent that a process holds open."""
+STREAM_SECONDS_MAX = 900.0
+"""Then it ends, and the caller comes back where it was: no connection of a caller that is gone stays for ever."""
+
+_POLL_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 15.0
+_OPENING = b"retry: 1000\n\n"
+_HEARTBEAT = b": nothing new\n\n"
+
+Check = Callable[[], Awaitable[object]]
+"""Raises UnauthorizedError once the caller's key is no longer good."""
+
+
+class Streams:
+    """The streams that a process holds open. Each polls one indexed row; only news are read."""
+
+    def __init__(self, database: Database, metrics: Metrics, streams_max: int) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._streams_max = streams_max
+        self._open: Counter[str | None] = Counter()
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """End every stream, and those to come, so that the process can stop."""
+        self._closing.set()
+
+    def check_room(self, agent_id: str | None) -> None:
+        """Raise RateLimitedError or OverloadedError where another stream is one too many."""
+        if self._open[agent_id] >= AN_AGENT_MAX:
+            detail = f"{AN_AGENT_MAX} event streams of this agent are open"
+            raise RateLimitedError(detail, code="rate_limited", headers={"Retry-After": "5"})
+        if self._open.total() >= self._streams_max:
+            detail = f"{self._streams_max} event streams are open: poll instead"
+            raise OverloadedError(detail, code="overloaded", headers={"Retry-After": "5"})
+
+    @contextmanager
+    def _counted(self, agent_id: str | None) -> Iterator[None]:
+        self._open[agent_id] += 1
+        self._metrics.event_streams.set(self._open.total())
+        try:
+            yield
+        finally:
+            self._open[agent_id] -= 1
+            if not self._open[agent_id]:
+                del self._open[agent_id]
+            self._metrics.event_streams.set(self._open.total())
+
+    async def follow(self, agent_id: str | None, after: int | None, check: Check) -> AsyncIterator[bytes]:
+        """Yield the events past the number `after`, or (None) past now, as they come; and comments in between.
+
+        An outage of the database is waited out.
+        """
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + STREAM_SECONDS_MAX
+        with self._counted(agent_id):
+            yield _OPENING
+            beat = loop.time()
+            while not self._closing.is_set() and loop.time() < ends:
+                with contextlib.suppress(DatabaseUnavailableError):
+                    last = await self._last(agent_id)
+                    after = last if after is None else after
+                    if last > after:
+                        for event in await self._read(agent_id, after):
+                            yield _rendered(event)
+                            after, beat = event.sequence, loop.time()
+                        continue
+                if loop.time() - beat >= _HEARTBEAT_SECONDS:
+                    if not await _is_good(check):
+                        return
+                    yield _HEARTBEAT
+                    beat = loop.time()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), _POLL_SECONDS)
+
+    async def _last(self, agent_id: str | None) -> int:
+        return await self._database.fetch_value(events.LAST_SEQUENCE, agent_id) or 0
+
+    async def _read(self, agent_id: str | None, after: int) -> list[Event]:
+        async with self._database.transaction("event-stream") as tx:
+            return await events.list_events(tx, agent_id, events.EVENTS_A_PAGE_MAX, after)
+
+
+async def _is_good(check: Check) -> bool:
+    try:
+        await check()
+    except UnauthorizedError:
+        return False
+    return True
+
+
+def _rendered(event: Event) -> bytes:
+    """Return an event of the stream: JSON has no line feeds, so that one `data` line holds it."""
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.sequence, event.type.encode(), encoder.encode(event.shown()))
