@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import Metric
 
 from app.db import event_tables, tables
+from app.domain.webhooks import EVENT_TYPES
 from app.settings import Settings
 from app.telemetry import Metrics
 
@@ -64,6 +65,10 @@ def test_the_readme_names_every_metric() -> None:
     own = {metric.name for metric in collected if metric.name.startswith("primerisk_")}
     assert own
     assert {name for name in own if name not in README} == set()
+
+
+def test_the_readme_names_every_event() -> None:
+    assert {name for name in EVENT_TYPES if f"`{name}`" not in README} == set()
 
 
 def test_the_readme_names_every_route() -> None:

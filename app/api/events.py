@@ -46,6 +46,6 @@ async def list_events(
     seen = request.headers.get("last-event-id")
     if seen is not None and not _NUMBER.fullmatch(seen):
         raise invalid_cursor()
-    stream = parts.streams.follow(owner, after if seen is None else int(seen), lambda: caller_of(request, "agent"))
+    stream = parts.streams.follow(owner, after if seen is None else int(seen), lambda: caller_of(request))
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy would hold events back
     return StreamingResponse(stream, 200, headers, MEDIA_TYPE)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from app.api.body import encoder
 from app.db.session import Database
-from app.errors import DatabaseUnavailableError, OverloadedError, RateLimitedError, UnauthorizedError
+from app.errors import DatabaseUnavailableError, OverloadedError, PrimeriskError, RateLimitedError, UnauthorizedError
 from app.services import events
 from app.services.events import Event
 from app.telemetry import Metrics
@@ -22,7 +22,9 @@ STREAM_SECONDS_MAX = 900.0
 """Then it ends, and the caller comes back where it was: no connection of a caller that is gone stays for ever."""
 
 _POLL_SECONDS = 0.5
-_HEARTBEAT_SECONDS = 15.0
+HEARTBEAT_SECONDS = 15.0
+"""How often a quiet stream shows that it is alive, and the caller's key is looked at again."""
+
 _OPENING = b"retry: 1000\n\n"
 _HEARTBEAT = b": nothing new\n\n"
 
@@ -39,6 +41,7 @@ class Streams:
         self._streams_max = streams_max
         self._open: Counter[str | None] = Counter()
         self._closing = asyncio.Event()
+        self.heartbeat_seconds = HEARTBEAT_SECONDS
 
     def close(self) -> None:
         """End every stream, and those to come, so that the process can stop."""
@@ -84,7 +87,7 @@ class Streams:
                             yield _rendered(event)
                             after, beat = event.sequence, loop.time()
                         continue
-                if loop.time() - beat >= _HEARTBEAT_SECONDS:
+                if loop.time() - beat >= self.heartbeat_seconds:
                     if not await _is_good(check):
                         return
                     yield _HEARTBEAT
@@ -105,6 +108,8 @@ async def _is_good(check: Check) -> bool:
         await check()
     except UnauthorizedError:
         return False
+    except PrimeriskError:
+        pass  # it can't be told now: the next heartbeat asks again
     return True
 
 

@@ -29,9 +29,18 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "POST /api/reservations/{reservation_id}/release": ("reservation", {"amount": 0.1}),
     "POST /api/reservations/{reservation_id}/settle": ("reservation", {"amount": 0.1}),
 }
-ELSEWHERE = {  # walked in test_agents.py, and below
+ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, and below
     "GET /api/agents/{agent_id}",
     "DELETE /api/keys/{key_id}",
+    "GET /api/webhooks/{webhook_id}",
+    "DELETE /api/webhooks/{webhook_id}",
+    "POST /api/webhooks/{webhook_id}/rotate",
+    "POST /api/webhooks/{webhook_id}/enable",
+    "POST /api/webhooks/{webhook_id}/test",
+    "POST /api/webhooks/{webhook_id}/recover",
+    "GET /api/webhooks/{webhook_id}/deliveries",
+    "GET /api/webhooks/deliveries/{delivery_id}",
+    "POST /api/webhooks/deliveries/{delivery_id}/replay",
 }
 LISTS = ("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")

@@ -258,6 +258,24 @@ async def test_a_stream_without_a_place_begins_now(database_url: URL, database: 
         assert [event["id"] for event in await stream.read(1)] == ["3"]
 
 
+async def test_a_stream_ends_with_its_key(database_url: URL, database: Database) -> None:
+    async with database.transaction("test") as tx:
+        agent_id = await accounts.create_agent(tx, "Alice")
+        key = await accounts.create_key(tx, agent_id, {"agent"})
+    async with (
+        serving(database_url, heartbeat_seconds=0.2, key_cache_seconds=0) as port,
+        _stream(port, key.text) as stream,
+    ):
+        lines = stream.reply.aiter_lines()
+        async with asyncio.timeout(5):
+            while not (await anext(lines)).startswith(": "):
+                pass
+            async with database.transaction("test") as tx:
+                await accounts.revoke_key(tx, key.id)
+            async for _ in lines:
+                pass
+
+
 async def test_streams_are_few_and_end_with_the_process(database_url: URL) -> None:
     async with serving(database_url) as port:
         async with _stream(port), _stream(port), _stream(port), _stream(port):

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def serving(url: URL, *, send_seconds_max: float = 60.0, **settings: Any) -> AsyncIterator[int]:
+async def serving(
+    url: URL, *, send_seconds_max: float = 60.0, heartbeat_seconds: float = 15.0, **settings: Any
+) -> AsyncIterator[int]:
     """Yield the port of a uvicorn that serves the app as `primerisk serve` does."""
     async with connected(url, **settings) as (app, _):
+        app.state.parts.streams.heartbeat_seconds = heartbeat_seconds
         protocol = front(app.state.parts.settings)
         protocol.send_seconds_max = send_seconds_max
         with socket.socket() as listener:

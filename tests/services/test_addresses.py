@@ -17,6 +17,7 @@ from app.services.addresses import checked_url, is_public
 from app.services.outbox import Claim, Outcome
 from app.services.sender import Resolve, Sender
 from tests.database import make_settings
+from tests.receiver import receiving
 
 HOSTILE = [
     "http://127.0.0.1:{port}/",
@@ -76,6 +77,8 @@ def resolver() -> Resolve:
     looked_up = dict.fromkeys(_NAMES, 0)
 
     async def resolve(host: str, port: int) -> Sequence[tuple[Any, ...]]:
+        if host == "gone.test":
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
         if host not in _NAMES:
             return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         answers = _NAMES[host]
@@ -156,6 +159,17 @@ async def test_a_name_that_leads_inside_is_called_so(listener: Listener, name: s
     outcome = await _sent(f"http://{name}:{listener.port}/", times=2)
     assert outcome.error == "private address"
     assert listener.connections == 0
+
+
+async def test_a_name_that_nobody_knows_and_a_server_without_tls(listener: Listener) -> None:
+    assert (await _sent(f"http://gone.test:{listener.port}/")).error == "the name was not found"
+    async with receiving() as receiver:
+        tls = await _sent(f"https://127.0.0.1:{receiver.port}/", webhook_allow_private=True)
+        assert tls.error == "TLS failed"
+    free = await asyncio.start_server(listener.accept, "127.0.0.1", 0)
+    port = free.sockets[0].getsockname()[1]
+    free.close()
+    assert (await _sent(f"http://127.0.0.1:{port}/", webhook_allow_private=True)).error == "no connection"
 
 
 async def test_where_it_is_allowed_the_listener_is_reached(listener: Listener) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -16,6 +17,7 @@ from aiohttp import web
 from standardwebhooks import Webhook
 
 from app.db.session import Database
+from app.errors import DatabaseUnavailableError
 from app.services import outbox, webhooks
 from app.services.delivery import POLL_SECONDS
 from tests.receiver import Receiver, receiving
@@ -367,6 +369,45 @@ async def test_the_backlog_is_measured(hooks: Hooks, receiver: Receiver) -> None
     await hooks.deliver()
     async with hooks.database.transaction("test") as tx:
         assert await outbox.read_backlog(tx) == outbox.Backlog(0.0, 0.0)
+
+
+async def test_many_workers_disable_an_endpoint_once(hooks: Hooks, receiver: Receiver) -> None:
+    receiver.statuses[:] = [410] * 200
+    lost = [(await hooks.endpoint(receiver.url, "zone.*"))[0] for _ in range(3)]
+    async with receiving() as other:
+        await hooks.endpoint(other.url, "webhook.disabled")
+        for _ in range(12):
+            await hooks.emit()
+        loops = [asyncio.create_task(hooks.run(name)) for name in ("one", "two", "three")]
+        await other.wait_for(len(lost))
+        await asyncio.sleep(2 * POLL_SECONDS)
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        assert sorted(got.event["data"]["webhook_id"] for got in other.received) == sorted(lost)
+    states = Counter(row["state"] for row in await hooks.deliveries())
+    assert states == {"failed": 36, "delivered": 3}
+
+
+async def test_connections_that_are_cut_hold_up_nothing(hooks: Hooks, receiver: Receiver) -> None:
+    await hooks.endpoint(receiver.url)
+    loops = [asyncio.create_task(hooks.run(name)) for name in ("one", "two")]
+    sent = set()
+    for _ in range(30):
+        sent.add(await hooks.emit())
+        with suppress(DatabaseUnavailableError):
+            await hooks.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        await asyncio.sleep(0.03)
+    async with asyncio.timeout(20):
+        while {got.id for got in receiver.received} != sent:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert not any(loop.done() for loop in loops)
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
 
 
 async def test_the_loop_outlives_an_outage(hooks: Hooks, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
