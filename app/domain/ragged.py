@@ -29,7 +29,7 @@ class Ragged:
         self.start: Rows = np.zeros(0, dtype=np.intp)
         self.count: Rows = np.zeros(0, dtype=np.intp)
         self.revision = 0
-        """Changes whenever a row may have moved: what was derived from where rows are is stale."""
+        """Changes whenever a row does: what was derived from the rows is stale."""
         self._blank = {**blank, "owner": np.intp(0)}
         self._columns: dict[str, Column] = {name: np.empty(0, value.dtype) for name, value in self._blank.items()}
         self._used = 0
@@ -61,6 +61,7 @@ class Ragged:
 
     def replace(self, owners: Rows, local: Rows, columns: Mapping[str, Column]) -> None:
         """Replace all rows of the owners (k,); the new ones (m,) stand in the order of `local` (m,), their owner's place."""
+        self.revision += 1
         counts = np.bincount(local, minlength=len(owners))
         stays = self.count[owners] == counts
         here = stays[local]
@@ -97,7 +98,6 @@ class Ragged:
         self.start[owners] = self._used + np.cumsum(counts) - counts
         self.count[owners] = counts
         self._used = total
-        self.revision += 1
 
     def _reorder(self) -> None:
         rows, _ = self.rows(np.arange(len(self.start)))
