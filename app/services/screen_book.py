@@ -1,0 +1,185 @@
+"""The stored books as the screen's columns: all of them at the start, from then on those that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+import numpy as np
+from numpy.typing import NDArray
+
+from app.db.session import Database
+from app.domain.book_columns import MODES, BookColumns, HoldingColumns, PositionColumns
+from app.domain.portfolio import Rows
+
+Hashes = NDArray[np.int64]
+
+_HEADER_BYTES, _TRAILER_BYTES = 19, 2
+"""Of binary COPY: signature, flags and extension before the rows; a count of -1 after them."""
+
+# Names travel as 64-bit hashes, so that every row is as long as the next and numpy reads them all at once; a row of
+# names and their hashes beside them says what they stand for.
+_HASH = "hashtextextended({}, 0)"
+
+# No table of margin calls yet.
+_OPEN_CALL = "false"
+
+_ACCOUNTS = f"""
+    SELECT array_agg(a.agent_id), array_agg({_HASH.format("a.agent_id")}), array_agg(a.version),
+           array_agg(array_position($2::text[], a.margin_mode) - 1),
+           array_agg(coalesce(a.breach_utilization::float8, 'NaN')), array_agg({_OPEN_CALL})
+    FROM accounts a WHERE $1::text[] IS NULL OR a.agent_id = ANY ($1)"""
+
+# Rows that were written by transactions which the last snapshot did not see, and some that it did: whoever was under way
+# then. Nothing is missed, whatever the order of commits, and no index is kept for it: that would cost each change of a
+# book more than this scan costs.
+_CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($1::text::xid)"
+_HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294967296)::text"
+
+_POSITIONS = f"""
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("symbol")},
+           CASE side WHEN 'long' THEN size::float8 ELSE -size::float8 END, entry_price::float8,
+           coalesce(leverage::float8, 'NaN'), allocated::float8, margin_mode = 'isolated'
+    FROM positions WHERE closed_at IS NULL"""  # noqa: S608  no value from outside
+_POSITION_FIELDS = {
+    "account": "i8",
+    "symbol": "i8",
+    "size": "f8",
+    "entry_price": "f8",
+    "leverage": "f8",
+    "allocated": "f8",
+    "isolated": "?",
+}
+_SYMBOLS = f"""
+    SELECT array_agg(symbol), array_agg({_HASH.format("symbol")})
+    FROM (SELECT DISTINCT symbol FROM positions WHERE closed_at IS NULL {{}}) s"""  # noqa: S608
+
+_HOLDINGS = f"""
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, CASE bucket WHEN 'owed' THEN 0 ELSE amount::float8 END,
+           CASE bucket WHEN 'owed' THEN amount::float8 ELSE 0 END, 0::float8
+    FROM balances WHERE amount > 0 {{}}
+    UNION ALL
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, 0, 0, remaining::float8
+    FROM reservations WHERE status = 'open'"""  # noqa: S608
+_HOLDING_FIELDS = {"account": "i8", "asset": "i8", "held": "f8", "owed": "f8", "reserved": "f8"}
+_ASSETS = f"""
+    SELECT array_agg(asset), array_agg({_HASH.format("asset")})
+    FROM (SELECT asset FROM balances WHERE true {{0}}
+          UNION SELECT asset FROM reservations WHERE status = 'open' {{0}}) s"""  # noqa: S608
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Books as one snapshot saw them, and the horizon from which on the next has to look for changes."""
+
+    columns: BookColumns
+    horizon: str
+
+
+async def load_all(database: Database) -> Loaded:
+    """Return every book. Raises DatabaseUnavailableError."""
+    async with database.snapshot() as connection:
+        return Loaded(await _read(connection, None), await connection.fetchval(_HORIZON))
+
+
+async def load_changed(database: Database, known: Mapping[str, int], horizon: str) -> Loaded:
+    """Return the books that changed since a snapshot with this horizon, but for those `known` at their version.
+
+    Raises DatabaseUnavailableError.
+    """
+    async with database.snapshot() as connection:
+        rows = await connection.fetch(_CHANGED, horizon)
+        agents = [agent for agent, version in rows if known.get(agent) != version]
+        return Loaded(await _read(connection, agents), await connection.fetchval(_HORIZON))
+
+
+async def _read(connection: asyncpg.Connection, agents: Sequence[str] | None) -> BookColumns:
+    """Return the books of the agents, of all where None."""
+    names, hashes, version, mode, breach, open_call = [
+        column or () for column in await connection.fetchrow(_ACCOUNTS, agents, list(MODES))
+    ]
+    accounts = _Names.of(names, hashes)
+    symbols = _Names.of(*await _names(connection, _SYMBOLS, agents))
+    assets = _Names.of(*await _names(connection, _ASSETS, agents))
+    positions = await _copy(connection, _POSITIONS + _only(agents), _POSITION_FIELDS, agents)
+    holdings = await _copy(connection, _HOLDINGS.format(_only(agents)) + _only(agents), _HOLDING_FIELDS, agents)
+    return BookColumns(
+        agents=names,
+        version=np.array(version, dtype=np.int64),
+        mode=np.array(mode, dtype=np.int8),
+        breach=np.array(breach, dtype=np.float64),
+        open_call=np.array(open_call, dtype=np.bool_),
+        symbols=symbols.names,
+        assets=assets.names,
+        positions=PositionColumns(
+            account=accounts.rows(positions["account"]),
+            symbol=symbols.rows(positions["symbol"]),
+            **{n: positions[n].astype(np.float64) for n in ("size", "entry_price", "leverage", "allocated")},
+            isolated=positions["isolated"].copy(),
+        ),
+        holdings=HoldingColumns(
+            account=accounts.rows(holdings["account"]),
+            asset=assets.rows(holdings["asset"]),
+            **{n: holdings[n].astype(np.float64) for n in ("held", "owed", "reserved")},
+        ),
+    )
+
+
+def _only(agents: Sequence[str] | None) -> str:
+    return "" if agents is None else " AND agent_id = ANY ($1::text[])"
+
+
+async def _names(connection: asyncpg.Connection, query: str, agents: Sequence[str] | None) -> Sequence[Any]:
+    found = await connection.fetchrow(query.format(_only(agents)), *_arguments(agents))
+    return [column or () for column in found]
+
+
+def _arguments(agents: Sequence[str] | None) -> tuple[Sequence[str], ...]:
+    return () if agents is None else (agents,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Names by their hash, sorted by it."""
+
+    names: Sequence[str]
+    hashes: Hashes
+    order: Rows
+
+    @classmethod
+    def of(cls, names: Sequence[str], hashes: Sequence[int]) -> _Names:
+        """Raises ValueError where two names have one hash: of a million once in 40 million times."""
+        given = np.array(hashes, dtype=np.int64)
+        order = np.argsort(given)
+        if (np.diff(given[order]) == 0).any():
+            raise ValueError("two names have the same hash")
+        return cls(names, given[order], order)
+
+    def rows(self, hashes: Hashes) -> Rows:
+        """Return the indices (n,) of the names that the hashes stand for."""
+        distinct, which = np.unique(hashes, return_inverse=True)
+        return self.order[np.searchsorted(self.hashes, distinct)][which]
+
+
+async def _copy(
+    connection: asyncpg.Connection, query: str, fields: Mapping[str, str], agents: Sequence[str] | None
+) -> NDArray[np.void]:
+    """Return the rows of a query whose columns are all of a fixed width and never null."""
+    parts: list[bytes] = []
+
+    async def keep(part: bytes) -> None:
+        parts.append(part)
+
+    await connection.copy_from_query(query, *_arguments(agents), output=keep, format="binary")
+    layout: list[tuple[str, str]] = [("", ">i2")]
+    for name, kind in fields.items():
+        layout += [(f"{name} width", ">i4"), (name, kind if kind == "?" else f">{kind}")]
+    row = np.dtype([("fields", ">i2"), *layout[1:]])
+    data = b"".join(parts)
+    count, rest = divmod(len(data) - _HEADER_BYTES - _TRAILER_BYTES, row.itemsize)
+    table = np.frombuffer(data, row, count, _HEADER_BYTES)
+    if rest or (table["fields"] != len(fields)).any():
+        raise ValueError("a COPY with rows of different widths")
+    return table
