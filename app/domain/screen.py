@@ -21,6 +21,7 @@ from app.domain.margin import many
 from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Flags, Rows, sums
 from app.domain.ragged import Column, Ragged
+from app.domain.screen_scenarios import Exposures
 
 TOLERANCE = 1e-9
 """Relative: an account this near to a threshold is a candidate, whatever the sums' rounding."""
@@ -134,6 +135,10 @@ class Screen:
         """Replace one account's book and return its index."""
         return int(self.update(book_columns([book], frozenset([book.agent_id] if open_call else [])))[0])
 
+    def versions(self) -> dict[str, int]:
+        """Return the version of each agent's book."""
+        return dict(zip(self.agents, self.version.tolist(), strict=True))
+
     def under(self, parameters: MarketParameters) -> Screen:
         """Return the same books under other parameters of the market, assessed."""
         other = Screen(parameters, self.board.stored)
@@ -193,6 +198,19 @@ class Screen:
         short = equity - TOLERANCE * np.abs(equity) < maintenance * (1.0 + TOLERANCE)
         due = short | (found.utilization >= breach * (1.0 - TOLERANCE))
         return chosen[due | self._open_call[chosen] | self._alone_breached[chosen]]
+
+    def exposures(self) -> tuple[Exposures, Exposures]:
+        """Return the pool's positions and the collateral after haircut less debts, for `scenario_pnl`."""
+        pool, holdings, board = self._pool, self._holdings, self.board
+        for table in (pool, holdings):
+            table.close_up()
+        asset = holdings["asset"]
+        value = holdings["held"] * board.backing[asset] - holdings["owed"] * board.price[asset]
+        symbol = pool["symbol"]
+        return (
+            Exposures(_indptr(pool), board.underlying[symbol], pool["quantity"] * board.mark[symbol]),
+            Exposures(_indptr(holdings), asset, value),
+        )
 
     def unpriced(self) -> Rows:
         """Return the accounts that can't be assessed: a price lacks, or their correlations are past repair."""
@@ -391,6 +409,10 @@ class _Grouping:
 
 def _grouping(first: Flags) -> _Grouping:
     return _Grouping(np.flatnonzero(first), np.cumsum(first) - 1)
+
+
+def _indptr(table: Ragged) -> Rows:
+    return np.concatenate([[0], np.cumsum(table.count)])
 
 
 def _pick(table: Ragged, accounts: Rows, *, whole: bool) -> tuple[Rows | slice, Rows]:
