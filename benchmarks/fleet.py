@@ -13,8 +13,6 @@ from app.domain.parameters import InstrumentParameters, MarketParameters
 MARKETS = 275
 MODE_SHARES = (0.7, 0.1, 0.2)
 """Of cross, isolated and portfolio margin."""
-MEDIAN_HOLDERS_SHARE = 0.014
-"""Markets are held by their rank, the median one by this share of the accounts."""
 
 
 def market() -> tuple[MarketParameters, dict[str, float]]:
@@ -30,7 +28,7 @@ def market() -> tuple[MarketParameters, dict[str, float]]:
 
 
 def fleet(accounts: int, positions: int, prices: dict[str, float]) -> BookColumns:
-    """Return accounts with so many positions each, some collateral, a tenth of the positions isolated in a tenth of them."""
+    """Return accounts with so many positions each, collateral, and in a tenth of them some isolated positions."""
     rng = np.random.default_rng(2)
     symbols = [name for name in prices if "-" in name]
     mark = np.array([prices[s] for s in symbols])

@@ -14,9 +14,9 @@ from app.domain.portfolio import Flags, Rows
 class Board:
     """Arrays by symbol (M,) and by asset (K,); an asset is whatever is held, owed or stands under a market.
 
-    Prices are found as `PriceFinder` finds them where nothing but stored prices is given: of an asset its own, else 1 of
-    a stablecoin; a mark is the symbol's own price, else its underlying's. NaN: there is none. Index 0 is nobody's: blank
-    rows point there.
+    Prices are found as `PriceFinder` finds them where nothing but stored prices is given: of an asset its own, else 1
+    of a stablecoin; a mark is the symbol's own price, else its underlying's. NaN: there is none. Index 0 is nobody's:
+    blank rows point there.
     """
 
     def __init__(self, parameters: MarketParameters, prices: Mapping[str, float]) -> None:
@@ -96,4 +96,5 @@ class Board:
 
 
 def _differs(before: Floats, after: Floats) -> Flags:
-    return (before != after) & ~(np.isnan(before) & np.isnan(after))
+    differs: Flags = (before != after) & ~(np.isnan(before) & np.isnan(after))
+    return differs

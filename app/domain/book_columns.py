@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ Codes = NDArray[np.int8]
 Versions = NDArray[np.int64]
 
 MODES: tuple[MarginMode, ...] = get_args(MarginMode)
-CROSS, ISOLATED, PORTFOLIO = (MODES.index(cast("MarginMode", name)) for name in ("cross", "isolated", "portfolio"))
+ISOLATED, PORTFOLIO = MODES.index("isolated"), MODES.index("portfolio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class PositionColumns:
 
 @dataclass(frozen=True, slots=True)
 class HoldingColumns:
-    """Units of an asset that an account holds, owes, or keeps reserved (n,), all >= 0; several rows of one asset add up."""
+    """Units of an asset that an account holds, owes, or keeps reserved (n,), all >= 0; rows of one asset add up."""
 
     account: Rows
     asset: Rows
@@ -51,7 +51,10 @@ class HoldingColumns:
 
 @dataclass(frozen=True, slots=True)
 class BookColumns:
-    """The whole books of A different agents. `mode` is an index into MODES, `breach` the account's own level, NaN: none."""
+    """The whole books of A different agents.
+
+    `mode` is an index into MODES; `breach` is the account's own level of utilization, NaN where it has none.
+    """
 
     agents: Sequence[str]
     version: Versions
@@ -107,7 +110,9 @@ _DTYPES: Mapping[str, type[np.generic]] = {
 }
 
 
-def _transposed(rows: Sequence[tuple[float, ...]], kind: type[PositionColumns | HoldingColumns]) -> dict[str, NDArray[Any]]:
+def _transposed(
+    rows: Sequence[tuple[float, ...]], kind: type[PositionColumns | HoldingColumns]
+) -> dict[str, NDArray[Any]]:
     names = kind.__slots__
     columns = zip(*rows, strict=True) if rows else ((),) * len(names)
     return {n: np.array(values, dtype=_DTYPES.get(n, np.float64)) for n, values in zip(names, columns, strict=True)}

@@ -60,7 +60,7 @@ class Ragged:
         self.count = np.concatenate([self.count, more])
 
     def replace(self, owners: Rows, local: Rows, columns: Mapping[str, Column]) -> None:
-        """Replace all rows of the owners (k,); the new ones (m,) stand in the order of `local` (m,), their owner's place."""
+        """Replace all rows of owners (k,) by m others, sorted by `local` (m,): which of the k each belongs to."""
         self.revision += 1
         counts = np.bincount(local, minlength=len(owners))
         stays = self.count[owners] == counts
@@ -101,7 +101,7 @@ class Ragged:
 
     def _reorder(self) -> None:
         rows, _ = self.rows(np.arange(len(self.start)))
-        for name, values in self._columns.items():
+        for values in self._columns.values():
             values[: len(rows)] = values[rows]
         self.start = np.cumsum(self.count) - self.count
         self._used, self._blanks = len(rows), 0

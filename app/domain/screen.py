@@ -1,7 +1,7 @@
 """The screen: every account's book as numpy columns, re-margined as prices move, to find whom a decision is due for.
 
-It decides nothing. Its figures are those of `account_figures` but for rounding; whoever is a candidate is assessed anew,
-under the lock of its book.
+It decides nothing. Its figures are those of `account_figures` but for rounding; whoever is a candidate is assessed
+anew, under the lock of its book.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class Screen:
     def tick(self, prices: Mapping[str, float]) -> ScreenFigures:
         """Take in prices, USD by symbol or asset; return the figures of the accounts that they touch, sorted by index.
 
-        Touched is who holds a market whose mark changed or an asset whose price did: its own, or its underlying's where it
-        has none. A price that is as before touches nobody.
+        Touched is who holds a market whose mark changed or an asset whose price did; a market without a price of its own
+        is marked at its underlying's. A price that is as before touches nobody.
         """
         touched = self._touched(*self.board.post(prices))
         self._assess(touched)
@@ -356,9 +356,7 @@ class Screen:
             joint[k] = many.repaired_joint(names, d[own], self.parameters)
         return many.requirement(books, joint, self.parameters)
 
-    def _check_signs(
-        self, accounts: Rows, owner: Rows, d: Floats, under: Rows, first: Rows, pairs: many.Pairs
-    ) -> None:
+    def _check_signs(self, accounts: Rows, owner: Rows, d: Floats, under: Rows, first: Rows, pairs: many.Pairs) -> None:
         """Find anew whose signed correlations need a repair, where signs changed since they were last checked."""
         sign = np.sign(np.nan_to_num(d)).astype(np.int8)
         seen = self._pool["sign"]
@@ -429,7 +427,7 @@ class _Placed:
 
 
 def lay_out(given: PositionColumns, symbols: Rows, mode: NDArray[np.int8], board: Board) -> _Placed:
-    """Return positions (n,) as rows of the tables, sorted by account and underlying; `symbols` are the board's indices."""
+    """Return positions (n,) as rows of the tables, sorted by account and underlying; `symbols` index the board."""
     symbol = symbols[given.symbol]
     order = np.argsort(given.account * len(board.assets) + board.underlying[symbol], kind="stable")
     account, symbol, alone = given.account[order], symbol[order], given.isolated[order]
@@ -461,7 +459,8 @@ def lay_out(given: PositionColumns, symbols: Rows, mode: NDArray[np.int8], board
 
 def _starts(key: Rows) -> Flags:
     """Return whether each key (m,) differs from the one before."""
-    return np.diff(key, prepend=-1) != 0
+    starts: Flags = np.diff(key, prepend=-1) != 0
+    return starts
 
 
 def _highest(values: Floats, first: Flags) -> Floats:

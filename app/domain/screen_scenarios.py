@@ -22,7 +22,7 @@ Spread = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Exposures:
-    """What A accounts have on assets: the entries from indptr[k] to indptr[k + 1] are account k's; `value` signed, USD."""
+    """What A accounts have on assets: entries indptr[k] to indptr[k + 1] are account k's; `value` signed, USD."""
 
     indptr: Rows
     asset: Rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import asyncpg
 import numpy as np
@@ -30,10 +29,9 @@ _ACCOUNTS = f"""
     SELECT array_agg(a.agent_id), array_agg({_HASH.format("a.agent_id")}), array_agg(a.version),
            array_agg(array_position($2::text[], a.margin_mode) - 1),
            array_agg(coalesce(a.breach_utilization::float8, 'NaN')), array_agg({_OPEN_CALL})
-    FROM accounts a WHERE $1::text[] IS NULL OR a.agent_id = ANY ($1)"""
+    FROM accounts a WHERE $1::text[] IS NULL OR a.agent_id = ANY ($1)"""  # noqa: S608  no value from outside
 
-# Rows that were written by transactions which the last snapshot did not see, and some that it did: whoever was under way
-# then. Nothing is missed, whatever the order of commits, and no index is kept for it: that would cost each change of a
+# Rows that were written by transactions which the last snapshot may not have seen. Nothing is missed, whatever the order of commits, and no index is kept for it: that would cost each change of a
 # book more than this scan costs.
 _CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($1::text::xid)"
 _HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294967296)::text"
@@ -41,7 +39,8 @@ _HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294
 _POSITIONS = f"""
     SELECT {_HASH.format("agent_id")}, {_HASH.format("symbol")},
            CASE side WHEN 'long' THEN size::float8 ELSE -size::float8 END, entry_price::float8,
-           coalesce(leverage::float8, 'NaN'), allocated::float8, margin_mode = 'isolated'
+           coalesce(leverage::float8, 'NaN'), CASE margin_mode WHEN 'isolated' THEN allocated::float8 ELSE 0 END,
+           margin_mode = 'isolated'
     FROM positions WHERE closed_at IS NULL"""  # noqa: S608  no value from outside
 _POSITION_FIELDS = {
     "account": "i8",
@@ -52,9 +51,12 @@ _POSITION_FIELDS = {
     "allocated": "f8",
     "isolated": "?",
 }
+_LISTED = f"""
+    SELECT array_agg(symbol), array_agg({_HASH.format("symbol")})
+    FROM (SELECT symbol FROM instrument_parameters UNION SELECT symbol FROM market_prices) s"""  # noqa: S608
 _SYMBOLS = f"""
     SELECT array_agg(symbol), array_agg({_HASH.format("symbol")})
-    FROM (SELECT DISTINCT symbol FROM positions WHERE closed_at IS NULL {{}}) s"""  # noqa: S608
+    FROM (SELECT DISTINCT symbol FROM positions WHERE closed_at IS NULL) s"""  # noqa: S608
 
 _HOLDINGS = f"""
     SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, CASE bucket WHEN 'owed' THEN 0 ELSE amount::float8 END,
@@ -101,9 +103,9 @@ async def _read(connection: asyncpg.Connection, agents: Sequence[str] | None) ->
         column or () for column in await connection.fetchrow(_ACCOUNTS, agents, list(MODES))
     ]
     accounts = _Names.of(names, hashes)
-    symbols = _Names.of(*await _names(connection, _SYMBOLS, agents))
-    assets = _Names.of(*await _names(connection, _ASSETS, agents))
     positions = await _copy(connection, _POSITIONS + _only(agents), _POSITION_FIELDS, agents)
+    symbols = await _symbols(connection, positions["symbol"])
+    assets = _Names.of(*await _pair(connection, _ASSETS.format(_only(agents)), *_arguments(agents)))
     holdings = await _copy(connection, _HOLDINGS.format(_only(agents)) + _only(agents), _HOLDING_FIELDS, agents)
     return BookColumns(
         agents=names,
@@ -131,9 +133,16 @@ def _only(agents: Sequence[str] | None) -> str:
     return "" if agents is None else " AND agent_id = ANY ($1::text[])"
 
 
-async def _names(connection: asyncpg.Connection, query: str, agents: Sequence[str] | None) -> Sequence[Any]:
-    found = await connection.fetchrow(query.format(_only(agents)), *_arguments(agents))
-    return [column or () for column in found]
+async def _symbols(connection: asyncpg.Connection, hashes: Hashes) -> _Names:
+    """Return the names of the symbols' hashes: what is listed or priced, or, where that is not all, what is open."""
+    listed = _Names.of(*await _pair(connection, _LISTED))
+    return listed if listed.cover(hashes) else _Names.of(*await _pair(connection, _SYMBOLS))
+
+
+async def _pair(connection: asyncpg.Connection, query: str, *arguments: object) -> tuple[Sequence[str], Sequence[int]]:
+    """Return names and their hashes, none where there are none."""
+    names, hashes = await connection.fetchrow(query, *arguments)
+    return names or (), hashes or ()
 
 
 def _arguments(agents: Sequence[str] | None) -> tuple[Sequence[str], ...]:
@@ -150,7 +159,7 @@ class _Names:
 
     @classmethod
     def of(cls, names: Sequence[str], hashes: Sequence[int]) -> _Names:
-        """Raises ValueError where two names have one hash: of a million once in 40 million times."""
+        """Return the names; ValueError where two have one hash: a million names do once in 40 million times."""
         given = np.array(hashes, dtype=np.int64)
         order = np.argsort(given)
         if (np.diff(given[order]) == 0).any():
@@ -159,8 +168,11 @@ class _Names:
 
     def rows(self, hashes: Hashes) -> Rows:
         """Return the indices (n,) of the names that the hashes stand for."""
-        distinct, which = np.unique(hashes, return_inverse=True)
-        return self.order[np.searchsorted(self.hashes, distinct)][which]
+        return self.order[np.searchsorted(self.hashes, hashes.astype(np.int64))]
+
+    def cover(self, hashes: Hashes) -> bool:
+        """Whether a name is known for every hash."""
+        return bool(np.isin(hashes, self.hashes, kind="sort").all())
 
 
 async def _copy(

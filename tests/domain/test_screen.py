@@ -124,8 +124,7 @@ def due(book: Book, parameters: MarketParameters, figures: AccountFigures) -> bo
     breach = book.settings.policy(parameters.policy).breach_utilization
     own = portfolio.allocated + portfolio.unrealized_pnl < figures.isolated.position_maintenance
     return (
-        (health.utilization is None or health.utilization >= breach)
-        and health.required_initial > 0
+        ((health.utilization is None or health.utilization >= breach) and health.required_initial > 0)
         or health.equity < health.required_maintenance
         or bool((own & portfolio.isolated).any())
     )
@@ -144,10 +143,10 @@ def assert_screened(screen: Screen, fleet: tuple[Book, ...], parameters: MarketP
         health = figures.health
         # where large amounts cancel, what rounding leaves is measured by them
         scale = figures.gross_notional + float(np.abs(figures.collateral.value).sum()) + 1e-6
-        near = {"rel": 1e-9, "abs": 1e-12 * scale}
-        assert found.equity[k] == pytest.approx(health.equity, **near)
-        assert found.required_initial[k] == pytest.approx(health.required_initial, **near)
-        assert found.required_maintenance[k] == pytest.approx(health.required_maintenance, **near)
+        slack = 1e-12 * scale
+        assert found.equity[k] == pytest.approx(health.equity, rel=1e-9, abs=slack)
+        assert found.required_initial[k] == pytest.approx(health.required_initial, rel=1e-9, abs=slack)
+        assert found.required_maintenance[k] == pytest.approx(health.required_maintenance, rel=1e-9, abs=slack)
         if abs(health.equity) > 1e-3 * scale:
             expected = np.inf if health.utilization is None else health.utilization
             assert found.utilization[k] == pytest.approx(expected, rel=1e-8)

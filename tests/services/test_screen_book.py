@@ -56,7 +56,9 @@ async def test_a_refresh_brings_what_changed_and_nothing_else(
     assert list(none.columns.agents) == []
     changed, closed = screen.agents[3], screen.agents[7]
     await connection.execute("UPDATE balances SET amount = amount / 2 WHERE agent_id = $1", changed)
-    await connection.execute("UPDATE positions SET size = 0, allocated = 0, closed_at = now() WHERE agent_id = $1", closed)
+    await connection.execute(
+        "UPDATE positions SET size = 0, allocated = 0, closed_at = now() WHERE agent_id = $1", closed
+    )
     statement = "UPDATE accounts SET version = version + 1 WHERE agent_id = ANY ($1)"
     await connection.execute(statement, [changed, closed])
     loaded = await screen_book.load_changed(database, known, none.horizon)

@@ -1,8 +1,8 @@
 """Portfolio margin of many linear books at once: `portfolio_margin` without options and greeks, as columns of lanes.
 
-A lane is what one account holds on one underlying. Without options the two-sided losses are zero, so that the joined loss
-is √(d'ρ'd) alone; ρ' differs from its `other` entries only in the pairs that are listed, so that the form is a few sums
-by account and one more over those pairs.
+A lane is what one account holds on one underlying. Without options the two-sided losses are zero, so that the joined
+loss is √(d'ρ'd) alone; ρ' differs from its `other` entries only in the pairs that are listed, so that the form is a few
+sums by account and one more over those pairs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CELLS_MAX = 1_000_000
 class Lanes:
     """L lanes of n accounts, each account's side by side: `owner` (L,) ascending, the others (L,), USD.
 
-    `net` signed, `gross` >= 0, `price_range` the R of the scans, `price` the underlying's, `limit` its concentration limit in
-    units, NaN where there is none.
+    `net` signed, `gross` >= 0, `price_range` the R of the scans, `price` the underlying's, `limit` its concentration
+    limit in units, NaN where there is none.
     """
 
     owner: Rows
@@ -55,7 +55,7 @@ class Pairs:
 
 
 def directional(lanes: Lanes, parameters: MarketParameters) -> Floats:
-    """Return d = D - U by lane, USD (L,): the worst weighted loss over the cells, negative where a rise is what hurts."""
+    """Return d = D - U by lane, USD (L,): the worst loss over the weighted cells, negative where a rise brings it."""
     models = parameters.models
     multiple, weight = models.portfolio_tail_multiple, models.portfolio_tail_weight
     fall = np.maximum(-floored(-lanes.price_range), -floored(-multiple * lanes.price_range) * weight)
