@@ -61,7 +61,8 @@ def main() -> None:
     read = 8 * 9 * len(columns.positions.account)
     console.print(
         f"memory copied at {bandwidth / 1e9:.1f} GB/s, one thread: the {read / 1e6:.0f} MB that a tick of every price"
-        f" reads at least take {read / bandwidth * 1e3:.0f} ms. The screen holds {own / 1e6:,.0f} MB at its peak, target 1,000."
+        f" reads at least take {read / bandwidth * 1e3:.0f} ms. The screen"
+        f" takes {own / 1e6:,.0f} MB at its peak, target 1,000."
     )
 
 

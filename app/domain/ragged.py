@@ -28,8 +28,8 @@ class Ragged:
     def __init__(self, blank: Mapping[str, np.generic]) -> None:
         self.start: Rows = np.zeros(0, dtype=np.intp)
         self.count: Rows = np.zeros(0, dtype=np.intp)
-        self.revision = 0
-        """Changes whenever a row does: what was derived from the rows is stale."""
+        self.in_order = True
+        """Whether the rows stand in the order of their owners, without blanks: a start is the sum of counts before it."""
         self._blank = {**blank, "owner": np.intp(0)}
         self._columns: dict[str, Column] = {name: np.empty(0, value.dtype) for name, value in self._blank.items()}
         self._used = 0
@@ -41,11 +41,6 @@ class Ragged:
     def __getitem__(self, name: str) -> Column:
         return self._columns[name][: self._used]
 
-    @property
-    def in_order(self) -> bool:
-        """Whether the rows stand in the order of their owners, without blanks."""
-        return self._blanks == 0 and bool((np.diff(self.start[self.count > 0]) > 0).all())
-
     def rows(self, owners: Rows) -> tuple[Rows, Rows]:
         """Return the rows (m,) of owners (k,), and for each of them which of the k it belongs to (m,)."""
         counts = self.count[owners]
@@ -55,13 +50,12 @@ class Ragged:
 
     def add_owners(self, total: int) -> None:
         """Let there be `total` owners; new ones have no rows."""
-        more = np.zeros(total - len(self.start), dtype=np.intp)
-        self.start = np.concatenate([self.start, more])
-        self.count = np.concatenate([self.count, more])
+        more = total - len(self.start)
+        self.start = np.concatenate([self.start, np.full(more, self._used)])
+        self.count = np.concatenate([self.count, np.zeros(more, dtype=np.intp)])
 
     def replace(self, owners: Rows, local: Rows, columns: Mapping[str, Column]) -> None:
         """Replace all rows of owners (k,) by m others, sorted by `local` (m,): which of the k each belongs to."""
-        self.revision += 1
         counts = np.bincount(local, minlength=len(owners))
         stays = self.count[owners] == counts
         here = stays[local]
@@ -74,6 +68,8 @@ class Ragged:
             self._append(moved, counts[~stays], {name: values[~here] for name, values in columns.items()})
             if self._blanks > BLANK_SHARE_MAX * self._used:
                 self._reorder()
+            else:
+                self._look_at_order()
 
     def close_up(self) -> None:
         """Bring the rows into the order of their owners, without blanks."""
@@ -104,5 +100,10 @@ class Ragged:
         for values in self._columns.values():
             values[: len(rows)] = values[rows]
         self.start = np.cumsum(self.count) - self.count
-        self._used, self._blanks = len(rows), 0
-        self.revision += 1
+        self._used, self._blanks, self.in_order = len(rows), 0, True
+
+    def _look_at_order(self) -> None:
+        tidy = np.cumsum(self.count) - self.count
+        self.in_order = self._blanks == 0 and bool((self.start == tidy)[self.count > 0].all())
+        if self.in_order:
+            self.start = tidy

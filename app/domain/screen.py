@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ TOLERANCE = 1e-9
 """Relative: an account this near to a threshold is a candidate, whatever the sums' rounding."""
 WHOLE_SHARE = 0.25
 """Share of the accounts past which all are assessed: to read every row in a line costs less than to pick some."""
+ACCOUNTS_AT_ONCE = 4_096
+"""What is worked on of them at once stays in a core's cache."""
 
 _UNCHECKED = np.int8(2)
 
@@ -103,7 +106,6 @@ class Screen:
         self._correlations = many.Correlations(parameters)
         self._asset_names: list[str] = []
         self._listed: Rows = np.zeros(0, dtype=np.intp)
-        self._lanes_of: tuple[int, _Grouping] | None = None
 
     def __len__(self) -> int:
         return len(self.agents)
@@ -173,8 +175,8 @@ class Screen:
     def tick(self, prices: Mapping[str, float]) -> ScreenFigures:
         """Take in prices, USD by symbol or asset; return the figures of the accounts that they touch, sorted by index.
 
-        Touched is who holds a market whose mark changed or an asset whose price did; a market without a price of its own
-        is marked at its underlying's. A price that is as before touches nobody.
+        Touched is who holds a market whose mark changed or an asset whose price did; a market without a price of its
+        own is marked at its underlying's. A price that is as before touches nobody.
         """
         touched = self._touched(*self.board.post(prices))
         self._assess(touched)
@@ -269,13 +271,18 @@ class Screen:
         return np.flatnonzero(flags)
 
     def _assess(self, accounts: Rows) -> None:
-        """Bring the figures of accounts up to date."""
-        whole = len(accounts) > WHOLE_SHARE * len(self)
-        if whole:
-            accounts = np.arange(len(self))
-        backing, reserved = self._backing(accounts, whole=whole)
-        alone = self._stand_alone(accounts, whole=whole)
-        pnl, initial, maintenance = self._additive(accounts, whole=whole)
+        """Bring the figures of accounts (k,), sorted, up to date; of all where they are many."""
+        if len(accounts) <= WHOLE_SHARE * len(self):
+            self._assess_block(accounts)
+            return
+        everyone = np.arange(len(self))
+        for start in range(0, len(self), ACCOUNTS_AT_ONCE):
+            self._assess_block(everyone[start : start + ACCOUNTS_AT_ONCE])
+
+    def _assess_block(self, accounts: Rows) -> None:
+        backing, reserved = self._backing(accounts)
+        alone = self._stand_alone(accounts)
+        pnl, initial, maintenance = self._additive(accounts)
         self._equity[accounts] = backing - alone + pnl
         members = np.flatnonzero(self._mode[accounts] == PORTFOLIO)
         if len(members):
@@ -283,51 +290,42 @@ class Screen:
         self._initial[accounts] = initial + reserved
         self._maintenance[accounts] = maintenance + reserved
 
-    def _backing(self, accounts: Rows, *, whole: bool) -> tuple[Floats, Floats]:
+    def _backing(self, accounts: Rows) -> tuple[Floats, Floats]:
         """Return collateral after haircut less debts, and what reservations require of it, USD (k,)."""
         table, board = self._holdings, self.board
-        rows, owner = _pick(table, accounts, whole=whole)
+        picked = _pick(table, accounts)
+        rows = picked.rows
         asset = table["asset"][rows]
         unit = board.backing[asset]
         value = table["held"][rows] * unit - table["owed"][rows] * board.price[asset]
-        count = len(accounts)
-        return sums(owner, value, count), sums(owner, table["reserved"][rows] * unit, count)
+        return picked.sums(value), picked.sums(table["reserved"][rows] * unit)
 
-    def _stand_alone(self, accounts: Rows, *, whole: bool) -> Floats:
+    def _stand_alone(self, accounts: Rows) -> Floats:
         """Return what isolated positions hold for themselves, USD (k,); note whose fall short of their own margin."""
         table = self._solo
-        rows, owner = _pick(table, accounts, whole=whole)
+        picked = _pick(table, accounts)
+        rows = picked.rows
         quantity, mark = table["quantity"][rows], self.board.mark[table["symbol"][rows]]
         allocated = table["allocated"][rows]
         left = allocated + quantity * (mark - table["entry_price"][rows])
         needed = table["maintenance_rate"][rows] * np.abs(quantity) * mark
+        # never so for a blank row, which needs nothing and holds nothing
         short = left - TOLERANCE * allocated < needed * (1.0 + TOLERANCE)
-        # a blank row needs nothing and holds nothing: 0 < 0
-        self._alone_breached[accounts] = np.bincount(owner[short], minlength=len(accounts)) > 0
-        return sums(owner, allocated, len(accounts))
+        self._alone_breached[accounts] = np.bincount(picked.owner[short], minlength=len(accounts)) > 0
+        return picked.sums(allocated)
 
-    def _additive(self, accounts: Rows, *, whole: bool) -> tuple[Floats, Floats, Floats]:
+    def _additive(self, accounts: Rows) -> tuple[Floats, Floats, Floats]:
         """Return the pool's profit and loss, and its margins in cross and isolated mode, USD (k,)."""
-        table, count = self._pool, len(accounts)
-        rows, owner = _pick(table, accounts, whole=whole)
+        table = self._pool
+        picked = _pick(table, accounts)
+        rows = picked.rows
         quantity, mark = table["quantity"][rows], self.board.mark[table["symbol"][rows]]
-        net = quantity * mark
+        lanes = _Grouping(table["first"][rows])
+        net = lanes.netted(quantity * mark)
         mark -= table["entry_price"][rows]
         mark *= quantity
-        pnl = sums(owner, mark, count)
-        initial, maintenance = table["initial_rate"][rows], table["maintenance_rate"][rows]
-        lanes = self._whole_lanes() if whole else _grouping(table["first"][rows])
-        if lanes.several:
-            net, owner = lanes.sums(net), owner[lanes.first]
-            initial, maintenance = initial[lanes.first], maintenance[lanes.first]
-        np.abs(net, out=net)
-        return pnl, sums(owner, initial * net, count), sums(owner, maintenance * net, count)
-
-    def _whole_lanes(self) -> _Grouping:
-        """Return the lanes of all rows, which stay while no row moves."""
-        if self._lanes_of is None or self._lanes_of[0] != self._pool.revision:
-            self._lanes_of = self._pool.revision, _grouping(self._pool["first"])
-        return self._lanes_of[1]
+        initial, maintenance = table["initial_rate"][rows] * net, table["maintenance_rate"][rows] * net
+        return picked.sums(mark), picked.sums(initial), picked.sums(maintenance)
 
     def _by_risk(self, accounts: Rows) -> tuple[Floats, Floats]:
         """Return the pool's margins in portfolio mode, USD (k,)."""
@@ -335,11 +333,11 @@ class Screen:
         rows, owner = table.rows(accounts)
         symbol = table["symbol"][rows]
         exposure = table["quantity"][rows] * board.mark[symbol]
-        lanes = _grouping(table["first"][rows])
-        first = rows[lanes.first]
-        under = board.underlying[symbol[lanes.first]]
+        lanes = _Grouping(table["first"][rows])
+        first = rows[lanes.leads]
+        under = board.underlying[symbol[lanes.leads]]
         books = many.Lanes(
-            owner=owner[lanes.first],
+            owner=owner[lanes.leads],
             net=lanes.sums(exposure),
             gross=lanes.sums(np.abs(exposure)),
             price_range=table["price_range"][first],
@@ -388,34 +386,69 @@ _ACCOUNT_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class _Grouping:
-    """Rows (m,) in groups that start at the rows `first` (g,); `group` (m,) is each row's."""
+    """Rows (m,) in groups, each from one that is `first` (m,) to the next."""
 
-    first: Rows
-    group: Rows
+    first: Flags
 
-    @property
-    def several(self) -> bool:
-        """Whether any group has more than one row."""
-        return len(self.first) < len(self.group)
+    @cached_property
+    def leads(self) -> Rows:
+        """The first row of each group (g,)."""
+        return np.flatnonzero(self.first)
+
+    @cached_property
+    def group(self) -> Rows:
+        """Each row's group (m,)."""
+        return np.cumsum(self.first) - 1
+
+    @cached_property
+    def _shared(self) -> tuple[Rows, Rows, Rows]:
+        """The rows of groups of several rows, the first of each such group, and which of these groups each is of."""
+        behind = ~self.first
+        rows = np.flatnonzero(behind | np.append(behind[1:], False))
+        first = self.first[rows]
+        return rows, rows[first], np.cumsum(first) - 1
 
     def sums(self, values: Floats) -> Floats:
         """Return the sums (g,) of values (m,)."""
-        return sums(self.group, values, len(self.first)) if self.several else values
+        return sums(self.group, values, len(self.leads))
+
+    def netted(self, values: Floats) -> Floats:
+        """Return the absolute sum of each group on its first row, 0 on its others (m,)."""
+        net = np.abs(values)
+        rows, leads, group = self._shared
+        if len(rows):
+            net[rows] = 0.0
+            net[leads] = np.abs(sums(group, values[rows], len(leads)))
+        return net
 
 
-def _grouping(first: Flags) -> _Grouping:
-    return _Grouping(np.flatnonzero(first), np.cumsum(first) - 1)
+@dataclass(frozen=True, slots=True)
+class _Picked:
+    """Rows (m,) of a table, each with the place of its owner among `count`."""
+
+    rows: Rows | slice
+    owner: Rows
+    count: int
+
+    def sums(self, values: Floats) -> Floats:
+        """Return the sums by owner (count,) of values (m,)."""
+        return sums(self.owner, values, self.count)
 
 
 def _indptr(table: Ragged) -> Rows:
     return np.concatenate([[0], np.cumsum(table.count)])
 
 
-def _pick(table: Ragged, accounts: Rows, *, whole: bool) -> tuple[Rows | slice, Rows]:
-    """Return the rows of accounts (k,), and which of the k each belongs to; all rows where all accounts are meant."""
-    return (slice(None), table["owner"]) if whole else table.rows(accounts)
+def _pick(table: Ragged, accounts: Rows) -> _Picked:
+    """Return the rows of accounts (k,), sorted: a slice where they stand in a line."""
+    count = len(accounts)
+    if count and accounts[-1] - accounts[0] == count - 1 and table.in_order:
+        start, last = table.start[accounts[0]], accounts[-1]
+        rows = slice(start, table.start[last] + table.count[last])
+        return _Picked(rows, table["owner"][rows] - accounts[0], count)
+    return _Picked(*table.rows(accounts), count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,5 +500,5 @@ def _highest(values: Floats, first: Flags) -> Floats:
     """Return the highest value of each row's group (m,)."""
     if first.all():
         return values
-    groups = _grouping(first)
-    return np.maximum.reduceat(values, groups.first)[groups.group]
+    groups = _Grouping(first)
+    return np.maximum.reduceat(values, groups.leads)[groups.group]

@@ -31,8 +31,8 @@ _ACCOUNTS = f"""
            array_agg(coalesce(a.breach_utilization::float8, 'NaN')), array_agg({_OPEN_CALL})
     FROM accounts a WHERE $1::text[] IS NULL OR a.agent_id = ANY ($1)"""  # noqa: S608  no value from outside
 
-# Rows that were written by transactions which the last snapshot may not have seen. Nothing is missed, whatever the order of commits, and no index is kept for it: that would cost each change of a
-# book more than this scan costs.
+# Rows that were written by transactions which the last snapshot may not have seen. Nothing is missed, whatever the
+# order of commits, and no index is kept for it: that would cost each change of a book more than this scan costs.
 _CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($1::text::xid)"
 _HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294967296)::text"
 
