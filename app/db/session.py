@@ -132,14 +132,14 @@ class Database:
         return value
 
     @asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[asyncpg.Connection]:
+    async def snapshot(self, exported: str | None = None) -> AsyncIterator[asyncpg.Connection]:
         """Open a connection of the driver's own whose statements all see one state, for reads in bulk.
 
-        Raises DatabaseUnavailableError.
+        `exported` names the state that another such connection sees. Raises DatabaseUnavailableError.
         """
         try:
             with _outages_named():
-                async with self._reader.snapshot() as connection:
+                async with self._reader.snapshot(exported) as connection:
                     yield connection
         except DatabaseUnavailableError as error:
             self._fail(error)
@@ -194,12 +194,14 @@ class _Reader:
             return await connection.fetchval(query, *arguments)
 
     @asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[asyncpg.Connection]:
+    async def snapshot(self, exported: str | None) -> AsyncIterator[asyncpg.Connection]:
         pool = self._pool or await self._open()
         async with (
             pool.acquire(timeout=self._connect_seconds) as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
+            if exported is not None:
+                await connection.execute(f"SET TRANSACTION SNAPSHOT '{exported}'")
             yield connection
 
     async def _open(self) -> asyncpg.Pool:

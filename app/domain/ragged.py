@@ -29,7 +29,7 @@ class Ragged:
         self.start: Rows = np.zeros(0, dtype=np.intp)
         self.count: Rows = np.zeros(0, dtype=np.intp)
         self.in_order = True
-        """Whether the rows stand in the order of their owners, without blanks: a start is the sum of counts before it."""
+        """Whether the rows stand in the order of their owners, without blanks: start is the sum of counts before."""
         self._blank = {**blank, "owner": np.intp(0)}
         self._columns: dict[str, Column] = {name: np.empty(0, value.dtype) for name, value in self._blank.items()}
         self._used = 0

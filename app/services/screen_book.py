@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import asyncpg
 import numpy as np
@@ -81,9 +83,18 @@ class Loaded:
 
 
 async def load_all(database: Database) -> Loaded:
-    """Return every book. Raises DatabaseUnavailableError."""
-    async with database.snapshot() as connection:
-        return Loaded(await _read(connection, None), await connection.fetchval(_HORIZON))
+    """Return every book, read over two connections at once. Raises DatabaseUnavailableError."""
+    async with database.snapshot() as first:
+        exported = await first.fetchval("SELECT pg_export_snapshot()")
+        async with database.snapshot(exported) as second:
+            # both run to their end, so that neither connection is left busy
+            read = asyncio.gather(_positions(first, None), _backing(second, None), return_exceptions=True)
+            positions, backing = await read
+            if isinstance(positions, BaseException):
+                raise positions
+            if isinstance(backing, BaseException):
+                raise backing
+        return Loaded(_columns(positions, backing), await first.fetchval(_HORIZON))
 
 
 async def load_changed(database: Database, known: Mapping[str, int], horizon: str) -> Loaded:
@@ -94,36 +105,62 @@ async def load_changed(database: Database, known: Mapping[str, int], horizon: st
     async with database.snapshot() as connection:
         rows = await connection.fetch(_CHANGED, horizon)
         agents = [agent for agent, version in rows if known.get(agent) != version]
-        return Loaded(await _read(connection, agents), await connection.fetchval(_HORIZON))
+        positions, backing = await _positions(connection, agents), await _backing(connection, agents)
+        return Loaded(_columns(positions, backing), await connection.fetchval(_HORIZON))
 
 
-async def _read(connection: asyncpg.Connection, agents: Sequence[str] | None) -> BookColumns:
-    """Return the books of the agents, of all where None."""
-    names, hashes, version, mode, breach, open_call = [
-        column or () for column in await connection.fetchrow(_ACCOUNTS, agents, list(MODES))
-    ]
-    accounts = _Names.of(names, hashes)
-    positions = await _copy(connection, _POSITIONS + _only(agents), _POSITION_FIELDS, agents)
-    symbols = await _symbols(connection, positions["symbol"])
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """Rows of open positions, and the names that their symbols' hashes stand for."""
+
+    rows: NDArray[np.void]
+    symbols: _Names
+
+
+@dataclass(frozen=True, slots=True)
+class _Backing:
+    """What was read of the accounts, by column; their names, rows of holdings, the names of assets."""
+
+    accounts: Sequence[Sequence[Any]]
+    rows: NDArray[np.void]
+    assets: _Names
+
+
+async def _positions(connection: asyncpg.Connection, agents: Sequence[str] | None) -> _Positions:
+    """Return the open positions of the agents, of all where None."""
+    rows = await _copy(connection, _POSITIONS + _only(agents), _POSITION_FIELDS, agents)
+    return _Positions(rows, await _symbols(connection, rows["symbol"]))
+
+
+async def _backing(connection: asyncpg.Connection, agents: Sequence[str] | None) -> _Backing:
+    """Return the accounts and holdings of the agents, of all where None."""
+    accounts = [column or () for column in await connection.fetchrow(_ACCOUNTS, agents, list(MODES))]
+    rows = await _copy(connection, _HOLDINGS.format(_only(agents)) + _only(agents), _HOLDING_FIELDS, agents)
     assets = _Names.of(*await _pair(connection, _ASSETS.format(_only(agents)), *_arguments(agents)))
-    holdings = await _copy(connection, _HOLDINGS.format(_only(agents)) + _only(agents), _HOLDING_FIELDS, agents)
+    return _Backing(accounts, rows, assets)
+
+
+def _columns(found: _Positions, backing: _Backing) -> BookColumns:
+    names, hashes, version, mode, breach, open_call = backing.accounts
+    accounts = _Names.of(names, hashes)
+    positions, holdings = found.rows, backing.rows
     return BookColumns(
         agents=names,
         version=np.array(version, dtype=np.int64),
         mode=np.array(mode, dtype=np.int8),
         breach=np.array(breach, dtype=np.float64),
         open_call=np.array(open_call, dtype=np.bool_),
-        symbols=symbols.names,
-        assets=assets.names,
+        symbols=found.symbols.names,
+        assets=backing.assets.names,
         positions=PositionColumns(
             account=accounts.rows(positions["account"]),
-            symbol=symbols.rows(positions["symbol"]),
+            symbol=found.symbols.rows(positions["symbol"]),
             **{n: positions[n].astype(np.float64) for n in ("size", "entry_price", "leverage", "allocated")},
             isolated=positions["isolated"].copy(),
         ),
         holdings=HoldingColumns(
             account=accounts.rows(holdings["account"]),
-            asset=assets.rows(holdings["asset"]),
+            asset=backing.assets.rows(holdings["asset"]),
             **{n: holdings[n].astype(np.float64) for n in ("held", "owed", "reserved")},
         ),
     )
