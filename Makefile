@@ -29,6 +29,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quote
 	$(BIN)/python -m benchmarks.http
 	$(BIN)/python -m benchmarks.account
+	$(BIN)/python -m benchmarks.screen --load
 
 lock: $(INSTALLED)
 	@$(PIP) install uv

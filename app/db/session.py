@@ -131,6 +131,21 @@ class Database:
         self.reachable = True
         return value
 
+    @asynccontextmanager
+    async def snapshot(self, exported: str | None = None) -> AsyncIterator[asyncpg.Connection]:
+        """Open a connection of the driver's own whose statements all see one state, for reads in bulk.
+
+        `exported` names the state that another such connection sees. Raises DatabaseUnavailableError.
+        """
+        try:
+            with _outages_named():
+                async with self._reader.snapshot(exported) as connection:
+                    yield connection
+        except DatabaseUnavailableError as error:
+            self._fail(error)
+            raise
+        self.reachable = True
+
     def _fail(self, error: DatabaseUnavailableError) -> None:
         self.reachable = error.code != "database_unavailable"
         if error.code == "database_error":
@@ -177,6 +192,17 @@ class _Reader:
         pool = self._pool or await self._open()
         async with pool.acquire(timeout=self._connect_seconds) as connection:
             return await connection.fetchval(query, *arguments)
+
+    @asynccontextmanager
+    async def snapshot(self, exported: str | None) -> AsyncIterator[asyncpg.Connection]:
+        pool = self._pool or await self._open()
+        async with (
+            pool.acquire(timeout=self._connect_seconds) as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            if exported is not None:
+                await connection.execute(f"SET TRANSACTION SNAPSHOT '{exported}'")
+            yield connection
 
     async def _open(self) -> asyncpg.Pool:
         async with self._opening:

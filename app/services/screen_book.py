@@ -1,0 +1,234 @@
+"""The stored books as the screen's columns: all of them at the start, from then on those that changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+import numpy as np
+from numpy.typing import NDArray
+
+from app.db.session import Database
+from app.domain.book_columns import MODES, BookColumns, HoldingColumns, PositionColumns
+from app.domain.portfolio import Rows
+
+Hashes = NDArray[np.int64]
+
+_HEADER_BYTES, _TRAILER_BYTES = 19, 2
+"""Of binary COPY: signature, flags and extension before the rows; a count of -1 after them."""
+
+# Names travel as 64-bit hashes, so that every row is as long as the next and numpy reads them all at once; a row of
+# names and their hashes beside them says what they stand for.
+_HASH = "hashtextextended({}, 0)"
+
+# No table of margin calls yet.
+_OPEN_CALL = "false"
+
+_ACCOUNTS = f"""
+    SELECT array_agg(a.agent_id), array_agg({_HASH.format("a.agent_id")}), array_agg(a.version),
+           array_agg(array_position($2::text[], a.margin_mode) - 1),
+           array_agg(coalesce(a.breach_utilization::float8, 'NaN')), array_agg({_OPEN_CALL})
+    FROM accounts a WHERE $1::text[] IS NULL OR a.agent_id = ANY ($1)"""  # noqa: S608  no value from outside
+
+# Rows that were written by transactions which the last snapshot may not have seen. Nothing is missed, whatever the
+# order of commits, and no index is kept for it: that would cost each change of a book more than this scan costs.
+_CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($1::text::xid)"
+_HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294967296)::text"
+
+_POSITIONS = f"""
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("symbol")},
+           CASE side WHEN 'long' THEN size::float8 ELSE -size::float8 END, entry_price::float8,
+           coalesce(leverage::float8, 'NaN'), CASE margin_mode WHEN 'isolated' THEN allocated::float8 ELSE 0 END,
+           margin_mode = 'isolated'
+    FROM positions WHERE closed_at IS NULL"""  # noqa: S608  no value from outside
+_POSITION_FIELDS = {
+    "account": "i8",
+    "symbol": "i8",
+    "size": "f8",
+    "entry_price": "f8",
+    "leverage": "f8",
+    "allocated": "f8",
+    "isolated": "?",
+}
+_LISTED = f"""
+    SELECT array_agg(symbol), array_agg({_HASH.format("symbol")})
+    FROM (SELECT symbol FROM instrument_parameters UNION SELECT symbol FROM market_prices) s"""  # noqa: S608
+_SYMBOLS = f"""
+    SELECT array_agg(symbol), array_agg({_HASH.format("symbol")})
+    FROM (SELECT DISTINCT symbol FROM positions WHERE closed_at IS NULL) s"""  # noqa: S608
+
+_HOLDINGS = f"""
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, CASE bucket WHEN 'owed' THEN 0 ELSE amount::float8 END,
+           CASE bucket WHEN 'owed' THEN amount::float8 ELSE 0 END, 0::float8
+    FROM balances WHERE amount > 0 {{}}
+    UNION ALL
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, 0, 0, remaining::float8
+    FROM reservations WHERE status = 'open'"""  # noqa: S608
+_HOLDING_FIELDS = {"account": "i8", "asset": "i8", "held": "f8", "owed": "f8", "reserved": "f8"}
+_ASSETS = f"""
+    SELECT array_agg(asset), array_agg({_HASH.format("asset")})
+    FROM (SELECT asset FROM balances WHERE true {{0}}
+          UNION SELECT asset FROM reservations WHERE status = 'open' {{0}}) s"""  # noqa: S608
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Books as one snapshot saw them, and the horizon from which on the next has to look for changes."""
+
+    columns: BookColumns
+    horizon: str
+
+
+async def load_all(database: Database) -> Loaded:
+    """Return every book, read over two connections at once. Raises DatabaseUnavailableError."""
+    async with database.snapshot() as first:
+        exported = await first.fetchval("SELECT pg_export_snapshot()")
+        async with database.snapshot(exported) as second:
+            # both run to their end, so that neither connection is left busy
+            read = asyncio.gather(_positions(first, None), _backing(second, None), return_exceptions=True)
+            positions, backing = await read
+            if isinstance(positions, BaseException):
+                raise positions
+            if isinstance(backing, BaseException):
+                raise backing
+        return Loaded(_columns(positions, backing), await first.fetchval(_HORIZON))
+
+
+async def load_changed(database: Database, known: Mapping[str, int], horizon: str) -> Loaded:
+    """Return the books that changed since a snapshot with this horizon, but for those `known` at their version.
+
+    Raises DatabaseUnavailableError.
+    """
+    async with database.snapshot() as connection:
+        rows = await connection.fetch(_CHANGED, horizon)
+        agents = [agent for agent, version in rows if known.get(agent) != version]
+        positions, backing = await _positions(connection, agents), await _backing(connection, agents)
+        return Loaded(_columns(positions, backing), await connection.fetchval(_HORIZON))
+
+
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """Rows of open positions, and the names that their symbols' hashes stand for."""
+
+    rows: NDArray[np.void]
+    symbols: _Names
+
+
+@dataclass(frozen=True, slots=True)
+class _Backing:
+    """What was read of the accounts, by column; their names, rows of holdings, the names of assets."""
+
+    accounts: Sequence[Sequence[Any]]
+    rows: NDArray[np.void]
+    assets: _Names
+
+
+async def _positions(connection: asyncpg.Connection, agents: Sequence[str] | None) -> _Positions:
+    """Return the open positions of the agents, of all where None."""
+    rows = await _copy(connection, _POSITIONS + _only(agents), _POSITION_FIELDS, agents)
+    return _Positions(rows, await _symbols(connection, rows["symbol"]))
+
+
+async def _backing(connection: asyncpg.Connection, agents: Sequence[str] | None) -> _Backing:
+    """Return the accounts and holdings of the agents, of all where None."""
+    accounts = [column or () for column in await connection.fetchrow(_ACCOUNTS, agents, list(MODES))]
+    rows = await _copy(connection, _HOLDINGS.format(_only(agents)) + _only(agents), _HOLDING_FIELDS, agents)
+    assets = _Names.of(*await _pair(connection, _ASSETS.format(_only(agents)), *_arguments(agents)))
+    return _Backing(accounts, rows, assets)
+
+
+def _columns(found: _Positions, backing: _Backing) -> BookColumns:
+    names, hashes, version, mode, breach, open_call = backing.accounts
+    accounts = _Names.of(names, hashes)
+    positions, holdings = found.rows, backing.rows
+    return BookColumns(
+        agents=names,
+        version=np.array(version, dtype=np.int64),
+        mode=np.array(mode, dtype=np.int8),
+        breach=np.array(breach, dtype=np.float64),
+        open_call=np.array(open_call, dtype=np.bool_),
+        symbols=found.symbols.names,
+        assets=backing.assets.names,
+        positions=PositionColumns(
+            account=accounts.rows(positions["account"]),
+            symbol=found.symbols.rows(positions["symbol"]),
+            **{n: positions[n].astype(np.float64) for n in ("size", "entry_price", "leverage", "allocated")},
+            isolated=positions["isolated"].copy(),
+        ),
+        holdings=HoldingColumns(
+            account=accounts.rows(holdings["account"]),
+            asset=backing.assets.rows(holdings["asset"]),
+            **{n: holdings[n].astype(np.float64) for n in ("held", "owed", "reserved")},
+        ),
+    )
+
+
+def _only(agents: Sequence[str] | None) -> str:
+    return "" if agents is None else " AND agent_id = ANY ($1::text[])"
+
+
+async def _symbols(connection: asyncpg.Connection, hashes: Hashes) -> _Names:
+    """Return the names of the symbols' hashes: what is listed or priced, or, where that is not all, what is open."""
+    listed = _Names.of(*await _pair(connection, _LISTED))
+    return listed if listed.cover(hashes) else _Names.of(*await _pair(connection, _SYMBOLS))
+
+
+async def _pair(connection: asyncpg.Connection, query: str, *arguments: object) -> tuple[Sequence[str], Sequence[int]]:
+    """Return names and their hashes, none where there are none."""
+    names, hashes = await connection.fetchrow(query, *arguments)
+    return names or (), hashes or ()
+
+
+def _arguments(agents: Sequence[str] | None) -> tuple[Sequence[str], ...]:
+    return () if agents is None else (agents,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Names by their hash, sorted by it."""
+
+    names: Sequence[str]
+    hashes: Hashes
+    order: Rows
+
+    @classmethod
+    def of(cls, names: Sequence[str], hashes: Sequence[int]) -> _Names:
+        """Return the names; ValueError where two have one hash: a million names do once in 40 million times."""
+        given = np.array(hashes, dtype=np.int64)
+        order = np.argsort(given)
+        if (np.diff(given[order]) == 0).any():
+            raise ValueError("two names have the same hash")
+        return cls(names, given[order], order)
+
+    def rows(self, hashes: Hashes) -> Rows:
+        """Return the indices (n,) of the names that the hashes stand for."""
+        return self.order[np.searchsorted(self.hashes, hashes.astype(np.int64))]
+
+    def cover(self, hashes: Hashes) -> bool:
+        """Whether a name is known for every hash."""
+        return bool(np.isin(hashes, self.hashes, kind="sort").all())
+
+
+async def _copy(
+    connection: asyncpg.Connection, query: str, fields: Mapping[str, str], agents: Sequence[str] | None
+) -> NDArray[np.void]:
+    """Return the rows of a query whose columns are all of a fixed width and never null."""
+    parts: list[bytes] = []
+
+    async def keep(part: bytes) -> None:
+        parts.append(part)
+
+    await connection.copy_from_query(query, *_arguments(agents), output=keep, format="binary")
+    layout: list[tuple[str, str]] = [("", ">i2")]
+    for name, kind in fields.items():
+        layout += [(f"{name} width", ">i4"), (name, kind if kind == "?" else f">{kind}")]
+    row = np.dtype([("fields", ">i2"), *layout[1:]])
+    data = b"".join(parts)
+    count, rest = divmod(len(data) - _HEADER_BYTES - _TRAILER_BYTES, row.itemsize)
+    table = np.frombuffer(data, row, count, _HEADER_BYTES)
+    if rest or (table["fields"] != len(fields)).any():
+        raise ValueError("a COPY with rows of different widths")
+    return table
