@@ -442,6 +442,63 @@ audit_log = Table(
     info={"owner": "audit"},
 )
 
+# One row a call: its state is the whole of its memory, next_action_at its timer.
+margin_calls = Table(
+    "margin_calls",
+    metadata,
+    _key("id"),
+    Column("seq", BigInteger, Identity(always=True), nullable=False),
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), nullable=False),
+    _text("state"),
+    _text("cause"),
+    _moment("noticed_at"),
+    _moment("opened_at", nullable=True),
+    _moment("deadline_at", nullable=True),
+    _moment("expired_at", nullable=True),
+    _moment("ended_at", nullable=True),
+    _moment("acknowledged_at", nullable=True),
+    _moment("next_action_at", nullable=True),
+    Column("reminders", Integer, nullable=False, server_default=text("0")),
+    Column("slices", Integer, nullable=False, server_default=text("0")),
+    _number("deficit"),
+    Column("figures", JSONB, nullable=False),
+    _check("state", "state IN ('noticed', 'open', 'expired', 'liquidating', 'lapsed', 'cured', 'completed')"),
+    _check("cause", "cause IN ('utilization', 'maintenance', 'isolated')"),
+    _check("ended", "(state IN ('lapsed', 'cured', 'completed')) = (ended_at IS NOT NULL)"),
+    _check("opened", "state IN ('noticed', 'lapsed') OR opened_at IS NOT NULL AND deadline_at IS NOT NULL"),
+    _check("deadline", "deadline_at >= opened_at"),
+    _check("deficit", "deficit >= 0"),
+    Index(
+        "margin_calls_live_idx",
+        "agent_id",
+        unique=True,
+        postgresql_where=text("state IN ('noticed', 'open', 'expired', 'liquidating')"),
+    ),
+    Index(
+        "margin_calls_due_idx",
+        "next_action_at",
+        postgresql_where=text("state IN ('noticed', 'open', 'expired', 'liquidating')"),
+    ),
+    Index("margin_calls_agent_id_idx", "agent_id", "seq"),
+    info={"owner": "margin_calls"},
+)
+
+# What was last told of an account, so that only a change is told again; and its highest equity, for the trailing stop.
+account_watch = Table(
+    "account_watch",
+    metadata,
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), primary_key=True),
+    _text("zone"),
+    _text("alert_level"),
+    Column("stale", Boolean, nullable=False, server_default=text("false")),
+    _number("peak_equity"),
+    Column("stopped", Boolean, nullable=False, server_default=text("false")),
+    _moment("updated_at"),
+    _check("zone", "zone IN ('GREEN', 'YELLOW', 'ORANGE', 'RED')"),
+    _check("alert_level", "alert_level IN ('OK', 'WARNING', 'DANGER', 'EMERGENCY')"),
+    info={"owner": "watch"},
+)
+
 APPEND_ONLY = (
     market_changes,
     asset_parameters,

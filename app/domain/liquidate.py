@@ -1,0 +1,74 @@
+"""Which position is closed next, and how much of it; and what an owner could do instead. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
+from typing import Literal
+
+from app.domain.book import Book, OpenPosition, OpenReservation
+from app.domain.health import Health
+from app.domain.parameters import HealthPolicy
+from app.domain.quote import AccountFigures
+
+LiquidationPolicy = Literal["smallest_first", "largest_relief", "keep_top_n"]
+
+SIZE_STEPS = 20
+_DIGITS = Context(prec=8, rounding=ROUND_CEILING)
+
+Assess = Callable[[Book], AccountFigures]
+Reduce = Callable[[Book, "Target", Decimal], Book]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A reducible position or reservation, its size, and its notional in USD."""
+
+    item: OpenPosition | OpenReservation
+    size: Decimal
+    notional: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What is closed in one step: a target, and how much of it."""
+
+    target: Target
+    size: Decimal
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the target stays."""
+        return self.size == self.target.size
+
+
+def in_order(targets: Sequence[Target], policy: LiquidationPolicy, relief: Callable[[Target], float]) -> list[Target]:
+    """Return the targets in the order in which they are closed.
+
+    `smallest_first` and `keep_top_n` (which keeps the largest for as long as it can) by notional, `largest_relief` by
+    what closing one takes off the required initial margin. Ties go by id, so that two workers choose alike.
+    """
+    if policy == "largest_relief":
+        return sorted(targets, key=lambda t: (-relief(t), t.item.id))
+    return sorted(targets, key=lambda t: (t.notional, t.item.id))
+
+
+def next_slice(
+    book: Book, target: Target, assess: Assess, reduce: Reduce, enough: Callable[[AccountFigures], bool]
+) -> Slice:
+    """Return how much of a target to close: all of it, or just the part that is enough if less will do."""
+    if not enough(assess(reduce(book, target, target.size))):
+        return Slice(target, target.size)
+    low, high = Decimal(0), target.size
+    for _ in range(SIZE_STEPS):
+        middle = _DIGITS.plus((low + high) / 2)
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if enough(assess(reduce(book, target, middle))) else (middle, high)
+    return Slice(target, high)
+
+
+def shortfall(health: Health, policy: HealthPolicy) -> float:
+    """Return the USD that would bring utilization to the level of the shortfall: required / level - equity, >= 0."""
+    return max(0.0, health.required_initial / policy.shortfall_utilization - health.equity)

@@ -1,0 +1,180 @@
+"""The life of a margin call, as one pure step: what to do next, given the call, the figures, and the time.
+
+watching → noticed → open → cured, or expired → liquidating → completed. A timer carries no decision: the same step is
+taken on fresh figures whenever one goes off, so that a late, an early or a doubled one does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from app.domain.book import AccountSettings
+from app.domain.gates import TOLERANCE
+from app.domain.health import Health
+from app.domain.parameters import HealthPolicy
+
+State = Literal["noticed", "open", "expired", "liquidating", "lapsed", "cured", "completed"]
+Cause = Literal["utilization", "maintenance", "isolated"]
+
+LIVE_STATES: tuple[State, ...] = ("noticed", "open", "expired", "liquidating")
+"""States in which an account has a call; of the others it has had one."""
+
+LAST_REMINDER = timedelta(seconds=30)
+"""The last reminder goes out so long before the deadline, the first at half-time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A live call. `reminders` counts those sent; times are the database's."""
+
+    state: State
+    noticed_at: datetime
+    opened_at: datetime | None = None
+    deadline_at: datetime | None = None
+    reminders: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a call is judged on. `cause` is None where nothing is breached."""
+
+    cause: Cause | None
+    is_cured: bool
+    may_stop: bool
+    anything_left: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A breach was seen; it has to last until `until` before the call is made."""
+
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """The call is made; its owner has until the deadline."""
+
+    deadline: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Remind:
+    """A reminder is due, the `number`th."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing is due before `until` (None: before the figures change)."""
+
+    until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Become:
+    """The call goes over into a state: lapsed, cured, expired, liquidating or completed."""
+
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Liquidate:
+    """One position, or a part of it, is to be closed."""
+
+
+Step = Notice | Open | Remind | Wait | Become | Liquidate
+
+
+def situation(health: Health, policy: HealthPolicy, isolated_breached: bool, anything_left: bool) -> Situation:
+    """Return what a call is judged on, from an account's health and whether an isolated position is past saving.
+
+    Breach: utilization at the level, or equity below maintenance. Cured and stopped: utilization at their levels or
+    below, and maintenance met. Source: README, "Margin calls".
+    """
+    short = health.insolvent or health.equity < health.required_maintenance
+    used = float("inf") if health.utilization is None else health.utilization
+    cause: Cause | None = None
+    if short and health.required_initial > 0.0:
+        cause = "maintenance"
+    elif isolated_breached:
+        cause = "isolated"
+    elif used >= policy.breach_utilization and health.required_initial > 0.0:
+        cause = "utilization"
+    sound = not short and not isolated_breached
+    return Situation(
+        cause=cause,
+        is_cured=sound and used <= policy.cure_utilization * (1.0 + TOLERANCE),
+        may_stop=sound and used <= policy.stop_utilization * (1.0 + TOLERANCE),
+        anything_left=anything_left,
+    )
+
+
+def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: datetime) -> Step | None:
+    """Return the next step of an account's call, None where there is nothing to do.
+
+    Raises ValueError for a call that is over.
+    """
+    if call is None:
+        return None if now_is.cause is None else _begin(now_is.cause, settings, now)
+    if call.state == "noticed":
+        return _while_noticed(call, now_is, settings, now)
+    if call.state == "open":
+        return _while_open(call, now_is, now)
+    if call.state == "expired":
+        return _while_expired(now_is, settings)
+    if call.state == "liquidating":
+        return Become("completed") if now_is.may_stop or not now_is.anything_left else Liquidate()
+    raise ValueError(f"a call that is {call.state} takes no step")
+
+
+def _begin(cause: Cause, settings: AccountSettings, now: datetime) -> Step:
+    # equity below maintenance skips the notice delay, not the grace
+    if cause == "utilization" and settings.notice_delay_seconds > 0:
+        return Notice(now + timedelta(seconds=settings.notice_delay_seconds))
+    return Open(now + timedelta(seconds=settings.grace_period_seconds))
+
+
+def _while_noticed(call: Call, now_is: Situation, settings: AccountSettings, now: datetime) -> Step:
+    if now_is.cause is None:
+        return Become("lapsed")
+    due = call.noticed_at + timedelta(seconds=settings.notice_delay_seconds)
+    if now_is.cause == "utilization" and now < due:
+        return Wait(due)
+    return Open(now + timedelta(seconds=settings.grace_period_seconds))
+
+
+def _while_open(call: Call, now_is: Situation, now: datetime) -> Step:
+    if call.opened_at is None or call.deadline_at is None:
+        raise ValueError("an open call has a deadline")
+    if now_is.is_cured:
+        return Become("cured")
+    if now >= call.deadline_at:
+        return Become("expired")
+    ahead = reminders(call.opened_at, call.deadline_at)[call.reminders :]
+    if not ahead:
+        return Wait(call.deadline_at)
+    if now < ahead[0]:
+        return Wait(ahead[0])
+    # those that were slept through are not made up for
+    passed = sum(1 for moment in ahead if moment <= now)
+    return Remind(call.reminders + passed)
+
+
+def _while_expired(now_is: Situation, settings: AccountSettings) -> Step:
+    if now_is.is_cured:
+        return Become("cured")
+    return Become("liquidating") if settings.auto_liquidate else Wait(None)
+
+
+def reminders(opened_at: datetime, deadline_at: datetime) -> Sequence[datetime]:
+    """Return when reminders are due: at half-time, and 30 s before the deadline where that is later."""
+    half = opened_at + (deadline_at - opened_at) / 2
+    last = deadline_at - LAST_REMINDER
+    if deadline_at <= opened_at:
+        return ()
+    return (half, last) if last > half else (half,)
