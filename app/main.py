@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,7 +39,7 @@ from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services import retention
 from app.services.accounts import KeyRing
-from app.services.margin import FiguresCache
+from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
 from app.settings import Settings
@@ -53,13 +54,15 @@ def create_app(settings: Settings) -> FastAPI:
         raise StartupError("no database: set PRIMERISK_DATABASE_URL, or use `primerisk serve`")
     database = Database(parse_database_url(settings.database_url.get_secret_value()), settings)
     metrics = Metrics()
+    market_cache = MarketCache(database)
     parts = Parts(
         settings=settings,
         metrics=metrics,
         database=database,
         keys=KeyRing(database, settings),
-        market=MarketCache(database),
+        market=market_cache,
         figures=FiguresCache(),
+        scenes=Scenes(market_cache, timedelta(seconds=settings.price_age_seconds_max), settings.account_items_max),
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
         streams=Streams(database, metrics, settings.event_streams_max),

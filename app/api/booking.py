@@ -6,13 +6,11 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Query, Request
 from msgspec import Meta
-from sqlalchemy import func, select
 from starlette.responses import Response
 
 from app.api.body import encoder
@@ -80,14 +78,6 @@ _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
 
-async def scene_of(parts: Parts, tx: Tx) -> Scene:
-    """Return the market as the transaction sees it."""
-    seconds = timedelta(seconds=parts.settings.price_age_seconds_max)
-    view = await parts.market.current(tx)
-    now: datetime = (await tx.connection.execute(select(func.clock_timestamp()))).scalar_one()
-    return Scene(view, now, seconds, parts.settings.account_items_max)
-
-
 def idempotency_key(request: Request) -> str | None:
     """Return the caller's name for the request. Raises InvalidError for one that is no printable ASCII."""
     key = request.headers.get("idempotency-key")
@@ -131,7 +121,7 @@ def _namespace(owner: Owner) -> str:
 
 async def _effect(parts: Parts, tx: Tx, owner: Owner, effect: Effect, named: Named | None) -> Answer:
     held = await book.lock(tx, owner.agent_id)
-    reply = await effect(tx, held, await scene_of(parts, tx))
+    reply = await effect(tx, held, await parts.scenes.at(tx))
     answer = Answer(reply.status, encoder.encode(reply.content))
     if named is not None:
         await idempotency.keep(tx, named, answer)

@@ -13,7 +13,7 @@ from app.api.workshop import Workshop
 from app.db.session import Database
 from app.errors import ForbiddenError, UnauthorizedError
 from app.services.accounts import Caller, KeyRing, Scope
-from app.services.margin import FiguresCache
+from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
 from app.settings import Settings
@@ -35,6 +35,7 @@ class Parts:
     keys: KeyRing
     market: MarketCache
     figures: FiguresCache
+    scenes: Scenes
     limiter: RateLimiter
     workshop: Workshop
     streams: Streams

@@ -6,6 +6,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from sqlalchemy import func, select
+
+from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.gates import Refusal, refusal, stale_symbols
 from app.domain.money import to_decimal
@@ -13,7 +16,7 @@ from app.domain.prices import PriceFinder, StoredPrice
 from app.domain.quote import AccountFigures, account_figures
 from app.domain.trade import Contract
 from app.errors import ConflictError, conflict, invalid
-from app.services.market_cache import MarketView
+from app.services.market_cache import MarketCache, MarketView
 
 ACCOUNTS_REMEMBERED_MAX = 1_024
 
@@ -79,6 +82,21 @@ class Scene:
             least = self.market.parameters.models.portfolio_minimum_equity
             detail = f"portfolio margin asks for an equity of {least:,.0f} USD: only what comes in and what reduces"
             raise conflict(pointer, "equity_below_minimum", detail)
+
+
+class Scenes:
+    """Where scenes come from: the market as a transaction sees it, at the database's time."""
+
+    def __init__(self, market: MarketCache, price_age_max: timedelta, items_max: int) -> None:
+        self._market = market
+        self._price_age_max = price_age_max
+        self._items_max = items_max
+
+    async def at(self, tx: Tx) -> Scene:
+        """Return the scene of this moment; to be called when the book is locked."""
+        view = await self._market.current(tx)
+        now: datetime = (await tx.connection.execute(select(func.clock_timestamp()))).scalar_one()
+        return Scene(view, now, self._price_age_max, self._items_max)
 
 
 def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:

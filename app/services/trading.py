@@ -78,7 +78,7 @@ async def submit(
     if trade.is_opening:
         await _check_traded(tx, scene, order.symbol)
         _check_opening(scene, held, order, contract, trade)
-    return await _book(tx, held.agent_id, order, trade, named, reason, meta)
+    return await fill(tx, held, order, trade, named, reason, meta)
 
 
 async def reduce(
@@ -92,7 +92,7 @@ async def reduce(
         order = Order(position.symbol, side, _part(position.size, fraction), reduce_only=True)
         contract, mark = by_mark(scene.market, order.symbol)
         trade = plan(held, order, contract, mark.exact, "", tx.now)
-        return await _book(tx, held.agent_id, order, trade, named, reason, None)
+        return await fill(tx, held, order, trade, named, reason, None)
     reservation = next((r for r in held.reservations if r.id == target_id), None)
     if reservation is None:
         raise await _gone(tx, held.agent_id, target_id)
@@ -183,7 +183,9 @@ def _largest_size(
     return low
 
 
-async def _book(tx: Tx, agent_id: str, order: Order, trade: Trade, named: Names, reason: str, meta: Any) -> Filled:
+async def fill(tx: Tx, held: Book, order: Order, trade: Trade, named: Names, reason: str, meta: Any) -> Filled:
+    """Write what a planned trade does to a locked book: money, position, order. Raises ConflictError."""
+    agent_id = held.agent_id
     order_id = f"ord_{secrets.token_hex(10)}"
     # money first: a purse that does not cover it refuses before anything else is written
     for posting in trade.postings:

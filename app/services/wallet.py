@@ -120,11 +120,15 @@ async def release(
     The book is locked. Raises ConflictError where the reservation holds less, NotFoundError.
     """
     stored, part = await _part(tx, held, reservation_id, amount)
-    owed = held.holding(stored.asset).owed
-    moves = pay_in(held.agent_id, stored.asset, part, agent(held.agent_id, "reserved"), owed)
+    moves = given_back(held, stored.asset, part)
     await ledger.post(tx, named.occasion(held.agent_id, stored.service, "release", reservation_id), moves)
     left = await _shrink(tx, stored, part, ZERO)
     return left, held.after_moves(moves).with_reservation(_open(left))
+
+
+def given_back(held: Book, asset: str, amount: Decimal) -> list[Move]:
+    """Return the moves that give back what was reserved: what the agent owes of the asset is paid first."""
+    return pay_in(held.agent_id, asset, amount, agent(held.agent_id, "reserved"), held.holding(asset).owed)
 
 
 async def settle(
