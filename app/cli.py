@@ -53,12 +53,32 @@ def read_settings(**overrides: Any) -> Settings:
 
 @cli.command()
 def serve(host: Host = None, port: Port = None) -> None:
-    """Run the service, with an embedded Postgres where PRIMERISK_DATABASE_URL is not set."""
+    """Run API and worker, with an embedded Postgres where PRIMERISK_DATABASE_URL is not set."""
     from app import server  # noqa: PLC0415
 
     settings = read_settings(host=host, port=port)
     configure_logging(settings.log_level, settings.log_format)
     server.serve(settings)
+
+
+@cli.command()
+def api(host: Host = None, port: Port = None) -> None:
+    """Run the API alone; `primerisk worker` runs beside it."""
+    from app import server  # noqa: PLC0415
+
+    settings = read_settings(host=host, port=port)
+    configure_logging(settings.log_level, settings.log_format)
+    server.serve(settings, with_worker=False)
+
+
+@cli.command()
+def worker() -> None:
+    """Run a worker alone: margin calls, liquidations, webhooks. Several may run at once."""
+    from app import server  # noqa: PLC0415
+
+    settings = read_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    server.work(settings)
 
 
 @cli.command()

@@ -19,6 +19,7 @@ from app.api import (
     agents,
     audit,
     events,
+    margin_calls,
     market,
     ops,
     prices,
@@ -87,6 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         agents.router,
         audit.router,
         events.router,
+        margin_calls.router,
         webhooks.router,
         ops.router,
     ):

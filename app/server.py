@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from sqlalchemy import URL
 
 from app.api import workshop
+from app.api.deps import Parts
 from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.api.streams import Streams
 from app.db import embedded, migrate
@@ -31,6 +32,7 @@ from app.errors import StartupError
 from app.main import create_app
 from app.services import accounts
 from app.settings import Settings
+from app.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +47,12 @@ CURL_BODY = (
 )
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, *, with_worker: bool = True) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything that was started. Raises StartupError."""
     with _prompt_end(), _terminable(), _listener(settings) as listener, running_database(settings) as ready:
         embedded_in = None if settings.database_url else settings.data_dir
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(ready, listener, embedded_in))
+            runner.run(_run(ready, listener, embedded_in, with_worker=with_worker))
 
 
 @contextlib.contextmanager
@@ -81,7 +83,7 @@ async def prepare(settings: Settings) -> None:
     await migrate.upgrade(url)
 
 
-async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | None) -> None:
+async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | None, *, with_worker: bool) -> None:
     await prepare(settings)
     app = create_app(settings)
     key = await _first_key(app.state.parts.database, settings, embedded_in)
@@ -99,8 +101,47 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
     server = _Server(config)
     server.streams = app.state.parts.streams
     server.greeting = greeting(_address(listener), key, has_admin_key=settings.admin_key is not None)
-    async with _watched(embedded_in, _url(settings)):
+    async with _watched(embedded_in, _url(settings)), _working(app.state.parts if with_worker else None):
         await server.serve(sockets=[listener])
+
+
+@contextlib.asynccontextmanager
+async def _working(parts: Parts | None) -> AsyncIterator[None]:
+    """Run a worker meanwhile, beside the API in the same process."""
+    if parts is None:
+        yield
+        return
+    task = asyncio.create_task(worker_of(parts).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def worker_of(parts: Parts) -> Worker:
+    """Return a worker on the parts of an app."""
+    return Worker(parts.settings, parts.database, parts.market, parts.scenes, parts.metrics)
+
+
+async def _work(settings: Settings) -> None:
+    await prepare(settings)
+    parts = create_app(settings).state.parts
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        async with _working(parts):
+            await stop.wait()
+    finally:
+        await parts.database.close()
+
+
+def work(settings: Settings) -> None:
+    """Run a worker alone until it is told to stop."""
+    with running_database(settings) as ready:
+        uvloop.run(_work(ready))
 
 
 @contextlib.asynccontextmanager

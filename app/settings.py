@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,6 +68,16 @@ class Settings(BaseSettings):
     price_age_seconds_max: Annotated[
         float, Field(gt=0, description="age past which a stored price is called stale")
     ] = 60.0
+    worker_poll_seconds: Annotated[
+        float, Field(gt=0, le=10, description="how often a worker looks for changes and due timers")
+    ] = 0.1
+    liquidation_policy: Annotated[
+        Literal["smallest_first", "largest_relief", "keep_top_n"],
+        Field(description="which position is closed first"),
+    ] = "smallest_first"
+    liquidation_slippage: Annotated[
+        Decimal, Field(ge=0, lt=1, description="how far below the mark a forced sale fills, a fraction")
+    ] = Decimal("0.005")
     account_items_max: Annotated[
         int, Field(ge=1, description="open positions, reservations and assets of one account")
     ] = 1_000

@@ -52,6 +52,18 @@ class Metrics:
             "primerisk_http_requests_under_way", "Requests being answered now.", registry=self.registry
         )
         self.orders = Counter("primerisk_orders_total", "Orders by result.", ("result",), registry=self.registry)
+        self.margin_events = Counter(
+            "primerisk_margin_events_total",
+            "Margin calls and liquidations by event.",
+            ("event",),
+            registry=self.registry,
+        )
+        self.decision_seconds = Histogram(
+            "primerisk_decision_seconds",
+            "Time of one decision on an account, with its transaction.",
+            buckets=_FAST_SECONDS,
+            registry=self.registry,
+        )
         self.idempotent_replays = Counter(
             "primerisk_idempotent_replays_total",
             "Requests answered again from their Idempotency-Key.",

@@ -483,6 +483,15 @@ margin_calls = Table(
     info={"owner": "margin_calls"},
 )
 
+workers = Table(
+    "workers",
+    metadata,
+    _key("id"),
+    _moment("started_at"),
+    _moment("seen_at"),
+    info={"owner": "heartbeat"},
+)
+
 # What was last told of an account, so that only a change is told again; and its highest equity, for the trailing stop.
 account_watch = Table(
     "account_watch",

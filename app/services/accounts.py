@@ -150,6 +150,13 @@ async def lock_account(tx: Tx, agent_id: str) -> int:
     return version
 
 
+async def hold_account(tx: Tx, agent_id: str) -> None:
+    """Lock an agent's book as `lock_account` does, without saying that it changes. Raises NotFoundError."""
+    query = select(accounts.c.version).where(accounts.c.agent_id == agent_id).with_for_update()
+    if (await tx.connection.execute(query)).first() is None:
+        raise NotFoundError("There is no such agent.", code="agent_not_found")
+
+
 async def put_account_settings(tx: Tx, agent_id: str, change: Mapping[str, object]) -> None:
     """Set fields of an account's settings; the caller holds the lock and has checked them."""
     exact = {name: to_decimal(value) if isinstance(value, float) else value for name, value in change.items()}

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from app.db.session import Database, Tx
 from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
 from app.errors import NotFoundError
-from app.services.accounts import lock_account
+from app.services.accounts import hold_account, lock_account
 
 BOOKS_REMEMBERED_MAX = 1_024
 
@@ -64,6 +64,12 @@ async def read(database: Database, agent_id: str) -> Book:
 async def lock(tx: Tx, agent_id: str) -> Book:
     """Lock an agent's book and return it as the last change left it. Raises NotFoundError."""
     await lock_account(tx, agent_id)
+    return await load(tx, agent_id)
+
+
+async def hold(tx: Tx, agent_id: str) -> Book:
+    """Lock an agent's book to look at it, and return it; whoever then changes it calls `lock_account`."""
+    await hold_account(tx, agent_id)
     return await load(tx, agent_id)
 
 

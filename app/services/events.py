@@ -112,4 +112,13 @@ async def list_events(tx: Tx, agent_id: str | None, limit: int, after: int = 0) 
     return [Event(**row) for row in rows.mappings()]
 
 
+async def of_call(tx: Tx, agent_id: str, call_id: str, limit: int) -> list[Event]:
+    """Return the events of a margin call, in their order."""
+    columns = events.c
+    shown = (columns.event_id, columns.type, columns.timestamp, columns.sequence, columns.data.cast(Text).label("data"))
+    query = select(*shown).where(columns.agent_id == agent_id, columns.data["margin_call_id"].astext == call_id)
+    rows = await tx.connection.execute(query.order_by(columns.sequence).limit(limit))
+    return [Event(**row) for row in rows.mappings()]
+
+
 LAST_SEQUENCE = "SELECT last FROM event_sequences WHERE agent_id IS NOT DISTINCT FROM $1"

@@ -28,7 +28,7 @@ from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Order, plan
 from app.errors import InvalidError, NotFoundError
-from app.services import audit, book, events, trading, wallet
+from app.services import accounts, audit, book, events, trading, wallet, watch
 from app.services.margin import Scene, Scenes, by_mark
 from app.services.wallet import Names
 
@@ -74,6 +74,15 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
+class Decided:
+    """What came of a decision: the call as it now stands, the zone as told, and the events that were written."""
+
+    call: StoredCall | None
+    zone: str | None
+    told: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Case:
     """A decision under way: the locked book, the market, the figures, the call as it now stands."""
 
@@ -81,29 +90,34 @@ class _Case:
     scene: Scene
     figures: AccountFigures
     call: StoredCall | None
+    told: tuple[str, ...] = ()
 
 
-async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> StoredCall | None:
-    """Move an account's call on as far as it goes now, and return it (None: there is none).
+async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided:
+    """Move an account's call on as far as it goes now, and tell what has changed of its levels.
 
     At most one position is closed; where more are to follow the call is due again at once. On stale or missing prices
     nothing is opened and nothing liquidated.
     """
-    held = await book.lock(tx, agent_id)
+    held = await book.hold(tx, agent_id)
     scene = await scenes.at(tx)
     call = await _live(tx, agent_id)
     try:
         figures = scene.figures(held)
     except InvalidError:
-        return await _postpone(tx, call, scene.now)
+        return Decided(await _postpone(tx, call, scene.now), None, ())
     if stale_symbols(figures, scene.now, scene.price_age_max.total_seconds()):
-        return await _postpone(tx, call, scene.now)
+        seen = await watch.look(tx, scene, held, figures)
+        return Decided(await _postpone(tx, call, scene.now), seen.zone, ())
     case = _Case(held, scene, figures, call)
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
         if settled:
             break
-    return case.call
+    if (None if case.call is None else case.call.state) != (None if call is None else call.state):
+        await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
+    seen = await watch.look(tx, scene, case.held, case.figures)
+    return Decided(case.call, seen.zone, case.told)
 
 
 async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # noqa: PLR0911  one a kind of step
@@ -122,11 +136,11 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
             moved = await _set(tx, call, next_action_at=what.until)
             return True, replace(case, call=moved)
         case Open():
-            return False, replace(case, call=await _open(tx, case, call, what, judged))
+            return False, _with(case, await _open(tx, case, call, what, judged), "margin_call.opened")
         case Remind():
             moved = await _set(tx, call, reminders=what.number, next_action_at=now)
             await _tell(tx, "margin_call.reminded", case, moved)
-            return False, replace(case, call=moved)
+            return False, _with(case, moved, "margin_call.reminded")
         case Wait():
             return True, replace(case, call=await _set(tx, call, next_action_at=what.until))
         case Become():
@@ -171,7 +185,7 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
         case "expired":
             moved = await _set(tx, call, state="expired", expired_at=now, next_action_at=now)
             await _tell(tx, "margin_call.expired", case, moved)
-            return False, replace(case, call=moved)
+            return False, _with(case, moved, "margin_call.expired")
         case "liquidating":
             return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
         case "completed":
@@ -184,7 +198,12 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
         case _:
             moved = await _end(tx, call, "lapsed", now)
     await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.deficit))
-    return True, replace(case, call=moved)
+    kind = {"completed": "liquidation.completed", "cured": "margin_call.cured"}.get(moved.state)
+    return True, _with(case, moved, *(() if kind is None else (kind,)))
+
+
+def _with(case: _Case, call: StoredCall, *told: str) -> _Case:
+    return replace(case, call=call, told=(*case.told, *told))
 
 
 async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: Any) -> StoredCall:
@@ -251,6 +270,7 @@ def _fill_price(scene: Scene, position: OpenPosition, slippage: Decimal) -> Deci
 
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
     """Close the next position, or the part of it that is enough, and look again at once."""
+    await accounts.lock_account(tx, case.held.agent_id)
     chosen = _next_slice(case, rules)
     target = chosen.target.item
     names = Names(reference=call.id)
@@ -275,7 +295,7 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
     moved = await _set(tx, call, slices=call.slices + 1, next_action_at=case.scene.now, figures=_figures(after))
     whole = {"size": plain(chosen.size), "notional": chosen.target.notional, "is_whole": chosen.is_whole}
     await _tell(tx, "liquidation.executed", after, moved, **told, **whole)
-    return replace(after, call=moved)
+    return _with(after, moved, "liquidation.executed")
 
 
 def _next_slice(case: _Case, rules: Rules) -> Slice:
@@ -303,7 +323,7 @@ def _next_slice(case: _Case, rules: Rules) -> Slice:
 
 
 def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
-    """Return the cheapest ways out: a deposit, or the reduce-only orders, smallest first, that restore the cure level."""
+    """Return the cheapest ways out: a deposit, or the reduce-only orders, smallest first, down to the cure level."""
     policy = held.settings.policy(scene.market.parameters.policy)
     health = figures.health
     deposit = max(0.0, health.required_initial / policy.cure_utilization - health.equity)

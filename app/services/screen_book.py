@@ -24,8 +24,9 @@ _HEADER_BYTES, _TRAILER_BYTES = 19, 2
 # names and their hashes beside them says what they stand for.
 _HASH = "hashtextextended({}, 0)"
 
-# No table of margin calls yet.
-_OPEN_CALL = "false"
+_OPEN_CALL = """EXISTS (
+    SELECT FROM margin_calls c
+    WHERE c.agent_id = a.agent_id AND state IN ('noticed', 'open', 'expired', 'liquidating'))"""
 
 _ACCOUNTS = f"""
     SELECT array_agg(a.agent_id), array_agg({_HASH.format("a.agent_id")}), array_agg(a.version),

@@ -14,11 +14,12 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 
 from app.db.session import Tx
-from app.db.tables import account_watch
+from app.db.tables import account_watch, accounts
 from app.domain.book import Book
 from app.domain.gates import stale_symbols
 from app.domain.money import to_decimal, to_float
 from app.domain.moves import SETTLEMENT_DECIMALS
+from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
 from app.domain.watch import Scale, drawdown, settled_level
 from app.services import events
@@ -57,9 +58,8 @@ async def look(tx: Tx, scene: Scene, held: Book, figures: AccountFigures) -> Wat
 async def _tell_changes(tx: Tx, scene: Scene, held: Book, figures: AccountFigures, before: Watch) -> Watch:
     policy = held.settings.policy(scene.market.parameters.policy)
     health = figures.health
-    zones = Scale(_ZONES, (policy.zone_yellow, policy.zone_orange, policy.zone_red))
     levels = Scale(_LEVELS, (policy.alert_warning, policy.alert_danger, policy.alert_emergency))
-    zone = settled_level(zones, before.zone, health.utilization)
+    zone = settled_level(_zones(policy), before.zone, health.utilization)
     level = settled_level(levels, before.alert_level, health.margin_ratio)
     if (zone, level) != (before.zone, before.alert_level):
         data: dict[str, Any] = {
@@ -87,6 +87,27 @@ async def _trail(tx: Tx, held: Book, figures: AccountFigures, before: Watch) -> 
         data = {"drawdown": fallen, "trailing_stop": stop, "peak_equity": to_float(peak), "equity": figures.equity}
         await events.emit(tx, "trailing_stop.breached", held.agent_id, data)
     return replace(before, peak_equity=peak, stopped=reached)
+
+
+async def told_zones(tx: Tx) -> dict[str, str]:
+    """Return the zone that was last told of each agent."""
+    rows = await tx.connection.execute(select(account_watch.c.agent_id, account_watch.c.zone))
+    return {row.agent_id: row.zone for row in rows}
+
+
+async def trailed_agents(tx: Tx) -> list[str]:
+    """Return the agents whose accounts have a trailing stop."""
+    query = select(accounts.c.agent_id).where(accounts.c.trailing_stop.is_not(None))
+    return list((await tx.connection.execute(query)).scalars())
+
+
+def zone_moved(told: str, utilization: float, policy: HealthPolicy) -> bool:
+    """Whether an account's zone is no longer the one that was told of it."""
+    return settled_level(_zones(policy), told, utilization) != told
+
+
+def _zones(policy: HealthPolicy) -> Scale:
+    return Scale(_ZONES, (policy.zone_yellow, policy.zone_orange, policy.zone_red))
 
 
 async def _load(tx: Tx, agent_id: str) -> Watch:

@@ -44,6 +44,15 @@ CREATE UNIQUE INDEX margin_calls_live_idx ON margin_calls (agent_id)
     WHERE state IN ('noticed', 'open', 'expired', 'liquidating');
 """
 
+WORKERS = """
+CREATE TABLE workers (
+    id TEXT NOT NULL,
+    started_at TIMESTAMP WITH TIME ZONE NOT NULL,
+    seen_at TIMESTAMP WITH TIME ZONE NOT NULL,
+    CONSTRAINT workers_pkey PRIMARY KEY (id)
+);
+"""
+
 ACCOUNT_WATCH = """
 CREATE TABLE account_watch (
     agent_id TEXT NOT NULL,
@@ -63,6 +72,6 @@ CREATE TABLE account_watch (
 
 
 def upgrade() -> None:
-    for statement in (MARGIN_CALLS + ACCOUNT_WATCH).split(";\n"):
+    for statement in (MARGIN_CALLS + WORKERS + ACCOUNT_WATCH).split(";\n"):
         if statement.strip():
             op.execute(statement)

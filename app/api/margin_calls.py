@@ -1,0 +1,74 @@
+"""Margin calls as their owner sees them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from app.api import body as wire
+from app.api.booking import BookOwner
+from app.api.deps import Parts, document, parts_of
+from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
+from app.db.session import Tx
+from app.domain.margin_calls import LIVE_STATES
+from app.domain.money import plain
+from app.errors import InvalidError
+from app.services import book, events, margin_calls
+from app.services.margin_calls import StoredCall
+
+router = APIRouter(prefix="/api/margin-calls", tags=["margin calls"])
+
+EVENTS_SHOWN_MAX = 200
+
+State = Annotated[
+    Literal["noticed", "open", "expired", "liquidating", "lapsed", "cured", "completed"] | None,
+    Query(description="only these"),
+]
+
+
+@router.get("", openapi_extra=document("Margin calls", scope="agent"))
+async def list_calls(
+    request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "", state: State = None
+) -> Response:
+    """List the account's calls, newest first."""
+    async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
+        found = await margin_calls.list_calls(tx, owner.agent_id, limit, number_cursor(cursor), state)
+    more = next_cursor([call.seq for call in found], limit)
+    return wire.JsonResponse({"margin_calls": [_shown(call) for call in found], "next_cursor": more})
+
+
+@router.get("/{call_id}", openapi_extra=document("A margin call", scope="agent"))
+async def get_call(request: Request, owner: BookOwner, call_id: str) -> Response:
+    """Show a call with its events; while it lives, also what would cure it now."""
+    parts = parts_of(request)
+    async with parts.database.transaction(owner.caller.key_id) as tx:
+        call = await margin_calls.get(tx, owner.agent_id, call_id)
+        told = await events.of_call(tx, owner.agent_id, call_id, EVENTS_SHOWN_MAX)
+        cure = await _cure(parts, tx, owner.agent_id) if call.state in LIVE_STATES else None
+    return wire.JsonResponse({**_shown(call), "cure": cure, "events": [event.shown() for event in told]})
+
+
+@router.post("/{call_id}/acknowledge", openapi_extra=document("Acknowledge a margin call", scope="agent"))
+async def acknowledge(request: Request, owner: BookOwner, call_id: str) -> Response:
+    """Record that the owner has seen the call. The clock goes on."""
+    async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
+        return wire.JsonResponse(_shown(await margin_calls.acknowledge(tx, owner.agent_id, call_id)))
+
+
+async def _cure(parts: Parts, tx: Tx, agent_id: str) -> dict[str, Any] | None:
+    held = await book.load(tx, agent_id)
+    scene = await parts.scenes.at(tx)
+    try:
+        return margin_calls.cures(held, scene, scene.figures(held))
+    except InvalidError:
+        return None
+
+
+def _shown(call: StoredCall) -> dict[str, Any]:
+    row = asdict(call)
+    for name in ("seq", "agent_id", "next_action_at", "figures"):
+        del row[name]
+    return {**row, "deficit": plain(call.deficit), **call.figures}
