@@ -80,6 +80,9 @@ NEEDS = {
     "GET /api/webhooks/{webhook_id}/deliveries": AGENT,
     "GET /api/webhooks/deliveries/{delivery_id}": AGENT,
     "POST /api/webhooks/deliveries/{delivery_id}/replay": AGENT,
+    "GET /api/margin-calls": AGENT,
+    "GET /api/margin-calls/{call_id}": AGENT,
+    "POST /api/margin-calls/{call_id}/acknowledge": AGENT,
 }
 SERVICE_KEYS_TOO = ("/api/keys", "/api/audit", "/api/events", "/api/webhooks")
 """Routes for agents that a key of the service may ask for itself; on the others it names an agent."""

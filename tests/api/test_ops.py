@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TYPES = {
     "primerisk_idempotent_replays": "counter",
     "primerisk_orders": "counter",
+    "primerisk_margin_events": "counter",
+    "primerisk_decision_seconds": "histogram",
     "primerisk_webhook_attempts": "counter",
     "primerisk_webhook_oldest_undelivered_seconds": "gauge",
     "primerisk_webhook_lag_seconds": "gauge",
