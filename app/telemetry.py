@@ -35,6 +35,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
+        self._of_requests()
+        self._of_quotes()
+        self._of_books()
+        self._of_webhooks()
+        self.database_up = Gauge(
+            "primerisk_database_up", "1 when the database answered last, else 0.", registry=self.registry
+        )
+        Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
+
+    def _of_requests(self) -> None:
         self.requests = Counter(
             "primerisk_http_requests_total",
             "Requests by method, route template and status.",
@@ -51,24 +61,14 @@ class Metrics:
         self.requests_under_way = Gauge(
             "primerisk_http_requests_under_way", "Requests being answered now.", registry=self.registry
         )
-        self.orders = Counter("primerisk_orders_total", "Orders by result.", ("result",), registry=self.registry)
-        self.margin_events = Counter(
-            "primerisk_margin_events_total",
-            "Margin calls and liquidations by event.",
-            ("event",),
-            registry=self.registry,
-        )
-        self.decision_seconds = Histogram(
-            "primerisk_decision_seconds",
-            "Time of one decision on an account, with its transaction.",
-            buckets=_FAST_SECONDS,
-            registry=self.registry,
-        )
         self.idempotent_replays = Counter(
             "primerisk_idempotent_replays_total",
             "Requests answered again from their Idempotency-Key.",
             registry=self.registry,
         )
+        self.event_streams = Gauge("primerisk_event_streams", "Event streams that are open.", registry=self.registry)
+
+    def _of_quotes(self) -> None:
         self.quote_seconds = Histogram(
             "primerisk_quote_core_seconds",
             "Time of the risk core for one quote, by kind, without decoding and encoding.",
@@ -91,6 +91,23 @@ class Metrics:
         self.market_version = Gauge(
             "primerisk_market_version", "Version of the parameters in use.", registry=self.registry
         )
+
+    def _of_books(self) -> None:
+        self.orders = Counter("primerisk_orders_total", "Orders by result.", ("result",), registry=self.registry)
+        self.margin_events = Counter(
+            "primerisk_margin_events_total",
+            "Margin calls and liquidations by event.",
+            ("event",),
+            registry=self.registry,
+        )
+        self.decision_seconds = Histogram(
+            "primerisk_decision_seconds",
+            "Time of one decision on an account, with its transaction.",
+            buckets=_FAST_SECONDS,
+            registry=self.registry,
+        )
+
+    def _of_webhooks(self) -> None:
         self.webhook_attempts = Counter(
             "primerisk_webhook_attempts_total",
             "Attempts to deliver a webhook by result: delivered, refused, timeout, unreachable, blocked.",
@@ -107,11 +124,6 @@ class Metrics:
             "How long the webhook that waits the longest has been due.",
             registry=self.registry,
         )
-        self.event_streams = Gauge("primerisk_event_streams", "Event streams that are open.", registry=self.registry)
-        self.database_up = Gauge(
-            "primerisk_database_up", "1 when the database answered last, else 0.", registry=self.registry
-        )
-        Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
 
 
 class JsonFormatter(logging.Formatter):

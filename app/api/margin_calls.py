@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.booking import BookOwner
-from app.api.deps import Parts, document, parts_of
+from app.api.booking import BookOwner, Label
+from app.api.deps import Parts, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
 from app.domain.margin_calls import LIVE_STATES
@@ -22,6 +22,15 @@ from app.services.margin_calls import StoredCall
 router = APIRouter(prefix="/api/margin-calls", tags=["margin calls"])
 
 EVENTS_SHOWN_MAX = 200
+
+
+class AcknowledgePost(wire.Request):
+    """POST /api/margin-calls/{id}/acknowledge: a note for the audit trail, or nothing."""
+
+    note: Label | None = None
+
+
+_ACKNOWLEDGE = wire.Body(AcknowledgePost)
 
 State = Annotated[
     Literal["noticed", "open", "expired", "liquidating", "lapsed", "cured", "completed"] | None,
@@ -51,11 +60,15 @@ async def get_call(request: Request, owner: BookOwner, call_id: str) -> Response
     return wire.JsonResponse({**_shown(call), "cure": cure, "events": [event.shown() for event in told]})
 
 
-@router.post("/{call_id}/acknowledge", openapi_extra=document("Acknowledge a margin call", scope="agent"))
+@router.post(
+    "/{call_id}/acknowledge",
+    openapi_extra=document("Acknowledge a margin call", request=AcknowledgePost, scope="agent"),
+)
 async def acknowledge(request: Request, owner: BookOwner, call_id: str) -> Response:
     """Record that the owner has seen the call. The clock goes on."""
+    asked = await body_of(request, _ACKNOWLEDGE, empty=b"{}")
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        return wire.JsonResponse(_shown(await margin_calls.acknowledge(tx, owner.agent_id, call_id)))
+        return wire.JsonResponse(_shown(await margin_calls.acknowledge(tx, owner.agent_id, call_id, asked.note or "")))
 
 
 async def _cure(parts: Parts, tx: Tx, agent_id: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
+from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
@@ -36,6 +37,7 @@ BODIES = (
     ReducePost,
     CollateralPost,
     WhatIfIn,
+    AcknowledgePost,
     AgentPost,
     KeyPost,
     WebhookPost,

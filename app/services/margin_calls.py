@@ -411,13 +411,13 @@ async def due(tx: Tx, limit: int) -> list[str]:
     return list((await tx.connection.execute(query)).scalars())
 
 
-async def acknowledge(tx: Tx, agent_id: str, call_id: str) -> StoredCall:
+async def acknowledge(tx: Tx, agent_id: str, call_id: str, note: str) -> StoredCall:
     """Record that the owner has seen a call; the clock goes on. Raises NotFoundError."""
     call = await get(tx, agent_id, call_id)
     if call.acknowledged_at is not None:
         return call
     moved = await _set(tx, call, acknowledged_at=tx.now)
-    await audit.record(tx, "margin_call.acknowledged", call_id, agent_id)
+    await audit.record(tx, "margin_call.acknowledged", call_id, agent_id, note=note)
     return moved
 
 
