@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "20261122_0330"
-down_revision: str | None = "20261122_0200"
+down_revision: str | None = "20261122_0310"
 
 MARGIN_CALLS = """
 CREATE TABLE margin_calls (

@@ -29,7 +29,9 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "POST /api/reservations/{reservation_id}/release": ("reservation", {"amount": 0.1}),
     "POST /api/reservations/{reservation_id}/settle": ("reservation", {"amount": 0.1}),
 }
-ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, and below
+ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, test_margin_calls.py, and below
+    "GET /api/margin-calls/{call_id}",
+    "POST /api/margin-calls/{call_id}/acknowledge",
     "GET /api/agents/{agent_id}",
     "DELETE /api/keys/{key_id}",
     "GET /api/webhooks/{webhook_id}",
