@@ -130,7 +130,7 @@ class Screen:
         after = self._held(accounts)
         self._market_holders.change(before[0], after[0])
         self._asset_holders.change(before[1], after[1])
-        self._assess(accounts)
+        self._assess(np.sort(accounts))
         return accounts
 
     def update_account(self, book: Book, *, open_call: bool) -> int:

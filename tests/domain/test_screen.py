@@ -193,4 +193,7 @@ def test_books_that_changed_take_the_place_of_what_they_were(
         now[book.agent_id] = book
         screen.tick(moved(screen.board.stored, tick))
         assert_screened(screen, tuple(now.values()), PARAMETERS)
-    assert_screened(screen.under(TWISTED), tuple(now.values()), TWISTED)
+    again = tuple(now.values())
+    screen.update(book_columns(again[:1] + again[1:-1][::-1] + again[-1:]))  # in whatever order
+    assert_screened(screen, again, PARAMETERS)
+    assert_screened(screen.under(TWISTED), again, TWISTED)
