@@ -42,7 +42,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@echo 'installing what primerisk needs into $(VENV): a minute or two'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --require-hashes -r requirements.lock
-	@$(PIP) install --no-deps --no-build-isolation -e .
+	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.lock

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 
 from sqlalchemy import func, select
 
 from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.gates import Refusal, refusal, stale_symbols
-from app.domain.money import to_decimal
+from app.domain.money import to_decimal, to_float
 from app.domain.prices import PriceFinder, StoredPrice
 from app.domain.quote import AccountFigures, account_figures
 from app.domain.trade import Contract
@@ -56,6 +57,11 @@ class Scene:
     def require_price(self, pointer: str, asset: str) -> None:
         """Raise InvalidError `missing_price` where an asset has no price."""
         PriceFinder(self.market.parameters, {}, self.market.prices).asset(asset, pointer)
+
+    def worth(self, asset: str, amount: Decimal) -> float:
+        """Return the collateral value of units of an asset, after haircut, USD. Raises InvalidError without a price."""
+        price = PriceFinder(self.market.parameters, {}, self.market.prices).asset(asset, "/asset")
+        return to_float(amount) * price * (1.0 - self.market.parameters.asset(asset).haircut)
 
     def require_fresh(self, book: Book) -> None:
         """Raise ConflictError `stale_price` where a price that the book depends on is too old to decide by."""

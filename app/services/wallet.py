@@ -16,7 +16,7 @@ from app.domain.book import ZERO, Book, OpenReservation
 from app.domain.money import checked_amount, plain
 from app.domain.moves import Move, agent, house, pay_in
 from app.errors import NotFoundError, conflict, invalid
-from app.services import ledger, market_rules
+from app.services import ledger, market_rules, watch
 from app.services.ledger import Occasion
 from app.services.margin import Scene
 
@@ -67,6 +67,7 @@ async def deposit(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal,
     if asset not in held.holdings:
         scene.require_room(after)
     batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "deposit"), moves)
+    await watch.shift_peak(tx, held.agent_id, scene.worth(asset, amount))
     return Booked(batch, amount, after)
 
 
@@ -82,6 +83,7 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
     after = held.after_moves(moves)
     scene.require_margin(held, after, "/amount")
     batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "withdrawal"), moves)
+    await watch.shift_peak(tx, held.agent_id, -scene.worth(asset, amount))
     return Booked(batch, amount, after)
 
 

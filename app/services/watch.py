@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.db.session import Tx
@@ -87,6 +87,13 @@ async def _trail(tx: Tx, held: Book, figures: AccountFigures, before: Watch) -> 
         data = {"drawdown": fallen, "trailing_stop": stop, "peak_equity": to_float(peak), "equity": figures.equity}
         await events.emit(tx, "trailing_stop.breached", held.agent_id, data)
     return replace(before, peak_equity=peak, stopped=reached)
+
+
+async def shift_peak(tx: Tx, agent_id: str, change: float) -> None:
+    """Move an account's peak with what comes in or leaves: neither is a profit nor a drawdown."""
+    columns = account_watch.c
+    moved = func.greatest(columns.peak_equity + to_decimal(round(change, SETTLEMENT_DECIMALS)), 0)
+    await tx.connection.execute(update(account_watch).where(columns.agent_id == agent_id).values(peak_equity=moved))
 
 
 async def told_zones(tx: Tx) -> dict[str, str]:

@@ -155,3 +155,25 @@ async def test_stale_prices_open_nothing(database_url: URL) -> None:
         worker.cancel()
         with pytest.raises(asyncio.CancelledError):
             await worker
+
+
+async def test_a_trailing_stop_follows_profits_and_not_withdrawals(worked: Service) -> None:
+    await worked.prices(BTC=60_000)
+    alice = await worked.agent("Alice")
+    await alice.deposit(USDC=20_000)
+    await alice.order("BTC-PERP", "buy", 0.5)
+    assert (await alice.send("PATCH", "/account/settings", json={"trailing_stop": 0.15})).status_code == 200
+    await worked.prices(BTC=64_000)  # the peak: 22,000
+
+    async def breach() -> Any:
+        events = (await alice.get("/events"))["events"]
+        return [event["data"] for event in events if event["type"] == "trailing_stop.breached"]
+
+    await asyncio.sleep(1.5)
+    await alice.post("/wallet/withdrawals", {"asset": "USDC", "amount": 5_000})  # the peak: 17,000
+    await asyncio.sleep(1.5)
+    assert await breach() == []
+    await worked.prices(BTC=58_800)  # 14,400 is .847 of it
+    told = await _until(breach)
+    assert len(told) == 1
+    assert (told[0]["peak_equity"], told[0]["equity"]) == (17_000, 14_400)
