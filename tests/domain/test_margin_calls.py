@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -253,7 +254,7 @@ def test_a_figure_that_trembles_on_a_bound_changes_the_level_once(bound: float) 
     told = [settled_level(ZONES, "GREEN", bound - 1e-6)]
     for i in range(100):
         told.append(settled_level(ZONES, told[-1], bound + (-1) ** i * HYSTERESIS * 0.99))
-    assert sum(1 for a, b in zip(told, told[1:], strict=False) if a != b) == 1
+    assert sum(1 for a, b in pairwise(told) if a != b) == 1
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_the_order_of_closing() -> None:
 def closed(held: Book, target: Target, size: Decimal) -> Book:
     assert not hasattr(target.item, "service")
     position = target.item
-    order = Order(position.symbol, "sell", size, reduce_only=True)  # type: ignore[union-attr]
+    order = Order(position.symbol, "sell", size, reduce_only=True)
     return plan(held, order, CONTRACT, MARK, "", NOW).book
 
 
