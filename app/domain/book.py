@@ -119,6 +119,8 @@ class Book:
     holdings: Mapping[str, Holding]
     positions: Sequence[OpenPosition]
     reservations: Sequence[OpenReservation]
+    live_call: str | None = None
+    """The state of the margin call that the account is under, as the book was read."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -127,6 +129,11 @@ class Book:
     def position(self, symbol: str) -> OpenPosition | None:
         """Return the open position in a symbol."""
         return next((p for p in self.positions if p.symbol == symbol), None)
+
+    @property
+    def call_has_expired(self) -> bool:
+        """Whether the account is under a margin call past its deadline: until it is cured it may only reduce."""
+        return self.live_call in ("expired", "liquidating")
 
     @property
     def is_leveraged(self) -> bool:

@@ -26,6 +26,7 @@ class _Row(msgspec.Struct):
     balances: list[tuple[str, str, Decimal]]
     positions: list[OpenPosition]
     reservations: list[OpenReservation]
+    live_call: str | None
 
 
 BOOK_QUERY = """
@@ -40,7 +41,10 @@ BOOK_QUERY = """
             FROM positions p WHERE p.agent_id = a.agent_id AND closed_at IS NULL), '[]'),
         'reservations', coalesce((
             SELECT json_agg(r ORDER BY seq)
-            FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]')
+            FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]'),
+        'live_call', (
+            SELECT state FROM margin_calls c WHERE c.agent_id = a.agent_id
+            AND state IN ('noticed', 'open', 'expired', 'liquidating'))
     )::text
     FROM accounts a WHERE a.agent_id = $1"""
 
@@ -95,6 +99,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         holdings=_holdings(found.balances),
         positions=found.positions,
         reservations=found.reservations,
+        live_call=found.live_call,
     )
 
 

@@ -137,6 +137,8 @@ def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, t
     """Refuse an opening order that the account can't carry. Raises ConflictError."""
     scene.require_room(trade.book)
     scene.require_fresh(trade.book)
+    if held.call_has_expired:
+        raise conflict("/reduce_only", "reduce_only", "a margin call has expired: reduce only until it is cured")
     figures = scene.figures(_after_closing(held, order, contract, trade, scene))
     if held.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
