@@ -261,7 +261,7 @@ async def test_liquidation_smallest_first_one_a_decision_down_to_the_stop(calls:
     used = await calls.utilization(agent_id)
     assert STOP - 1e-4 < used <= STOP
     call = await calls.only(agent_id)
-    assert (call.state, call.slices, call.deficit, call.next_action_at) == ("completed", 2, 0, None)
+    assert (call.state, call.slices, call.deficit, call.next_action_at) == ("completed", 2, Decimal(0), None)
     orders = await calls.desk.rows(
         "SELECT symbol, side, reduce_only, reason FROM orders WHERE reason = 'liquidation' ORDER BY seq"
     )
@@ -364,7 +364,7 @@ async def test_what_is_not_covered_is_recorded_as_a_deficit(calls: Calls) -> Non
     call = made[-1].call
     assert call is not None
     # 20,000 - 0.5 x 50,000
-    assert (call.state, call.deficit, call.slices) == ("completed", 5_000, 3)
+    assert (call.state, call.deficit, call.slices) == ("completed", Decimal(5_000), 3)
     assert await calls.desk.money(agent_id) == {"owed": 5_000}
     [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'liquidation.completed'")
     assert data["deficit"] == 5_000
@@ -386,7 +386,7 @@ async def test_an_isolated_position_past_saving_is_liquidated_alone(calls: Calls
     ]
     assert await calls.sizes(agent_id) == {"BTC-PERP": Decimal("0.1"), "SOL-PERP": Decimal("0.1")}
     call = await calls.only(agent_id)
-    assert (call.cause, call.slices, call.deficit) == ("isolated", 1, 0)
+    assert (call.cause, call.slices, call.deficit) == ("isolated", 1, Decimal(0))
     assert (await calls.desk.money(agent_id)).get("allocated") is None
 
 
