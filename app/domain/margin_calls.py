@@ -128,7 +128,7 @@ def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: d
     if call.state == "expired":
         return _while_expired(now_is, settings)
     if call.state == "liquidating":
-        return Become("completed") if now_is.may_stop or not now_is.anything_left else Liquidate()
+        return _while_liquidating(now_is)
     raise ValueError(f"a call that is {call.state} takes no step")
 
 
@@ -169,6 +169,15 @@ def _while_expired(now_is: Situation, settings: AccountSettings) -> Step:
     if now_is.is_cured:
         return Become("cured")
     return Become("liquidating") if settings.auto_liquidate else Wait(None)
+
+
+def _while_liquidating(now_is: Situation) -> Step:
+    if now_is.may_stop:
+        return Become("completed")
+    if now_is.anything_left:
+        return Liquidate()
+    # what is left is not ours to close: the call lives on, or the next look would begin another
+    return Become("completed") if now_is.cause is None else Wait(None)
 
 
 def reminders(opened_at: datetime, deadline_at: datetime) -> Sequence[datetime]:

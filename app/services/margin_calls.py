@@ -337,10 +337,15 @@ def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
         return used is not None and used <= policy.cure_utilization and not after.health.insolvent
 
     orders: list[dict[str, Any]] = []
-    for target in liquidate.in_order(_targets(case), "smallest_first", lambda _: 0.0)[:ORDERS_SHOWN_MAX]:
-        if enough(scene.figures(held)):
+    doomed = {p.id for p in _breached_isolated(case)}
+    targets = liquidate.in_order(_targets(case), "smallest_first", lambda _: 0.0)
+    # an isolated position past saving is closed whole and first, as its liquidation would
+    for target in sorted(targets, key=lambda t: t.item.id not in doomed)[:ORDERS_SHOWN_MAX]:
+        is_doomed = target.item.id in doomed
+        if not is_doomed and enough(scene.figures(held)):
             break
-        chosen = liquidate.next_slice(held, target, scene.figures, reduce, enough)
+        whole = Slice(target, target.size)
+        chosen = whole if is_doomed else liquidate.next_slice(held, target, scene.figures, reduce, enough)
         held = reduce(held, target, chosen.size)
         if isinstance(target.item, OpenPosition):
             closing = _closing(target.item, chosen.size)

@@ -261,7 +261,8 @@ async def test_liquidation_smallest_first_one_a_decision_down_to_the_stop(calls:
     used = await calls.utilization(agent_id)
     assert STOP - 1e-4 < used <= STOP
     call = await calls.only(agent_id)
-    assert (call.state, call.slices, call.deficit, call.next_action_at) == ("completed", 2, Decimal(0), None)
+    assert (call.state, call.slices, call.deficit) == ("completed", 2, Decimal(0))
+    assert call.next_action_at is None
     orders = await calls.desk.rows(
         "SELECT symbol, side, reduce_only, reason FROM orders WHERE reason = 'liquidation' ORDER BY seq"
     )
@@ -390,6 +391,18 @@ async def test_an_isolated_position_past_saving_is_liquidated_alone(calls: Calls
     assert (await calls.desk.money(agent_id)).get("allocated") is None
 
 
+async def test_the_cure_of_an_isolated_position_is_to_close_it(calls: Calls) -> None:
+    agent_id = await calls.desk.agent("20000")
+    await calls.desk.order(agent_id, "buy", "0.1", leverage=3)
+    await calls.desk.order(agent_id, "buy", "2", "ETH-PERP", leverage=3, mode="isolated")
+    await calls.desk.prices({"ETH": "2050"})
+    await calls.decide(agent_id)
+    [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'margin_call.opened'")
+    assert data["cure"]["orders"] == [{"symbol": "ETH-PERP", "side": "sell", "size": 2, "reduce_only": True}]
+    await calls.desk.order(agent_id, "sell", "2", "ETH-PERP", reduce_only=True)
+    assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+
+
 async def test_a_sound_isolated_position_is_no_part_of_the_pool_s_liquidation(calls: Calls) -> None:
     agent_id = await calls.desk.agent("20000", grace_period_seconds=0)
     await calls.desk.order(agent_id, "buy", "0.6", leverage=3)
@@ -459,7 +472,8 @@ async def test_an_account_under_an_expired_call_may_only_reduce(calls: Calls) ->
     assert (await calls.decide(agent_id)).told == ("margin_call.opened", "margin_call.expired")
     assert (await calls.decide(agent_id)).told == ()
     call = await calls.only(agent_id)
-    assert (call.state, call.next_action_at) == ("expired", None)
+    assert call.state == "expired"
+    assert call.next_action_at is None
     for side, size, symbol in (("buy", "0.001", "SOL-PERP"), ("sell", "11", "SOL-PERP"), ("buy", "1", "XRP-PERP")):
         await calls.desk.prices({"XRP": 1})
         with pytest.raises(ConflictError) as refused:
