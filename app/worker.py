@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.db.session import Database
 from app.domain.portfolio import Rows
 from app.domain.screen import Screen
-from app.errors import DatabaseUnavailableError, PrimeriskError
+from app.errors import DatabaseUnavailableError
 from app.services import delivery, heartbeat, margin_calls, screen_book, watch
 from app.services.margin import Scenes
 from app.services.margin_calls import Rules
@@ -92,7 +92,7 @@ class Worker:
                 await loop()
             except (DatabaseUnavailableError, SQLAlchemyError) as error:
                 log.warning("the worker waits for the database: %s", type(error).__name__)
-            except PrimeriskError:
+            except Exception:
                 log.exception("a loop of the worker failed")
             await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
 
@@ -180,6 +180,9 @@ class Worker:
                     decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
             except DatabaseUnavailableError as error:
                 log.warning("no decision on an account now: %s", error.code)
+                return agent_id, None
+            except Exception:  # one account that can't be decided on holds up no other
+                log.exception("no decision on %s", agent_id)
                 return agent_id, None
             self._metrics.decision_seconds.observe(time.perf_counter() - started)
             for told in decided.told:
