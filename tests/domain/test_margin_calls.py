@@ -119,7 +119,9 @@ LIQUIDATING = replace(opened(), state="liquidating")
         (LIQUIDATING, BREACH, own(), 300, Liquidate()),
         (LIQUIDATING, CURED, own(), 300, Liquidate()),
         (LIQUIDATING, SAFE, own(), 300, Become("completed")),
-        (LIQUIDATING, EMPTY, own(), 300, Become("completed")),
+        # nothing is left that may be closed: over where nothing is required either, else the call lives on
+        (LIQUIDATING, replace(EMPTY, cause=None), own(), 300, Become("completed")),
+        (LIQUIDATING, EMPTY, own(), 300, Wait(None)),
         # what has begun is finished
         (LIQUIDATING, BREACH, own(auto=False), 300, Liquidate()),
         # a second breach, after the call is over, begins anew

@@ -505,3 +505,14 @@ async def test_an_open_call_does_not_refuse_what_the_gates_allow(calls: Calls) -
     await calls.decide(agent_id)
     await calls.desk.deposit(agent_id, "USDC", 20_000)
     await calls.desk.order(agent_id, "buy", "0.001", "SOL-PERP")
+
+
+async def test_a_reservation_that_may_not_be_touched_keeps_one_call_alive(calls: Calls) -> None:
+    agent_id = await calls.desk.agent("20000", grace_period_seconds=0)
+    await calls.desk.order(agent_id, "buy", "0.3", leverage=3)
+    await calls.desk.reserve(agent_id, "8000", reducible=False)
+    await calls.desk.prices({"BTC": "24000"})
+    for _ in range(6):
+        await calls.decide(agent_id)
+    call = await calls.only(agent_id)
+    assert (call.state, call.slices, call.ended_at is None) == ("liquidating", 1, True)
