@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         float, Field(gt=0, le=10, description="how often a worker looks for changes and due timers")
     ] = 0.1
     liquidation_policy: Annotated[
-        Literal["smallest_first", "largest_relief", "keep_top_n"],
+        Literal["smallest_first", "largest_relief"],
         Field(description="which position is closed first"),
     ] = "smallest_first"
     liquidation_slippage: Annotated[

@@ -13,8 +13,9 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.db.session import Database
 from app.domain.portfolio import Rows
 from app.domain.screen import Screen
+from app.domain.watch import Ranks, levels_moved
 from app.errors import DatabaseUnavailableError
 from app.services import delivery, heartbeat, margin_calls, screen_book, watch
 from app.services.margin import Scenes
@@ -38,6 +40,10 @@ DECISIONS_AT_ONCE = 4
 OUTAGE_PAUSE_SECONDS = 1.0
 TRAILED_SECONDS = 1.0
 """How often accounts with a trailing stop are looked at: their peak may move where no level does."""
+STALE_SECONDS = 1.0
+"""How often prices are looked over for those that have gone stale."""
+
+_NOBODY: Rows = np.zeros(0, dtype=np.intp)
 
 
 @dataclass(slots=True)
@@ -47,8 +53,12 @@ class _Seen:
     screen: Screen
     horizon: str
     prices: dict[str, float]
-    told: dict[str, str]
-    """The zone that was last told of each agent."""
+    told: dict[str, int]
+    """The rank of the zone that was last told of each agent; GREEN, 0, for those of whom nothing was."""
+    ranks: Ranks
+    """The same by the screen's account."""
+    stale: frozenset[str] = frozenset()
+    stale_at: float = 0.0
 
 
 class Worker:
@@ -101,11 +111,12 @@ class Worker:
     async def _watch(self) -> None:
         """Re-margin whoever a change of prices or books touches, and have decided who is a candidate."""
         seen = await self._first_look()
-        await self._decide_on(seen, self._candidates(seen, None))
+        await self._decide_on(seen, self._candidates(seen, np.arange(len(seen.screen))))
         while True:
             touched = await self._news(seen)
-            if len(touched):
-                await self._decide_on(seen, self._candidates(seen, touched))
+            due = np.union1d(self._candidates(seen, touched), self._gone_stale(seen))
+            if len(due):
+                await self._decide_on(seen, due)
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
     async def _first_look(self) -> _Seen:
@@ -115,8 +126,8 @@ class Worker:
         screen = Screen(view.parameters, prices)
         screen.update(loaded.columns)
         async with self._database.transaction(self.id) as tx:
-            told = await watch.told_zones(tx)
-        return _Seen(screen, loaded.horizon, prices, told)
+            told = {agent: watch.zone_rank(zone) for agent, zone in (await watch.told_zones(tx)).items()}
+        return _Seen(screen, loaded.horizon, prices, told, np.zeros(0, dtype=np.int8))
 
     async def _news(self, seen: _Seen) -> Rows:
         """Take in what has changed since, and return the accounts that it touches."""
@@ -125,7 +136,7 @@ class Worker:
             seen.screen = seen.screen.under(view.parameters)
             touched = np.arange(len(seen.screen))
         else:
-            touched = np.zeros(0, dtype=np.intp)
+            touched = _NOBODY
         prices = _prices(view)
         moved = {symbol: price for symbol, price in prices.items() if seen.prices.get(symbol) != price}
         if moved:
@@ -137,20 +148,32 @@ class Worker:
             touched = np.union1d(touched, seen.screen.update(loaded.columns))
         return touched
 
-    def _candidates(self, seen: _Seen, touched: Rows | None) -> list[str]:
-        """Return the agents for whom a decision is due, or whose zone is no longer the one told."""
+    def _candidates(self, seen: _Seen, touched: Rows) -> Rows:
+        """Return those of the accounts for whom a decision is due, or whose zone is no longer the one told."""
         screen = seen.screen
-        due = set(screen.candidates(touched).tolist())
+        if len(seen.ranks) < len(screen):
+            seen.ranks = np.array([seen.told.get(agent, 0) for agent in screen.agents], dtype=np.int8)
         figures = screen.figures(touched)
-        policy = screen.parameters.policy
-        for account, used in zip(figures.accounts.tolist(), figures.utilization.tolist(), strict=True):
-            if watch.zone_moved(seen.told.get(screen.agents[account], "GREEN"), used, policy):
-                due.add(account)
-        return [screen.agents[account] for account in sorted(due)]
+        moved = levels_moved(watch.zones(screen.parameters.policy), seen.ranks[touched], figures.utilization)
+        return np.union1d(screen.candidates(touched), touched[moved])
 
-    async def _decide_on(self, seen: _Seen, agents: Iterable[str]) -> None:
-        decided = await asyncio.gather(*(self._decide(agent) for agent in agents))
-        seen.told.update({agent: zone for agent, zone in decided if zone is not None})
+    def _gone_stale(self, seen: _Seen) -> Rows:
+        """Return the accounts that depend on a price that has gone stale, or is fresh again: no tick tells of it."""
+        now = time.monotonic()
+        if now < seen.stale_at + STALE_SECONDS:
+            return _NOBODY
+        oldest = self._database.clock.now() - timedelta(seconds=self._settings.price_age_seconds_max)
+        stale = frozenset(symbol for symbol, price in self._market.view.prices.items() if price.as_of < oldest)
+        changed = stale ^ seen.stale
+        seen.stale, seen.stale_at = stale, now
+        return seen.screen.depending_on(changed) if changed else _NOBODY
+
+    async def _decide_on(self, seen: _Seen, accounts: Rows) -> None:
+        rows = accounts.tolist()
+        decided = await asyncio.gather(*(self._decide(seen.screen.agents[row]) for row in rows))
+        for row, (agent, zone) in zip(rows, decided, strict=True):
+            if zone is not None:
+                seen.told[agent] = seen.ranks[row] = watch.zone_rank(zone)
 
     # --- timers
 

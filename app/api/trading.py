@@ -118,7 +118,7 @@ async def reduce(request: Request, owner: BookOwner, target_id: str) -> Response
         if isinstance(done, Filled):
             return Reply({**_filled(done, scene), "id": target_id, "service": "trading"})
         stored, left = done
-        return Reply({**replies.stored_reservation(stored), "account": _standing(left, scene)})
+        return Reply({**replies.stored_reservation(stored), "account": _left(left, scene, None)["account"]})
 
     return await once(request, owner, effect)
 
@@ -135,7 +135,7 @@ async def allocate(request: Request, owner: BookOwner, position_id: str) -> Resp
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
         position, left = await positions.allocate(tx, scene, held, position_id, amount, named)
-        return Reply({"position": _position(position, left, scene), "account": _standing(left, scene)})
+        return Reply(_left(left, scene, position))
 
     return await once(request, owner, effect)
 
@@ -174,29 +174,27 @@ def _fraction(given: Decimal) -> Decimal:
 
 
 def _filled(filled: Filled, scene: Scene) -> dict[str, Any]:
-    position = None if filled.position is None else _position(filled.position, filled.book, scene)
-    return {**replies.stored_order(filled.order), "position": position, "account": _standing(filled.book, scene)}
+    return {**replies.stored_order(filled.order), **_left(filled.book, scene, filled.position)}
 
 
-def _position(position: OpenPosition, book: Book, scene: Scene) -> dict[str, Any] | None:
-    try:
-        rows = replies.open_positions(book, scene.figures(book))
-    except InvalidError:
-        return None
-    return next(row for row in rows if row["id"] == position.id)
+def _left(book: Book, scene: Scene, position: OpenPosition | None) -> dict[str, Any]:
+    """Return the position and where the account stands after the event.
 
-
-def _standing(book: Book, scene: Scene) -> dict[str, Any] | None:
-    """Return where the account stands after the event; None where a price is missing, which must keep nobody in."""
+    Both are None where a price is missing, which must keep nobody in.
+    """
     try:
         figures = scene.figures(book)
     except InvalidError:
-        return None
+        return {"position": None, "account": None}
+    rows = replies.open_positions(book, figures)
     health = figures.health
     return {
-        "equity": figures.equity,
-        "required_initial": health.required_initial,
-        "utilization": health.utilization,
-        "margin_ratio": health.margin_ratio,
-        "zone": health.zone,
+        "position": None if position is None else next(row for row in rows if row["id"] == position.id),
+        "account": {
+            "equity": figures.equity,
+            "required_initial": health.required_initial,
+            "utilization": health.utilization,
+            "margin_ratio": health.margin_ratio,
+            "zone": health.zone,
+        },
     }

@@ -7,10 +7,12 @@ from datetime import datetime
 from typing import Literal
 
 from app.domain.parameters import HealthPolicy
-from app.domain.quote import AccountFigures
+from app.domain.quote import AccountFigures, MarginQuote
 
 TOLERANCE = 1e-9
 """Relative: utilization at the gate to the last bit passes, whatever the sums' rounding."""
+
+Assessed = AccountFigures | MarginQuote
 
 GateCode = Literal["insufficient_margin", "leverage_above_cap", "stale_price", "reduce_only"]
 
@@ -24,7 +26,7 @@ class Refusal:
     shortfall: float
 
 
-def refusal(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
+def refusal(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | None:
     """Return why an account may not go from one standing to the other, or None.
 
     What does not raise utilization passes at any level; what raises it must leave it at the gate or below. Gross
@@ -34,7 +36,7 @@ def refusal(before: AccountFigures, after: AccountFigures, policy: HealthPolicy)
     return _gate(before, after, policy) or _cap(before, after, policy) or _debt(before, after, policy)
 
 
-def _gate(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
+def _gate(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | None:
     then, now = before.health, after.health
     if now.required_initial == 0.0 and not now.insolvent:
         return None
@@ -50,7 +52,7 @@ def _gate(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -
     return Refusal("insufficient_margin", f"it would leave {shown}, the gate is {level:g}", missing)
 
 
-def _cap(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
+def _cap(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | None:
     gross, cap = after.gross_notional, policy.leverage_cap
     if gross == 0.0 or gross <= cap * after.equity * (1.0 + TOLERANCE):
         return None
@@ -60,7 +62,7 @@ def _cap(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) ->
     return Refusal("leverage_above_cap", detail, max(0.0, gross / cap - after.equity))
 
 
-def _debt(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -> Refusal | None:
+def _debt(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | None:
     owed, level = after.collateral.liabilities, policy.gate_utilization
     backing = after.equity + owed
     if owed == 0.0 or owed <= level * backing * (1.0 + TOLERANCE):
@@ -71,7 +73,7 @@ def _debt(before: AccountFigures, after: AccountFigures, policy: HealthPolicy) -
     return Refusal("insufficient_margin", detail, max(0.0, owed / level - backing))
 
 
-def stale_symbols(figures: AccountFigures, now: datetime, seconds_max: float) -> list[str]:
+def stale_symbols(figures: Assessed, now: datetime, seconds_max: float) -> list[str]:
     """Return the symbols whose stored price is older than the limit."""
     return [
         symbol

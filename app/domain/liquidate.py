@@ -8,11 +8,9 @@ from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from app.domain.book import Book, OpenPosition, OpenReservation
-from app.domain.health import Health
-from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
 
-LiquidationPolicy = Literal["smallest_first", "largest_relief", "keep_top_n"]
+LiquidationPolicy = Literal["smallest_first", "largest_relief"]
 
 SIZE_STEPS = 20
 _DIGITS = Context(prec=8, rounding=ROUND_CEILING)
@@ -46,8 +44,8 @@ class Slice:
 def in_order(targets: Sequence[Target], policy: LiquidationPolicy, relief: Callable[[Target], float]) -> list[Target]:
     """Return the targets in the order in which they are closed.
 
-    `smallest_first` and `keep_top_n` (which keeps the largest for as long as it can) by notional, `largest_relief` by
-    what closing one takes off the required initial margin. Ties go by id, so that two workers choose alike.
+    `smallest_first` by notional, `largest_relief` by what closing one takes off the required initial margin. Ties go by
+    id, so that two workers choose alike.
     """
     if policy == "largest_relief":
         return sorted(targets, key=lambda t: (-relief(t), t.item.id))
@@ -67,8 +65,3 @@ def next_slice(
             break
         low, high = (low, middle) if enough(assess(reduce(book, target, middle))) else (middle, high)
     return Slice(target, high)
-
-
-def shortfall(health: Health, policy: HealthPolicy) -> float:
-    """Return the USD that would bring utilization to the level of the shortfall: required / level - equity, >= 0."""
-    return max(0.0, health.required_initial / policy.shortfall_utilization - health.equity)

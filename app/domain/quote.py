@@ -62,6 +62,11 @@ class MarginQuote:
     advisories: Sequence[Advisory]
     prices: Mapping[str, Price]
 
+    @property
+    def gross_notional(self) -> float:
+        """Sum of absolute exposures of all positions, isolated ones too, USD."""
+        return float(self.portfolio.gross.sum())
+
 
 @dataclass(frozen=True, slots=True)
 class AccountFigures:

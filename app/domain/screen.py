@@ -6,7 +6,7 @@ anew, under the lock of its book.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -255,6 +255,14 @@ class Screen:
         if len(self._asset_names) < len(self.board.assets):
             self._asset_names = list(self.board.assets)
             self._listed = self._correlations.listed(self._asset_names)
+
+    def depending_on(self, names: Collection[str]) -> Rows:
+        """Return the accounts (k,), sorted, whose figures depend on the stored prices of these symbols and assets."""
+        board = self.board
+        assets = np.array([board.assets[name] for name in names if name in board.assets], dtype=np.intp)
+        own = np.array([board.symbols[name] for name in names if name in board.symbols], dtype=np.intp)
+        following = np.flatnonzero(np.isnan(board.own_price) & np.isin(board.underlying, assets))
+        return self._touched(np.union1d(own, following), assets)
 
     # --- prices in
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from app.domain.black76 import Floats
+from app.domain.portfolio import Flags
+
+Ranks = NDArray[np.int8]
+
 HYSTERESIS = 0.02
 """A level is left downwards only when the figure is this far below its bound: .02 of utilization or margin ratio."""
 
@@ -30,6 +38,14 @@ def settled_level(scale: Scale, before: str, value: float | None) -> str:
     if now >= then or value is None:
         return scale.names[now]
     return scale.names[min(then, scale.rank(value + HYSTERESIS))]
+
+
+def levels_moved(scale: Scale, told: Ranks, values: Floats) -> Flags:
+    """Return for whom (k,) `settled_level` is no longer the level told, given as its rank; NaN: nothing is known."""
+    bounds = np.array(scale.bounds)
+    worse = np.searchsorted(bounds, values, side="right") > told
+    better = np.searchsorted(bounds, values + HYSTERESIS, side="right") < told
+    return (worse | better) & ~np.isnan(values)
 
 
 def drawdown(peak: float, equity: float) -> float:

@@ -13,7 +13,7 @@ from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.parameters import MarketParameters
 from app.domain.prices import StoredPrice
-from app.domain.quote import AccountFigures, MarginQuote, account_figures, margin_quote
+from app.domain.quote import MarginQuote, margin_quote
 from app.domain.terms import PositionTerms
 from app.domain.trade import Contract, Order, OrderSide, plan
 from app.errors import invalid, pointers_by
@@ -68,18 +68,18 @@ def what_if(
     kept = left.quote_terms(parameters, stored)
     other = [row for row, order in enumerate(orders) if order is None]
     after = replace(kept, positions=_joined(kept.positions, _rows(added, other)))
-    then = account_figures(before, stored, now)
+    then = margin_quote(before, stored, now)
     with pointers_by(_renamed(len(left.positions), other, len(change.replace))):
-        quoted, figures = margin_quote(after, stored, now), account_figures(after, stored, now)
+        quoted = margin_quote(after, stored, now)
     refused = None
     if len(change.add) + len(change.replace):
-        refused = _never_opens(book, then, figures, now, price_seconds_max) or _uncovered(left)
-    refused = refused or refusal(then, figures, before.margin.parameters.policy)
-    return WhatIf(margin_quote(before, stored, now), quoted, refused)
+        refused = _never_opens(book, then, quoted, now, price_seconds_max) or _uncovered(left)
+    refused = refused or refusal(then, quoted, before.margin.parameters.policy)
+    return WhatIf(then, quoted, refused)
 
 
 def _never_opens(
-    book: Book, then: AccountFigures, after: AccountFigures, now: datetime, price_seconds_max: float
+    book: Book, then: MarginQuote, after: MarginQuote, now: datetime, price_seconds_max: float
 ) -> Refusal | None:
     """Return why nothing may be opened at all, whatever it comes to."""
     if stale := stale_symbols(after, now, price_seconds_max):

@@ -54,12 +54,12 @@ def _check_levels(scene: Scene, settings: AccountSettings) -> None:
 def _check_mode(scene: Scene, before: Book, after: Book) -> None:
     if not after.is_leveraged and after.settings.margin_mode != "portfolio":
         return
-    scene.require_fresh(after)
     figures = scene.figures(after)
+    scene.require_fresh(figures)
     if after.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"portfolio margin asks for an equity of {least:,.0f} USD, this is {figures.equity:,.2f}"
         raise conflict("/margin_mode", "equity_below_minimum", detail, shortfall=least - figures.equity)
-    refused = scene.refusal(before, after)
+    refused = scene.judge(scene.figures(before), figures, after)
     if refused is not None:
         raise refusal_error(refused, "/margin_mode")

@@ -41,11 +41,11 @@ class Scene:
 
     def refusal(self, before: Book, after: Book) -> Refusal | None:
         """Return why the account may not go from one book to the other, or None. Raises InvalidError."""
-        return self.judge(self.figures(before), after)
+        return self.judge(self.figures(before), self.figures(after), after)
 
-    def judge(self, before: AccountFigures, after: Book) -> Refusal | None:
-        """As `refusal`, from figures that are known. The settings are those of the book after."""
-        return refusal(before, self.figures(after), after.settings.policy(self.market.parameters.policy))
+    def judge(self, before: AccountFigures, after: AccountFigures, book: Book) -> Refusal | None:
+        """As `refusal`, from figures that are known, by the settings of the book after."""
+        return refusal(before, after, book.settings.policy(self.market.parameters.policy))
 
     def require_room(self, book: Book) -> None:
         """Raise ConflictError `account_full` where a book has grown past what is assessed in a moment."""
@@ -63,10 +63,10 @@ class Scene:
         price = PriceFinder(self.market.parameters, {}, self.market.prices).asset(asset, "/asset")
         return to_float(amount) * price * (1.0 - self.market.parameters.asset(asset).haircut)
 
-    def require_fresh(self, book: Book) -> None:
-        """Raise ConflictError `stale_price` where a price that the book depends on is too old to decide by."""
+    def require_fresh(self, figures: AccountFigures) -> None:
+        """Raise ConflictError `stale_price` where a price that the figures depend on is too old to decide by."""
         seconds = self.price_age_max.total_seconds()
-        stale = stale_symbols(self.figures(book), self.now, seconds)
+        stale = stale_symbols(figures, self.now, seconds)
         if stale:
             detail = (
                 f"the price of {stale[0]} is over {seconds:g} s old: nothing that raises utilization is decided on it"
@@ -80,11 +80,12 @@ class Scene:
         """
         if not after.is_leveraged:
             return
-        self.require_fresh(after)
-        refused = self.refusal(before, after)
+        figures = self.figures(after)
+        self.require_fresh(figures)
+        refused = self.judge(self.figures(before), figures, after)
         if refused is not None:
             raise refusal_error(refused, pointer)
-        if after.settings.margin_mode == "portfolio" and not self.figures(after).eligible:
+        if after.settings.margin_mode == "portfolio" and not figures.eligible:
             least = self.market.parameters.models.portfolio_minimum_equity
             detail = f"portfolio margin asks for an equity of {least:,.0f} USD: only what comes in and what reduces"
             raise conflict(pointer, "equity_below_minimum", detail)

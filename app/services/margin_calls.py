@@ -229,7 +229,9 @@ def _breached_isolated(case: _Case) -> list[OpenPosition]:
         alone.position_maintenance.tolist(),
         strict=True,
     )
-    return [p for p, pnl, keep in rows if p.margin_mode == "isolated" and to_float(p.allocated) + pnl < keep]
+    return [
+        p for p, pnl, keep in rows if p.margin_mode == "isolated" and p.reducible and to_float(p.allocated) + pnl < keep
+    ]
 
 
 def _targets(case: _Case) -> list[Target]:
@@ -358,7 +360,6 @@ def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
 
 def _figures(case: _Case) -> dict[str, Any]:
     """Return what a call remembers of the account: figures as JSON holds them."""
-    policy = case.held.settings.policy(case.scene.market.parameters.policy)
     health = case.figures.health
     return {
         "equity": health.equity,
@@ -368,7 +369,7 @@ def _figures(case: _Case) -> dict[str, Any]:
         "margin_ratio": health.margin_ratio,
         "zone": health.zone,
         "alert_level": health.alert_level,
-        "shortfall": liquidate.shortfall(health, policy),
+        "shortfall": health.shortfall,
     }
 
 

@@ -122,8 +122,8 @@ async def _isolated(tx: Tx, held: Book, position_id: str) -> OpenPosition:
 
 def _check_covered(scene: Scene, after: Book, changed: OpenPosition) -> None:
     """Refuse what would leave an isolated position less than its initial margin; a profit so far does not count."""
-    scene.require_fresh(after)
     figures = scene.figures(after)
+    scene.require_fresh(figures)
     row = list(after.positions).index(changed)
     kept = to_float(changed.allocated) + min(0.0, float(figures.portfolio.unrealized_pnl[row]))
     needed = float(figures.isolated.position_initial[row])

@@ -136,7 +136,8 @@ async def _check_traded(tx: Tx, scene: Scene, symbol: str) -> None:
 def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, trade: Trade) -> None:
     """Refuse an opening order that the account can't carry. Raises ConflictError."""
     scene.require_room(trade.book)
-    scene.require_fresh(trade.book)
+    after = scene.figures(trade.book)
+    scene.require_fresh(after)
     if held.call_has_expired:
         raise conflict("/reduce_only", "reduce_only", "a margin call has expired: reduce only until it is cured")
     figures = scene.figures(_after_closing(held, order, contract, trade, scene))
@@ -144,7 +145,7 @@ def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, t
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"equity is below the {least:,.0f} USD that portfolio margin asks for: reduce only"
         raise conflict("/reduce_only", "reduce_only", detail)
-    refused = _refusal(scene, figures, trade)
+    refused = _refusal(scene, figures, after, trade)
     if refused is not None:
         small = len(held.positions) <= SIZE_SEARCH_POSITIONS_MAX
         largest = _largest_size(scene, held, figures, order, contract, trade) if small else None
@@ -158,12 +159,12 @@ def _after_closing(held: Book, order: Order, contract: Contract, trade: Trade, s
     return plan(held, replace(order, size=trade.closed), contract, trade.price, "", scene.now).book
 
 
-def _refusal(scene: Scene, before: AccountFigures, trade: Trade) -> Refusal | None:
+def _refusal(scene: Scene, before: AccountFigures, after: AccountFigures, trade: Trade) -> Refusal | None:
     free = trade.book.holding(SETTLEMENT_ASSET).free
     if free < 0:
         detail = f"the allocation takes {plain(-free):f} {SETTLEMENT_ASSET} more than are free"
         return Refusal("insufficient_margin", detail, to_float(-free))
-    return scene.judge(before, trade.book)
+    return scene.judge(before, after, trade.book)
 
 
 def _largest_size(
@@ -181,7 +182,8 @@ def _largest_size(
         if not low < middle < high:
             break
         smaller = plan(held, replace(order, size=middle), contract, trade.price, "", scene.now)
-        low, high = (middle, high) if _refusal(scene, figures, smaller) is None else (low, middle)
+        passes = _refusal(scene, figures, scene.figures(smaller.book), smaller) is None
+        low, high = (middle, high) if passes else (low, middle)
     return low
 
 

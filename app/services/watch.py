@@ -59,7 +59,7 @@ async def _tell_changes(tx: Tx, scene: Scene, held: Book, figures: AccountFigure
     policy = held.settings.policy(scene.market.parameters.policy)
     health = figures.health
     levels = Scale(_LEVELS, (policy.alert_warning, policy.alert_danger, policy.alert_emergency))
-    zone = settled_level(_zones(policy), before.zone, health.utilization)
+    zone = settled_level(zones(policy), before.zone, health.utilization)
     level = settled_level(levels, before.alert_level, health.margin_ratio)
     if (zone, level) != (before.zone, before.alert_level):
         data: dict[str, Any] = {
@@ -108,12 +108,13 @@ async def trailed_agents(tx: Tx) -> list[str]:
     return list((await tx.connection.execute(query)).scalars())
 
 
-def zone_moved(told: str, utilization: float, policy: HealthPolicy) -> bool:
-    """Whether an account's zone is no longer the one that was told of it."""
-    return settled_level(_zones(policy), told, utilization) != told
+def zone_rank(zone: str) -> int:
+    """Return the place of a zone, from good to bad."""
+    return _ZONES.index(zone)
 
 
-def _zones(policy: HealthPolicy) -> Scale:
+def zones(policy: HealthPolicy) -> Scale:
+    """Return the scale of zones."""
     return Scale(_ZONES, (policy.zone_yellow, policy.zone_orange, policy.zone_red))
 
 

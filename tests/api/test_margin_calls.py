@@ -177,3 +177,31 @@ async def test_a_trailing_stop_follows_profits_and_not_withdrawals(worked: Servi
     told = await _until(breach)
     assert len(told) == 1
     assert (told[0]["peak_equity"], told[0]["equity"]) == (17_000, 14_400)
+
+
+async def test_prices_that_stop_coming_are_told_once_and_when_they_come_again(database_url: URL) -> None:
+    async with running(database_url, worker_poll_seconds=0.05, price_age_seconds_max=1) as service:
+        worker = asyncio.create_task(worker_of(service.app.state.parts).run())
+        await service.prices(BTC=60_000, ETH=3_000)
+        alice, bob = await service.agent("Alice"), await service.agent("Bob")
+        await alice.deposit(USDC=20_000)
+        await bob.deposit(USDC=20_000)
+        await alice.order("BTC-PERP", "buy", 0.1)
+
+        async def told() -> Any:
+            return [t for t in await _types(alice) if t == "market.stale"]
+
+        await _until(told)
+        await asyncio.sleep(1.5)
+        assert await told() == ["market.stale"]
+        assert "market.stale" not in await _types(bob)
+        # fresh again, they may go stale again
+        await service.prices(BTC=60_000)
+
+        async def again() -> bool:
+            return len(await told()) == 2
+
+        await _until(again)
+        worker.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await worker

@@ -47,6 +47,12 @@ def test_lower_bounds_are_inclusive(
     assert health.health_score == pytest.approx(max(0.0, 100 * (1 - reserved / 10_000)))
 
 
+@pytest.mark.parametrize(("reserved", "shortfall"), [(9_000.0, 2_000.0), (7_500.0, 0.0), (7_000.0, 0.0)])
+def test_the_shortfall_is_what_three_quarters_want(reserved: float, shortfall: float) -> None:
+    health = book(held={"USDC": 10_000.0}, reserved=reserved).quote().health
+    assert health.shortfall == pytest.approx(shortfall)
+
+
 def test_zone_and_alert_level_part_ways() -> None:
     # utilization .85 on 28,333.33 of notional, margin ratio half of it
     health = book(linear("BTC-PERP", "long", 8_500 / 0.3 / 60_000 * 1.000001), held={"USDC": 10_000.0}).quote().health

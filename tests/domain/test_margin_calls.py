@@ -8,6 +8,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app.domain import liquidate
@@ -32,7 +33,7 @@ from app.domain.margin_calls import (
 from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
 from app.domain.trade import Contract, Order, plan
-from app.domain.watch import HYSTERESIS, Scale, drawdown, settled_level
+from app.domain.watch import HYSTERESIS, Scale, drawdown, levels_moved, settled_level
 from tests.domain.test_gates import NOW, book, scene
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -287,7 +288,6 @@ def test_the_order_of_closing() -> None:
     small_first = ["ETH", "BTC"]
     for given in (targets(), targets()[::-1]):
         assert symbols(liquidate.in_order(given, "smallest_first", lambda _: 0.0)) == small_first
-        assert symbols(liquidate.in_order(given, "keep_top_n", lambda _: 0.0)) == small_first
         by_relief = liquidate.in_order(given, "largest_relief", lambda t: t.notional)
         assert symbols(by_relief) == small_first[::-1]
         alike = [replace(t, notional=1.0) for t in given]
@@ -334,6 +334,10 @@ def test_all_of_it_where_that_is_just_enough() -> None:
     assert liquidate.next_slice(HELD, target, scene().figures, closed, enough).is_whole
 
 
-def test_the_shortfall() -> None:
-    assert liquidate.shortfall(health(0.9), POLICY) == pytest.approx(90 / 0.75 - 100)
-    assert liquidate.shortfall(health(0.7), POLICY) == 0.0
+@pytest.mark.parametrize("told", range(4))
+def test_who_has_moved_is_whom_another_level_would_be_told(told: int) -> None:
+    scale = Scale(("GREEN", "YELLOW", "ORANGE", "RED"), (0.60, 0.75, 0.85))
+    used = [k / 200 for k in range(250)] + [0.60, 0.75, 0.85, float("inf")]
+    moved = levels_moved(scale, np.full(len(used), told, dtype=np.int8), np.array(used))
+    assert moved.tolist() == [settled_level(scale, scale.names[told], value) != scale.names[told] for value in used]
+    assert not levels_moved(scale, np.array([told], dtype=np.int8), np.array([np.nan])).any()

@@ -312,7 +312,7 @@ async def test_a_cure_at_the_last_moment_wins(calls: Calls) -> None:
     assert len(await calls.sizes(agent_id)) == 3
 
 
-@pytest.mark.parametrize(("policy", "first"), [("keep_top_n", "SOL-PERP"), ("largest_relief", "BTC-PERP")])
+@pytest.mark.parametrize(("policy", "first"), [("smallest_first", "SOL-PERP"), ("largest_relief", "BTC-PERP")])
 async def test_the_policies(calls: Calls, policy: Any, first: str) -> None:
     agent_id = await calls.trader(grace_period_seconds=0)
     await calls.desk.prices({"BTC": BREACH})
