@@ -113,7 +113,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await parts.market.try_refresh()
     loops = (
         asyncio.create_task(parts.market.run(parts.settings.market_refresh_seconds)),
-        asyncio.create_task(retention.run(parts.database, retention.retentions(parts.settings.price_history_days))),
+        asyncio.create_task(retention.run(parts.database, _retentions(parts.settings))),
     )
     try:
         yield
@@ -126,6 +126,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 await loop
         parts.workshop.close()
         await parts.database.close()
+
+
+def _retentions(settings: Settings) -> tuple[retention.Retention, ...]:
+    return retention.retentions(settings.price_history_days, settings.event_days)
 
 
 async def _refused_parameters(_: Request, error: Exception) -> Response:

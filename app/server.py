@@ -19,6 +19,7 @@ from typing import cast
 
 import uvicorn
 import uvloop
+from prometheus_client import start_http_server
 from pydantic import SecretStr
 from sqlalchemy import URL
 
@@ -132,10 +133,30 @@ async def _work(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        async with _working(parts):
-            await stop.wait()
+        with _showing(parts):
+            async with _working(parts):
+                await stop.wait()
     finally:
         await parts.database.close()
+
+
+@contextlib.contextmanager
+def _showing(parts: Parts) -> Iterator[None]:
+    """Show the metrics of a worker that runs alone, where a port is set for them. Raises StartupError."""
+    settings = parts.settings
+    if settings.worker_metrics_port is None:
+        yield
+        return
+    try:
+        shown, thread = start_http_server(settings.worker_metrics_port, settings.host, parts.metrics.registry)
+    except OSError as error:
+        where = f"{settings.host}:{settings.worker_metrics_port}"
+        raise StartupError(f"can't show metrics on {where}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        shown.shutdown()
+        thread.join()
 
 
 def work(settings: Settings) -> None:

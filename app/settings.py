@@ -31,7 +31,7 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"], Field(description="least severe line that is logged")
     ] = "info"
     log_format: Annotated[Literal["json", "text"], Field(description="json, or text for people")] = "text"
-    database_pool_size: Annotated[int, Field(ge=1, le=200, description="connections a process")] = 10
+    database_pool_size: Annotated[int, Field(ge=2, le=200, description="connections a process")] = 10
     database_connect_seconds: Annotated[
         float, Field(gt=0, le=60, description="longest wait for a connection before 503")
     ] = 5.0
@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     worker_poll_seconds: Annotated[
         float, Field(gt=0, le=10, description="how often a worker looks for changes and due timers")
     ] = 0.1
+    worker_metrics_port: Annotated[
+        int | None, Field(ge=1, le=65535, description="port on which `primerisk worker` shows its metrics")
+    ] = None
     liquidation_policy: Annotated[
         Literal["smallest_first", "largest_relief"],
         Field(description="which position is closed first"),
@@ -85,6 +88,7 @@ class Settings(BaseSettings):
         bool, Field(description="whether agents book their own deposits; false: only admin keys do")
     ] = True
     price_history_days: Annotated[int, Field(ge=1, le=3_650, description="how long bars of prices are kept")] = 30
+    event_days: Annotated[int, Field(ge=7, le=3_650, description="how long events and deliveries are kept")] = 90
     price_skew_seconds_max: Annotated[
         float, Field(ge=0, description="how far in the future a posted price may be dated")
     ] = 5.0

@@ -106,6 +106,26 @@ class Metrics:
             buckets=_FAST_SECONDS,
             registry=self.registry,
         )
+        self.decision_failures = Counter(
+            "primerisk_decision_failures_total",
+            "Decisions that a fault of ours prevented; the account is tried again, and the log says why.",
+            registry=self.registry,
+        )
+        self.agenda = Gauge("primerisk_decisions_waiting", "Accounts that wait for a decision.", registry=self.registry)
+        self.screen_shards = Gauge(
+            "primerisk_screen_shards", "Shards of the accounts that this process screens.", registry=self.registry
+        )
+        self.screen_seconds = Histogram(
+            "primerisk_screen_seconds",
+            "Time of one look of the screen, with what it reads.",
+            buckets=_FAST_SECONDS,
+            registry=self.registry,
+        )
+        self.worker_beat = Gauge(
+            "primerisk_worker_heartbeat_timestamp_seconds",
+            "When the worker of this process last told that it lives, Unix time; 0: there is none.",
+            registry=self.registry,
+        )
 
     def _of_webhooks(self) -> None:
         self.webhook_attempts = Counter(

@@ -13,22 +13,19 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import timedelta
 
-import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.session import Database
-from app.domain.portfolio import Rows
-from app.domain.screen import Screen
-from app.domain.watch import Ranks, levels_moved
 from app.errors import DatabaseUnavailableError
-from app.services import delivery, heartbeat, margin_calls, screen_book, watch
+from app.screening import Watchman
+from app.services import delivery, heartbeat, margin_calls, shards
 from app.services.margin import Scenes
 from app.services.margin_calls import Rules
-from app.services.market_cache import MarketCache, MarketView
+from app.services.market_cache import MarketCache
 from app.services.sender import Sender
 from app.settings import Settings
 from app.telemetry import Metrics
@@ -38,27 +35,77 @@ log = logging.getLogger(__name__)
 DUE_AT_ONCE_MAX = 200
 DECISIONS_AT_ONCE = 4
 OUTAGE_PAUSE_SECONDS = 1.0
-TRAILED_SECONDS = 1.0
-"""How often accounts with a trailing stop are looked at: their peak may move where no level does."""
-STALE_SECONDS = 1.0
-"""How often prices are looked over for those that have gone stale."""
-
-_NOBODY: Rows = np.zeros(0, dtype=np.intp)
+RETRY_SECONDS, RETRY_SECONDS_MAX = 0.5, 60.0
+"""How long an account on which deciding has failed is left alone, at first and at most."""
+LOOK_SECONDS_MAX, FIRST_LOOK_SECONDS_MAX = 15.0, 60.0
+"""How long the screen may take for one look, and for the first, before the worker passes for silent."""
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What the screen has been told of so far."""
+class Agenda:
+    """Accounts to decide on: each once, what is urgent first, none by two at a time.
 
-    screen: Screen
-    horizon: str
-    prices: dict[str, float]
-    told: dict[str, int]
-    """The rank of the zone that was last told of each agent; GREEN, 0, for those of whom nothing was."""
-    ranks: Ranks
-    """The same by the screen's account."""
-    stale: frozenset[str] = frozenset()
-    stale_at: float = 0.0
+    One that is named while it is decided on comes again afterwards. One on which deciding has failed is left alone for
+    a while, twice as long after each failure in a row, and then comes by itself: no price may come that would name it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: dict[str, bool] = {}
+        self._lines: tuple[deque[str], deque[str]] = deque(), deque()
+        self._under_way: dict[str, bool | None] = {}
+        self._failures: dict[str, int] = {}
+        self._again_at: dict[str, float] = {}
+        self._any = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, agents: Iterable[str], *, urgent: bool) -> None:
+        """Put accounts on the agenda."""
+        for agent in agents:
+            if agent in self._under_way:
+                self._under_way[agent] = urgent or bool(self._under_way[agent])
+            elif agent not in self._again_at and (agent not in self._waiting or urgent > self._waiting[agent]):
+                self._waiting[agent] = urgent
+                self._lines[not urgent].append(agent)
+        if self._waiting:
+            self._any.set()
+
+    async def take(self) -> str:
+        """Return the next account, once there is one; it is under way until `done` or `put_off`."""
+        while True:
+            for urgent, line in zip((True, False), self._lines, strict=True):
+                while line:
+                    agent = line.popleft()
+                    if self._waiting.get(agent) is urgent:  # else it has moved to the other line, or was taken there
+                        del self._waiting[agent]
+                        self._under_way[agent] = None
+                        return agent
+            self._any.clear()
+            await self._any.wait()
+
+    def done(self, agent: str) -> None:
+        """Note a decision."""
+        self._failures.pop(agent, None)
+        named_again = self._under_way.pop(agent)
+        if named_again is not None:
+            self.add([agent], urgent=named_again)
+
+    def put_off(self, agent: str) -> float:
+        """Note a failure, and return the seconds for which the account is left alone."""
+        del self._under_way[agent]
+        self._failures[agent] = self._failures.get(agent, 0) + 1
+        seconds = min(RETRY_SECONDS_MAX, RETRY_SECONDS * 2.0 ** (self._failures[agent] - 1))
+        self._again_at[agent] = self._clock() + seconds
+        return seconds
+
+    def recall(self) -> None:
+        """Put those on the agenda again who have been left alone for long enough."""
+        now = self._clock()
+        again = [agent for agent, moment in self._again_at.items() if moment <= now]
+        for agent in again:
+            del self._again_at[agent]
+        self.add(again, urgent=True)
 
 
 class Worker:
@@ -73,8 +120,12 @@ class Worker:
         self._market = market
         self._scenes = scenes
         self._metrics = metrics
+        self._agenda = Agenda()
+        self._alive_until = time.monotonic() + FIRST_LOOK_SECONDS_MAX
+        self._shards: frozenset[int] = frozenset()
+        age_max = timedelta(seconds=settings.price_age_seconds_max)
+        self._watchman = Watchman(self.id, database, market, age_max)
         self._rules = Rules(settings.liquidation_policy, settings.liquidation_slippage)
-        self._turns = asyncio.Semaphore(DECISIONS_AT_ONCE)
 
     async def run(self) -> None:
         """Work until cancelled, then finish what is under way."""
@@ -82,9 +133,9 @@ class Worker:
             loops = [
                 asyncio.create_task(self._forever(self._watch)),
                 asyncio.create_task(self._forever(self._fire_timers)),
-                asyncio.create_task(self._forever(self._trail)),
                 asyncio.create_task(self._forever(self._beat)),
-                asyncio.create_task(delivery.run(self._database, sender, self._settings, self._metrics, self.id)),
+                asyncio.create_task(self._forever(lambda: self._deliver(sender))),
+                *(asyncio.create_task(self._forever(self._decide_on)) for _ in range(DECISIONS_AT_ONCE)),
             ]
             try:
                 await asyncio.gather(*loops)
@@ -94,6 +145,14 @@ class Worker:
                 for loop in loops:
                     with contextlib.suppress(asyncio.CancelledError):
                         await loop
+                await self._leave()
+
+    async def _leave(self) -> None:
+        """Let the others take over at once."""
+        with contextlib.suppress(DatabaseUnavailableError, SQLAlchemyError):  # else the leases lapse by themselves
+            async with self._database.transaction(self.id) as tx:
+                await shards.let_go(tx, self.id)
+                await heartbeat.leave(tx, self.id)
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
         """Run a loop; an outage, or a fault of ours, is logged and the loop begun anew."""
@@ -106,119 +165,68 @@ class Worker:
                 log.exception("a loop of the worker failed")
             await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
 
-    # --- the screen
-
     async def _watch(self) -> None:
-        """Re-margin whoever a change of prices or books touches, and have decided who is a candidate."""
-        seen = await self._first_look()
-        await self._decide_on(seen, self._candidates(seen, np.arange(len(seen.screen))))
+        """Name those whom a change of prices or books brings past a level."""
         while True:
-            touched = await self._news(seen)
-            due = np.union1d(self._candidates(seen, touched), self._gone_stale(seen))
-            if len(due):
-                await self._decide_on(seen, due)
+            with self._metrics.screen_seconds.time():
+                named = await self._watchman.look(self._shards)
+            self._alive_until = time.monotonic() + LOOK_SECONDS_MAX
+            self._agenda.add(named.urgent, urgent=True)
+            self._agenda.add(named.others, urgent=False)
+            self._agenda.recall()
+            self._metrics.agenda.set(len(self._agenda))
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
-    async def _first_look(self) -> _Seen:
-        view = await self._market.refresh()
-        loaded = await screen_book.load_all(self._database)
-        prices = _prices(view)
-        screen = Screen(view.parameters, prices)
-        screen.update(loaded.columns)
-        async with self._database.transaction(self.id) as tx:
-            told = {agent: watch.zone_rank(zone) for agent, zone in (await watch.told_zones(tx)).items()}
-        return _Seen(screen, loaded.horizon, prices, told, np.zeros(0, dtype=np.int8))
-
-    async def _news(self, seen: _Seen) -> Rows:
-        """Take in what has changed since, and return the accounts that it touches."""
-        view = await self._market.refresh()
-        if view.parameters.version != seen.screen.parameters.version:
-            seen.screen = seen.screen.under(view.parameters)
-            touched = np.arange(len(seen.screen))
-        else:
-            touched = _NOBODY
-        prices = _prices(view)
-        moved = {symbol: price for symbol, price in prices.items() if seen.prices.get(symbol) != price}
-        if moved:
-            touched = np.union1d(touched, seen.screen.tick(moved).accounts)
-            seen.prices = prices
-        loaded = await screen_book.load_changed(self._database, seen.screen.versions(), seen.horizon)
-        seen.horizon = loaded.horizon
-        if len(loaded.columns.agents):
-            touched = np.union1d(touched, seen.screen.update(loaded.columns))
-        return touched
-
-    def _candidates(self, seen: _Seen, touched: Rows) -> Rows:
-        """Return those of the accounts for whom a decision is due, or whose zone is no longer the one told."""
-        screen = seen.screen
-        if len(seen.ranks) < len(screen):
-            seen.ranks = np.array([seen.told.get(agent, 0) for agent in screen.agents], dtype=np.int8)
-        figures = screen.figures(touched)
-        moved = levels_moved(watch.zones(screen.parameters.policy), seen.ranks[touched], figures.utilization)
-        return np.union1d(screen.candidates(touched), touched[moved])
-
-    def _gone_stale(self, seen: _Seen) -> Rows:
-        """Return the accounts that depend on a price that has gone stale, or is fresh again: no tick tells of it."""
-        now = time.monotonic()
-        if now < seen.stale_at + STALE_SECONDS:
-            return _NOBODY
-        oldest = self._database.clock.now() - timedelta(seconds=self._settings.price_age_seconds_max)
-        stale = frozenset(symbol for symbol, price in self._market.view.prices.items() if price.as_of < oldest)
-        changed = stale ^ seen.stale
-        seen.stale, seen.stale_at = stale, now
-        return seen.screen.depending_on(changed) if changed else _NOBODY
-
-    async def _decide_on(self, seen: _Seen, accounts: Rows) -> None:
-        rows = accounts.tolist()
-        decided = await asyncio.gather(*(self._decide(seen.screen.agents[row]) for row in rows))
-        for row, (agent, zone) in zip(rows, decided, strict=True):
-            if zone is not None:
-                seen.told[agent] = seen.ranks[row] = watch.zone_rank(zone)
-
-    # --- timers
-
     async def _fire_timers(self) -> None:
-        """Decide on the accounts whose calls are due."""
+        """Name the accounts whose calls are due."""
         while True:
             async with self._database.transaction(self.id) as tx:
                 due = await margin_calls.due(tx, DUE_AT_ONCE_MAX)
-            if due:
-                await asyncio.gather(*(self._decide(agent) for agent in due))
+            self._agenda.add(due, urgent=True)
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
-    async def _trail(self) -> None:
-        """Follow the accounts that have a trailing stop."""
-        while True:
-            async with self._database.transaction(self.id) as tx:
-                trailed = await watch.trailed_agents(tx)
-            await asyncio.gather(*(self._decide(agent) for agent in trailed))
-            await asyncio.sleep(TRAILED_SECONDS)
+    async def _deliver(self, sender: Sender) -> None:
+        await delivery.run(self._database, sender, self._settings, self._metrics, self.id)
 
-    async def _decide(self, agent_id: str) -> tuple[str, str | None]:
-        """Decide on one account, and return its zone as told."""
-        async with self._turns:
-            started = time.perf_counter()
-            try:
+    async def _decide_on(self) -> None:
+        """Decide on the accounts of the agenda, one after the other."""
+        while True:
+            agent_id = await self._agenda.take()
+            if await self._decide(agent_id):
+                self._agenda.done(agent_id)
+                continue
+            seconds = self._agenda.put_off(agent_id)
+            with contextlib.suppress(DatabaseUnavailableError, SQLAlchemyError):
                 async with self._database.transaction(self.id) as tx:
-                    decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
-            except DatabaseUnavailableError as error:
-                log.warning("no decision on an account now: %s", error.code)
-                return agent_id, None
-            except Exception:  # one account that can't be decided on holds up no other
-                log.exception("no decision on %s", agent_id)
-                return agent_id, None
-            self._metrics.decision_seconds.observe(time.perf_counter() - started)
-            for told in decided.told:
-                self._metrics.margin_events.labels(told).inc()
-            return agent_id, decided.zone
+                    await margin_calls.put_off(tx, agent_id, seconds)
+
+    async def _decide(self, agent_id: str) -> bool:
+        """Decide on one account; tell whether that was possible. One that can't be decided on holds up no other."""
+        started = time.perf_counter()
+        try:
+            async with self._database.transaction(self.id) as tx:
+                decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
+        except DatabaseUnavailableError as error:
+            log.warning("no decision on an account now: %s", error.code)
+            return False
+        except Exception:
+            self._metrics.decision_failures.inc()
+            log.exception("no decision on %s", agent_id)
+            return False
+        self._metrics.decision_seconds.observe(time.perf_counter() - started)
+        for told in decided.told:
+            self._metrics.margin_events.labels(told).inc()
+        if decided.levels is not None:
+            self._watchman.decided(agent_id, decided.levels, decided.band, waits=decided.waits)
+        return True
 
     async def _beat(self) -> None:
-        """Tell that this worker is alive."""
+        """Tell that this worker is alive, and hold its share of the accounts: only while it really looks at them."""
         while True:
-            async with self._database.transaction(self.id) as tx:
-                await heartbeat.beat(tx, self.id)
+            if time.monotonic() < self._alive_until:
+                async with self._database.transaction(self.id) as tx:
+                    await heartbeat.beat(tx, self.id)
+                    self._shards = await shards.hold(tx, self.id)
+                self._metrics.screen_shards.set(len(self._shards))
+                self._metrics.worker_beat.set_to_current_time()
             await asyncio.sleep(heartbeat.EVERY.total_seconds())
-
-
-def _prices(view: MarketView) -> dict[str, float]:
-    return {symbol: price.value for symbol, price in view.prices.items()}

@@ -16,7 +16,7 @@ from app.api.deps import Parts, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.api.quote_request import fields_given
 from app.db.session import Tx
-from app.domain.book import Book
+from app.domain.book import Book, LadderMode
 from app.domain.parameters import MarginMode
 from app.domain.quote import AccountFigures
 from app.errors import InvalidError, invalid
@@ -48,6 +48,7 @@ class AccountSettingsIn(wire.Request):
     notice_delay_seconds: Seconds | UnsetType = UNSET
     grace_period_seconds: Seconds | UnsetType = UNSET
     trailing_stop: Annotated[float, Meta(gt=0, lt=1)] | UnsetType | None = UNSET
+    drawdown_ladder: LadderMode | UnsetType = UNSET
     target_utilization: Level | UnsetType | None = UNSET
     thresholds: ThresholdsIn | UnsetType = UNSET
 

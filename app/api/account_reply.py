@@ -38,7 +38,8 @@ def account_reply(book: Book, figures: AccountFigures, view: MarketView, age_max
         "positions": open_positions(book, figures),
         "reservations": [open_reservation(r, view) for r in book.reservations],
         "health": figures.health,
-        "reduce_only": book.call_has_expired or (book.settings.margin_mode == "portfolio" and not figures.eligible),
+        "reduce_only": book.opens_nothing is not None
+        or (book.settings.margin_mode == "portfolio" and not figures.eligible),
         "stale_prices": stale,
         "parameters_version": view.parameters.version,
         "version": book.version,

@@ -118,6 +118,7 @@ webhook_deliveries = Table(
     ),
     Index("webhook_deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'pending'")),
     Index("webhook_deliveries_endpoint_id_idx", "endpoint_id", "id"),
+    Index("webhook_deliveries_event_idx", "event"),
     info={"owner": "outbox"},
 )
 

@@ -23,8 +23,12 @@ from app.domain.terms import PositionTerms
 Side = Literal["long", "short"]
 PositionMode = Literal["pooled", "isolated"]
 Execution = Literal["book", "venue"]
+LadderMode = Literal["off", "notify", "apply"]
 
 ZERO = Decimal(0)
+
+MINIMUM_VIABLE = 4
+"""The last rung of the drawdown ladder, on which nothing is opened."""
 
 THRESHOLDS = (
     "target_utilization",
@@ -47,6 +51,7 @@ class AccountSettings:
     notice_delay_seconds: int = 0
     grace_period_seconds: int = 300
     trailing_stop: float | None = None
+    drawdown_ladder: LadderMode = "off"
     target_utilization: float | None = None
     gate_utilization: float | None = None
     breach_utilization: float | None = None
@@ -121,6 +126,8 @@ class Book:
     reservations: Sequence[OpenReservation]
     live_call: str | None = None
     """The state of the margin call that the account is under, as the book was read."""
+    rung: int = 0
+    """The rung of the drawdown ladder that was last told."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -131,9 +138,13 @@ class Book:
         return next((p for p in self.positions if p.symbol == symbol), None)
 
     @property
-    def call_has_expired(self) -> bool:
-        """Whether the account is under a margin call past its deadline: until it is cured it may only reduce."""
-        return self.live_call in ("expired", "liquidating")
+    def opens_nothing(self) -> str | None:
+        """Why the account may only reduce, whatever it is worth; None where it may open."""
+        if self.live_call in ("expired", "liquidating"):
+            return "a margin call has expired: reduce only until it is cured"
+        if self.rung == MINIMUM_VIABLE and self.settings.drawdown_ladder == "apply":
+            return "equity has fallen too far from its peak: reduce only, on the last rung of the drawdown ladder"
+        return None
 
     @property
     def is_leveraged(self) -> bool:

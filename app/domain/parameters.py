@@ -112,7 +112,10 @@ class ModelParameters:
 
 @dataclass(frozen=True, slots=True)
 class HealthPolicy:
-    """Gates, targets and scales of an account. The lower bound of each band is inclusive."""
+    """Gates, targets and scales of an account. The lower bound of each band is inclusive.
+
+    From each `drawdown_` bound on its share of gross notional is cut; past `drawdown_minimum` nothing is opened.
+    """
 
     target_utilization: float = 0.60
     gate_utilization: float = 0.80
@@ -144,6 +147,13 @@ class HealthPolicy:
     stable_share_min: float = 0.50
     asset_share_max: float = 0.50
     lent_share_max: float = 0.40
+    drawdown_trim: float = 0.05
+    drawdown_cut: float = 0.08
+    drawdown_halve: float = 0.12
+    drawdown_minimum: float = 0.18
+    drawdown_trim_share: float = 0.10
+    drawdown_cut_share: float = 0.25
+    drawdown_halve_share: float = 0.50
 
 
 STRESS_CORRELATIONS = CorrelationTable(

@@ -31,6 +31,11 @@ WHOLE_SHARE = 0.25
 ACCOUNTS_AT_ONCE = 4_096
 """What is worked on of them at once stays in a core's cache."""
 
+SHORT, USED_UP, ALONE, CALLED = (np.uint8(1 << k) for k in range(4))
+"""How an account stands: equity below maintenance, utilization at the breach level, an isolated position below its own
+maintenance, a margin call that is open."""
+BREACHED = SHORT | USED_UP | ALONE
+
 _UNCHECKED = np.int8(2)
 
 _POOL = {
@@ -63,11 +68,14 @@ _SOLO = {
 _HOLDINGS = {"asset": np.intp(0), "held": np.float64(0.0), "owed": np.float64(0.0), "reserved": np.float64(0.0)}
 
 
+Standing = NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True)
 class ScreenFigures:
     """Figures of accounts (k,), USD, as `Health` has them: of the pool, with reservations required.
 
-    `utilization` is infinite where `Health` has none for want of equity. NaN: a price lacks.
+    Ratios are infinite where `Health` has none for want of equity. NaN: a price lacks.
     """
 
     accounts: Rows
@@ -78,9 +86,17 @@ class ScreenFigures:
     @property
     def utilization(self) -> Floats:
         """Required initial margin / equity (k,)."""
+        return self._ratio(self.required_initial)
+
+    @property
+    def margin_ratio(self) -> Floats:
+        """Required maintenance margin / equity (k,)."""
+        return self._ratio(self.required_maintenance)
+
+    def _ratio(self, required: Floats) -> Floats:
         equity, initial = self.equity, self.required_initial
         insolvent = (equity < 0.0) | ((equity == 0.0) & (initial > 0.0))
-        ratio = np.divide(initial, equity, out=np.zeros(len(equity)), where=(initial != 0.0) & ~insolvent)
+        ratio = np.divide(required, equity, out=np.zeros(len(equity)), where=(required != 0.0) & ~insolvent)
         ratio[insolvent] = np.inf
         return ratio
 
@@ -98,7 +114,9 @@ class Screen:
         self._open_call: Flags = np.zeros(0, dtype=np.bool_)
         self._unsound: Flags = np.zeros(0, dtype=np.bool_)
         self._alone_breached: Flags = np.zeros(0, dtype=np.bool_)
+        self._owes: Flags = np.zeros(0, dtype=np.bool_)
         self._equity: Floats = np.zeros(0)
+        self._alone: Floats = np.zeros(0)
         self._initial: Floats = np.zeros(0)
         self._maintenance: Floats = np.zeros(0)
         self._pool, self._solo, self._holdings = Ragged(_POOL), Ragged(_SOLO), Ragged(_HOLDINGS)
@@ -187,19 +205,36 @@ class Screen:
         chosen = np.arange(len(self)) if accounts is None else accounts
         return ScreenFigures(chosen, self._equity[chosen], self._initial[chosen], self._maintenance[chosen])
 
+    def whole_equity(self, accounts: Rows) -> Floats:
+        """Return what accounts (k,) are worth with their isolated positions, USD, as last assessed."""
+        whole: Floats = self._equity[accounts] + self._alone[accounts]
+        return whole
+
+    def standing(self, accounts: Rows) -> Standing:
+        """Return how accounts (k,) stand, as last assessed: a sum of the bits above, within a rounding of each level.
+
+        A book without anything leveraged is never short: it may have reserved all that is free.
+        """
+        found, policy = self.figures(accounts), self.parameters.policy
+        equity, maintenance, used = found.equity, found.required_maintenance, found.utilization
+        breach = np.fmin(self._own_breach[accounts], policy.breach_utilization)
+        leveraged = (self._pool.count[accounts] + self._solo.count[accounts] > 0) | self._owes[accounts]
+        bits = np.zeros(len(accounts), dtype=np.uint8)
+        bits[leveraged & (equity - TOLERANCE * np.abs(equity) < maintenance * (1.0 + TOLERANCE))] |= SHORT
+        bits[leveraged & (used >= breach * (1.0 - TOLERANCE))] |= USED_UP
+        bits[self._alone_breached[accounts]] |= ALONE
+        bits[self._open_call[accounts]] |= CALLED
+        return bits
+
     def candidates(self, accounts: Rows | None = None) -> Rows:
         """Return those of the accounts, else of all, for whom a decision is due, or may be within a rounding.
 
         Utilization at the account's breach level, equity below the maintenance margin, a margin call that is open, or
         an isolated position below its own maintenance margin.
         """
-        found = self.figures(accounts)
-        chosen = found.accounts
-        breach = np.fmin(self._own_breach[chosen], self.parameters.policy.breach_utilization)
-        equity, maintenance = found.equity, found.required_maintenance
-        short = equity - TOLERANCE * np.abs(equity) < maintenance * (1.0 + TOLERANCE)
-        due = short | (found.utilization >= breach * (1.0 - TOLERANCE))
-        return chosen[due | self._open_call[chosen] | self._alone_breached[chosen]]
+        chosen = np.arange(len(self)) if accounts is None else accounts
+        due: Flags = (self.standing(chosen) & (BREACHED | CALLED)) != 0
+        return chosen[due]
 
     def exposures(self) -> tuple[Exposures, Exposures]:
         """Return the pool's positions and the collateral after haircut less debts, for `scenario_pnl`."""
@@ -305,7 +340,9 @@ class Screen:
         rows = picked.rows
         asset = table["asset"][rows]
         unit = board.backing[asset]
-        value = table["held"][rows] * unit - table["owed"][rows] * board.price[asset]
+        owed = table["owed"][rows]
+        value = table["held"][rows] * unit - owed * board.price[asset]
+        self._owes[accounts] = np.bincount(picked.owner[owed > 0.0], minlength=len(accounts)) > 0
         return picked.sums(value), picked.sums(table["reserved"][rows] * unit)
 
     def _stand_alone(self, accounts: Rows) -> Floats:
@@ -319,6 +356,7 @@ class Screen:
         needed = table["maintenance_rate"][rows] * np.abs(quantity) * mark
         # never so for a blank row, which needs nothing and holds nothing
         short = left - TOLERANCE * allocated < needed * (1.0 + TOLERANCE)
+        self._alone[accounts] = picked.sums(left)
         self._alone_breached[accounts] = np.bincount(picked.owner[short], minlength=len(accounts)) > 0
         return picked.sums(allocated)
 
@@ -388,6 +426,8 @@ _ACCOUNT_COLUMNS = (
     "_open_call",
     "_unsound",
     "_alone_breached",
+    "_owes",
+    "_alone",
     "_equity",
     "_initial",
     "_maintenance",

@@ -24,6 +24,7 @@ EVENT_TYPES = frozenset(
         "liquidation.completed",
         "zone.changed",
         "trailing_stop.breached",
+        "drawdown.changed",
         "market.stale",
         "webhook.disabled",
         "webhook.test",

@@ -84,8 +84,8 @@ def _never_opens(
     """Return why nothing may be opened at all, whatever it comes to."""
     if stale := stale_symbols(after, now, price_seconds_max):
         return Refusal("stale_price", f"the price of {stale[0]} is over {price_seconds_max:g} s old", 0.0)
-    if book.call_has_expired:
-        return Refusal("reduce_only", "a margin call has expired: reduce only until it is cured", 0.0)
+    if book.opens_nothing is not None:
+        return Refusal("reduce_only", book.opens_nothing, 0.0)
     if book.settings.margin_mode == "portfolio" and not then.eligible:
         return Refusal("reduce_only", "equity is below what portfolio margin asks for: reduce only", 0.0)
     return None

@@ -9,7 +9,7 @@ from typing import Any
 from app.db.session import Tx
 from app.domain.book import THRESHOLDS, AccountSettings, Book
 from app.errors import FieldError, InvalidError, conflict
-from app.services import accounts, audit, market_rules
+from app.services import accounts, audit, market_rules, watch
 from app.services.margin import Scene, refusal_error
 
 _POINTERS = {name: f"/thresholds/{name}" for name in THRESHOLDS} | {"target_utilization": "/target_utilization"}
@@ -31,6 +31,8 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
     if "margin_mode" in changed:
         _check_mode(scene, before, after)
     await accounts.put_account_settings(tx, before.agent_id, changed)
+    if "drawdown_ladder" in changed and before.settings.drawdown_ladder == "off":
+        await watch.start_fall(tx, before.agent_id)
     await audit.record(tx, "account.settings", before.agent_id, before.agent_id, **changed)
     return after
 

@@ -27,6 +27,7 @@ class _Row(msgspec.Struct):
     positions: list[OpenPosition]
     reservations: list[OpenReservation]
     live_call: str | None
+    rung: int
 
 
 BOOK_QUERY = """
@@ -44,7 +45,8 @@ BOOK_QUERY = """
             FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]'),
         'live_call', (
             SELECT state FROM margin_calls c WHERE c.agent_id = a.agent_id
-            AND state IN ('noticed', 'open', 'expired', 'liquidating'))
+            AND state IN ('noticed', 'open', 'expired', 'liquidating')),
+        'rung', coalesce((SELECT rung FROM account_watch w WHERE w.agent_id = a.agent_id), 0)
     )::text
     FROM accounts a WHERE a.agent_id = $1"""
 
@@ -100,6 +102,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         positions=found.positions,
         reservations=found.reservations,
         live_call=found.live_call,
+        rung=found.rung,
     )
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import DateTime, Text, bindparam, select, text
+from sqlalchemy import DateTime, Integer, Text, bindparam, select, text
 
 from app.db.event_tables import events
 from app.db.session import Tx
@@ -20,6 +20,7 @@ from app.domain.webhooks import EVENT_TYPES, is_urgent
 from app.services import outbox
 
 EVENTS_A_PAGE_MAX = 200
+EVENTS_A_PURGE_MAX = 5_000
 
 _encoder = msgspec.json.Encoder(decimal_format="number")
 _DEADLINE = "deadline_at"
@@ -122,3 +123,19 @@ async def of_call(tx: Tx, agent_id: str, call_id: str, limit: int) -> list[Event
 
 
 LAST_SEQUENCE = "SELECT last FROM event_sequences WHERE agent_id IS NOT DISTINCT FROM $1"
+
+
+_PURGE = text(
+    """
+    DELETE FROM events WHERE id IN (
+        SELECT id FROM events e
+        WHERE timestamp < :before AND NOT EXISTS (SELECT FROM webhook_deliveries d WHERE d.event = e.id)
+        ORDER BY id LIMIT :most)
+    """
+).bindparams(bindparam("before", type_=DateTime(timezone=True)), bindparam("most", type_=Integer))
+
+
+async def purge(tx: Tx, before: datetime, most: int = EVENTS_A_PURGE_MAX) -> bool:
+    """Delete older events that no delivery needs; tell whether there may be more. Numbers are not given anew."""
+    done = await tx.connection.execute(_PURGE, {"before": before, "most": most})
+    return done.rowcount >= most

@@ -10,7 +10,7 @@ from decimal import Decimal
 from sqlalchemy import func, select
 
 from app.db.session import Tx
-from app.domain.book import Book
+from app.domain.book import Book, Side
 from app.domain.gates import Refusal, refusal, stale_symbols
 from app.domain.money import to_decimal, to_float
 from app.domain.prices import PriceFinder, StoredPrice
@@ -117,6 +117,11 @@ def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:
         raise invalid("/symbol", "missing_price", f"no price for {symbol} nor for {underlying}: post one to the market")
     figures = view.parameters.market(symbol, underlying)
     return Contract(to_decimal(figures.contract_size), to_decimal(figures.initial_margin_rate)), mark
+
+
+def forced_price(mark: Decimal, side: Side, slippage: Decimal) -> Decimal:
+    """Return the mark less the slippage of a forced sale (more, where a short is bought back)."""
+    return mark * (1 - slippage if side == "long" else 1 + slippage)
 
 
 class FiguresCache:

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
@@ -27,9 +27,10 @@ from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Order, plan
+from app.domain.watch import Band
 from app.errors import InvalidError, NotFoundError
-from app.services import accounts, audit, book, events, trading, wallet, watch
-from app.services.margin import Scene, Scenes, by_mark
+from app.services import accounts, audit, book, events, prevention, trading, wallet, watch
+from app.services.margin import Scene, Scenes, by_mark, forced_price
 from app.services.wallet import Names
 
 CALLS_A_PAGE_MAX = 200
@@ -75,11 +76,18 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What came of a decision: the call as it now stands, the zone as told, and the events that were written."""
+    """What came of a decision: the call as it now stands, the events that were written, what is told of its levels.
+
+    `levels` are the ranks of zone and alert level, None where a price is missing; `band`: of equity, within which
+    there is nothing to tell of the drawdown, None where it is not followed. It `waits` where prices are stale: nothing
+    was decided.
+    """
 
     call: StoredCall | None
-    zone: str | None
-    told: tuple[str, ...]
+    told: tuple[str, ...] = ()
+    levels: tuple[int, int] | None = None
+    band: Band | None = None
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +113,12 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     try:
         figures = scene.figures(held)
     except InvalidError:
-        return Decided(await _postpone(tx, call, scene.now), None, ())
+        return Decided(await _postpone(tx, call, scene.now))
     if stale_symbols(figures, scene.now, scene.price_age_max.total_seconds()):
         seen = await watch.look(tx, scene, held, figures)
-        return Decided(await _postpone(tx, call, scene.now), seen.zone, ())
+        policy = held.settings.policy(scene.market.parameters.policy)
+        band = watch.band_of(held, seen, policy)
+        return Decided(await _postpone(tx, call, scene.now), (), seen.levels, band, waits=True)
     case = _Case(held, scene, figures, call)
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
@@ -116,8 +126,17 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
             break
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
-    seen = await watch.look(tx, scene, case.held, case.figures)
-    return Decided(case.call, seen.zone, case.told)
+    return await _look(tx, case, rules)
+
+
+async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
+    """Tell what has changed of the account's levels, and cut what its drawdown ladder asks for."""
+    held, scene = case.held, case.scene
+    policy = held.settings.policy(scene.market.parameters.policy)
+    seen = await watch.look(tx, scene, held, case.figures)
+    if case.call is None or case.call.state not in ("expired", "liquidating"):
+        await prevention.step_down(tx, scene, held, case.figures, seen, rules.slippage)
+    return Decided(case.call, case.told, seen.levels, watch.band_of(held, seen, policy))
 
 
 async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # noqa: PLR0911  one a kind of step
@@ -265,9 +284,8 @@ def _closing(position: OpenPosition, size: Decimal) -> Order:
 
 
 def _fill_price(scene: Scene, position: OpenPosition, slippage: Decimal) -> Decimal:
-    """Return the mark less the slippage of a forced sale (more, where a short is bought back)."""
     _, mark = by_mark(scene.market, position.symbol)
-    return mark.exact * (1 - slippage if position.side == "long" else 1 + slippage)
+    return forced_price(mark.exact, position.side, slippage)
 
 
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
@@ -403,6 +421,14 @@ async def _set(tx: Tx, call: StoredCall, **values: Any) -> StoredCall:
     if changed:
         await tx.connection.execute(update(margin_calls).where(margin_calls.c.id == call.id).values(**changed))
     return replace(call, **changed)
+
+
+async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
+    """Let an account's call wait: what can't be decided on now does not hold up the others that are due."""
+    columns = margin_calls.c
+    again = func.greatest(columns.next_action_at, tx.now + timedelta(seconds=seconds))
+    live = (columns.agent_id == agent_id, columns.state.in_(LIVE_STATES), columns.next_action_at.is_not(None))
+    await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
 
 
 async def due(tx: Tx, limit: int) -> list[str]:

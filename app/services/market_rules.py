@@ -94,6 +94,13 @@ _MODEL_RANGES = {
     "stable_share_min": _FRACTION,
     "asset_share_max": _FRACTION,
     "lent_share_max": _FRACTION,
+    "drawdown_trim": _MOVE,
+    "drawdown_cut": _MOVE,
+    "drawdown_halve": _MOVE,
+    "drawdown_minimum": _MOVE,
+    "drawdown_trim_share": _MOVE,
+    "drawdown_cut_share": _MOVE,
+    "drawdown_halve_share": _MOVE,
 }
 _MODEL_ORDERS = (
     ("target_utilization", "gate_utilization"),
@@ -111,6 +118,11 @@ _MODEL_ORDERS = (
     ("band_buffer_warning", "band_buffer_safe"),
     ("band_net_exposure_warning", "band_net_exposure_critical"),
     ("band_survival_warning", "band_survival_safe"),
+    ("drawdown_trim", "drawdown_cut"),
+    ("drawdown_cut", "drawdown_halve"),
+    ("drawdown_halve", "drawdown_minimum"),
+    ("drawdown_trim_share", "drawdown_cut_share"),
+    ("drawdown_cut_share", "drawdown_halve_share"),
 )
 
 

@@ -25,6 +25,7 @@ AN_ENDPOINT_MAX = 4
 DELIVERIES_A_PAGE_MAX = 200
 ATTEMPTS_SHOWN_MAX = 100
 RECOVERED_MAX = 10_000
+DELIVERIES_A_PURGE_MAX = 5_000
 
 _WINDOW = 8
 """Due rows that a claim looks at, for each that it takes: many may be of one endpoint."""
@@ -361,3 +362,21 @@ async def read_backlog(tx: Tx) -> Backlog:
     moments: Sequence[datetime | None] = (await tx.connection.execute(query)).one()
     ages = (0.0 if moment is None else max(0.0, (tx.now - moment).total_seconds()) for moment in moments)
     return Backlog(*ages)
+
+
+_PURGE = text(
+    """
+    WITH old AS (
+        SELECT id FROM webhook_deliveries WHERE created_at < :before AND state <> 'pending' ORDER BY id LIMIT :most
+    ), attempts AS (
+        DELETE FROM webhook_attempts a USING old WHERE a.delivery_id = old.id
+    )
+    DELETE FROM webhook_deliveries d USING old WHERE d.id = old.id
+    """
+).bindparams(bindparam("before", type_=_MOMENT), bindparam("most", type_=Integer))
+
+
+async def purge(tx: Tx, before: datetime, most: int = DELIVERIES_A_PURGE_MAX) -> bool:
+    """Delete deliveries that are over and older, with their attempts; tell whether there may be more of them."""
+    done = await tx.connection.execute(_PURGE, {"before": before, "most": most})
+    return done.rowcount >= most

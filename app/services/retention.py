@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.session import Database, Tx
 from app.errors import DatabaseUnavailableError
-from app.services import idempotency, price_history
+from app.services import events, idempotency, outbox, price_history
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,8 @@ EVERY_SECONDS = 3_600.0
 FIRST_AFTER_SECONDS = 60.0
 """Soon after the start, so that a process that lives less than an hour deletes as well."""
 
-_ADVISORY_LOCK = 0x7072_696D_6570_7572  # "primepur"
+LOCK = 0x7072_696D_6570_7572  # "primepur"
+"""The first of as many advisory locks as there are things to delete."""
 
 Purge = Callable[[Tx, datetime], Awaitable[bool]]
 
@@ -35,9 +36,12 @@ class Retention:
     age: timedelta
 
 
-def retentions(price_history_days: int) -> tuple[Retention, ...]:
-    """Return everything that has a time to be kept."""
+def retentions(price_history_days: int, event_days: int) -> tuple[Retention, ...]:
+    """Return everything that has a time to be kept; an event goes after its deliveries."""
+    told = timedelta(days=event_days)
     return (
+        Retention(outbox.purge, told),
+        Retention(events.purge, told),
         Retention(price_history.purge, timedelta(days=price_history_days)),
         Retention(idempotency.purge, timedelta(hours=IDEMPOTENCY_KEY_HOURS)),
     )
@@ -61,13 +65,15 @@ async def run(
 
 async def purge_all(database: Database, kept: tuple[Retention, ...]) -> None:
     """Delete what is past its time, batch by batch; leave it to another process that is at it."""
-    for retention in kept:
-        while await _purge_batch(database, retention):
+    for place, retention in enumerate(kept):
+        while await _purge_batch(database, retention, LOCK + place):
             pass
 
 
-async def _purge_batch(database: Database, retention: Retention) -> bool:
+async def _purge_batch(database: Database, retention: Retention, lock: int) -> bool:
     async with database.transaction("retention") as tx:
-        if not (await tx.connection.execute(select(func.pg_try_advisory_xact_lock(_ADVISORY_LOCK)))).scalar_one():
+        if not (await tx.connection.execute(select(func.pg_try_advisory_xact_lock(lock)))).scalar_one():
             return False
+        # the one word that the trigger of events and attempts takes; it ends with the transaction
+        await tx.connection.execute(text("SET LOCAL primerisk.past_its_time = 'yes'"))
         return await retention.purge(tx, tx.now - retention.age)

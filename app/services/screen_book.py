@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from app.db.session import Database
 from app.domain.book_columns import MODES, BookColumns, HoldingColumns, PositionColumns
 from app.domain.portfolio import Rows
+from app.services.shards import SHARDS
 
 Hashes = NDArray[np.int64]
 
@@ -30,13 +31,13 @@ _OPEN_CALL = """EXISTS (
 
 _ACCOUNTS = f"""
     SELECT array_agg(a.agent_id), array_agg({_HASH.format("a.agent_id")}), array_agg(a.version),
-           array_agg(array_position($2::text[], a.margin_mode) - 1),
+           array_agg(array_position(ARRAY[{", ".join(f"'{mode}'" for mode in MODES)}], a.margin_mode) - 1),
            array_agg(coalesce(a.breach_utilization::float8, 'NaN')), array_agg({_OPEN_CALL})
-    FROM accounts a WHERE $1::text[] IS NULL OR a.agent_id = ANY ($1)"""  # noqa: S608  no value from outside
+    FROM accounts a WHERE true {{}}"""  # noqa: S608  no value from outside
 
 # Rows that were written by transactions which the last snapshot may not have seen. Nothing is missed, whatever the
 # order of commits, and no index is kept for it: that would cost each change of a book more than this scan costs.
-_CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($1::text::xid)"
+_CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($2::text::xid) {}"
 _HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294967296)::text"
 
 _POSITIONS = f"""
@@ -83,13 +84,35 @@ class Loaded:
     horizon: str
 
 
-async def load_all(database: Database) -> Loaded:
-    """Return every book, read over two connections at once. Raises DatabaseUnavailableError."""
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Whose rows a query is to return, as the end of its WHERE and the value of its $1: by name, by shard, or all."""
+
+    clause: str = "AND $1::text IS NULL"
+    value: object = None
+
+    @classmethod
+    def agents(cls, names: Sequence[str]) -> _Chosen:
+        return cls("AND agent_id = ANY ($1::text[])", names)
+
+    @classmethod
+    def shards(cls, numbers: Collection[int] | None) -> _Chosen:
+        if numbers is None:
+            return cls()
+        return cls(f"AND ({_HASH.format('agent_id')} & {SHARDS - 1}) = ANY ($1::bigint[])", list(numbers))
+
+
+async def load_all(database: Database, shards: Collection[int] | None = None) -> Loaded:
+    """Return every book, or those of some shards, read over two connections at once.
+
+    Raises DatabaseUnavailableError.
+    """
+    chosen = _Chosen.shards(shards)
     async with database.snapshot() as first:
         exported = await first.fetchval("SELECT pg_export_snapshot()")
         async with database.snapshot(exported) as second:
             # both run to their end, so that neither connection is left busy
-            read = asyncio.gather(_positions(first, None), _backing(second, None), return_exceptions=True)
+            read = asyncio.gather(_positions(first, chosen), _backing(second, chosen), return_exceptions=True)
             positions, backing = await read
             if isinstance(positions, BaseException):
                 raise positions
@@ -98,15 +121,18 @@ async def load_all(database: Database) -> Loaded:
         return Loaded(_columns(positions, backing), await first.fetchval(_HORIZON))
 
 
-async def load_changed(database: Database, known: Mapping[str, int], horizon: str) -> Loaded:
+async def load_changed(
+    database: Database, known: Mapping[str, int], horizon: str, shards: Collection[int] | None = None
+) -> Loaded:
     """Return the books that changed since a snapshot with this horizon, but for those `known` at their version.
 
-    Raises DatabaseUnavailableError.
+    Of some shards, where they are given. Raises DatabaseUnavailableError.
     """
+    among = _Chosen.shards(shards)
     async with database.snapshot() as connection:
-        rows = await connection.fetch(_CHANGED, horizon)
-        agents = [agent for agent, version in rows if known.get(agent) != version]
-        positions, backing = await _positions(connection, agents), await _backing(connection, agents)
+        rows = await connection.fetch(_CHANGED.format(among.clause), among.value, horizon)
+        chosen = _Chosen.agents([agent for agent, version in rows if known.get(agent) != version])
+        positions, backing = await _positions(connection, chosen), await _backing(connection, chosen)
         return Loaded(_columns(positions, backing), await connection.fetchval(_HORIZON))
 
 
@@ -127,17 +153,19 @@ class _Backing:
     assets: _Names
 
 
-async def _positions(connection: asyncpg.Connection, agents: Sequence[str] | None) -> _Positions:
-    """Return the open positions of the agents, of all where None."""
-    rows = await _copy(connection, _POSITIONS + _only(agents), _POSITION_FIELDS, agents)
+async def _positions(connection: asyncpg.Connection, chosen: _Chosen) -> _Positions:
+    """Return the open positions of the chosen agents."""
+    rows = await _copy(connection, f"{_POSITIONS} {chosen.clause}", _POSITION_FIELDS, chosen)
     return _Positions(rows, await _symbols(connection, rows["symbol"]))
 
 
-async def _backing(connection: asyncpg.Connection, agents: Sequence[str] | None) -> _Backing:
-    """Return the accounts and holdings of the agents, of all where None."""
-    accounts = [column or () for column in await connection.fetchrow(_ACCOUNTS, agents, list(MODES))]
-    rows = await _copy(connection, _HOLDINGS.format(_only(agents)) + _only(agents), _HOLDING_FIELDS, agents)
-    assets = _Names.of(*await _pair(connection, _ASSETS.format(_only(agents)), *_arguments(agents)))
+async def _backing(connection: asyncpg.Connection, chosen: _Chosen) -> _Backing:
+    """Return the accounts and holdings of the chosen agents."""
+    clause = chosen.clause
+    found = await connection.fetchrow(_ACCOUNTS.format(clause), chosen.value)
+    accounts = [column or () for column in found]
+    rows = await _copy(connection, f"{_HOLDINGS.format(clause)} {clause}", _HOLDING_FIELDS, chosen)
+    assets = _Names.of(*await _pair(connection, _ASSETS.format(clause), chosen.value))
     return _Backing(accounts, rows, assets)
 
 
@@ -167,10 +195,6 @@ def _columns(found: _Positions, backing: _Backing) -> BookColumns:
     )
 
 
-def _only(agents: Sequence[str] | None) -> str:
-    return "" if agents is None else " AND agent_id = ANY ($1::text[])"
-
-
 async def _symbols(connection: asyncpg.Connection, hashes: Hashes) -> _Names:
     """Return the names of the symbols' hashes: what is listed or priced, or, where that is not all, what is open."""
     listed = _Names.of(*await _pair(connection, _LISTED))
@@ -181,10 +205,6 @@ async def _pair(connection: asyncpg.Connection, query: str, *arguments: object) 
     """Return names and their hashes, none where there are none."""
     names, hashes = await connection.fetchrow(query, *arguments)
     return names or (), hashes or ()
-
-
-def _arguments(agents: Sequence[str] | None) -> tuple[Sequence[str], ...]:
-    return () if agents is None else (agents,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +234,7 @@ class _Names:
 
 
 async def _copy(
-    connection: asyncpg.Connection, query: str, fields: Mapping[str, str], agents: Sequence[str] | None
+    connection: asyncpg.Connection, query: str, fields: Mapping[str, str], chosen: _Chosen
 ) -> NDArray[np.void]:
     """Return the rows of a query whose columns are all of a fixed width and never null."""
     parts: list[bytes] = []
@@ -222,7 +242,7 @@ async def _copy(
     async def keep(part: bytes) -> None:
         parts.append(part)
 
-    await connection.copy_from_query(query, *_arguments(agents), output=keep, format="binary")
+    await connection.copy_from_query(query, chosen.value, output=keep, format="binary")
     layout: list[tuple[str, str]] = [("", ">i2")]
     for name, kind in fields.items():
         layout += [(f"{name} width", ">i4"), (name, kind if kind == "?" else f">{kind}")]

@@ -138,8 +138,8 @@ def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, t
     scene.require_room(trade.book)
     after = scene.figures(trade.book)
     scene.require_fresh(after)
-    if held.call_has_expired:
-        raise conflict("/reduce_only", "reduce_only", "a margin call has expired: reduce only until it is cured")
+    if held.opens_nothing is not None:
+        raise conflict("/reduce_only", "reduce_only", held.opens_nothing)
     figures = scene.figures(_after_closing(held, order, contract, trade, scene))
     if held.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity

@@ -1,4 +1,4 @@
-"""What is told of an account as prices move: its zone, its alert level, stale prices, its trailing stop.
+"""What is told of an account as prices move: zone, alert level, stale prices, trailing stop, drawdown ladder.
 
 Only a change is told, and a scale falls back only when the figure is clear of the level, so that a price that trembles
 on a boundary sends no storm.
@@ -6,24 +6,29 @@ on a boundary sends no storm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import Text, any_, bindparam, func, select, text, update
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from app.db.session import Tx
-from app.db.tables import account_watch, accounts
+from app.db.tables import account_watch
+from app.domain import ladder
 from app.domain.book import Book
 from app.domain.gates import stale_symbols
-from app.domain.money import to_decimal, to_float
+from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
-from app.domain.watch import Scale, drawdown, settled_level
+from app.domain.trade import Order
+from app.domain.watch import Band, Scale, clear_level, drawdown, quiet_band, settled_level
 from app.services import events
 from app.services.margin import Scene
+
+ORDERS_TOLD_MAX = 50
 
 _ZONES = ("GREEN", "YELLOW", "ORANGE", "RED")
 _LEVELS = ("OK", "WARNING", "DANGER", "EMERGENCY")
@@ -38,6 +43,13 @@ class Watch:
     stale: bool = False
     peak_equity: Decimal = Decimal(0)
     stopped: bool = False
+    rung: int = 0
+    rung_applied: int = 0
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The ranks of zone and alert level."""
+        return ranks(self.zone, self.alert_level)
 
 
 async def look(tx: Tx, scene: Scene, held: Book, figures: AccountFigures) -> Watch:
@@ -58,9 +70,8 @@ async def look(tx: Tx, scene: Scene, held: Book, figures: AccountFigures) -> Wat
 async def _tell_changes(tx: Tx, scene: Scene, held: Book, figures: AccountFigures, before: Watch) -> Watch:
     policy = held.settings.policy(scene.market.parameters.policy)
     health = figures.health
-    levels = Scale(_LEVELS, (policy.alert_warning, policy.alert_danger, policy.alert_emergency))
     zone = settled_level(zones(policy), before.zone, health.utilization)
-    level = settled_level(levels, before.alert_level, health.margin_ratio)
+    level = settled_level(levels(policy), before.alert_level, health.margin_ratio)
     if (zone, level) != (before.zone, before.alert_level):
         data: dict[str, Any] = {
             "zone": zone,
@@ -73,20 +84,70 @@ async def _tell_changes(tx: Tx, scene: Scene, held: Book, figures: AccountFigure
         }
         await events.emit(tx, "zone.changed", held.agent_id, data)
     after = replace(before, zone=zone, alert_level=level)
-    return await _trail(tx, held, figures, after)
+    return await _follow(tx, held, figures, after, policy)
 
 
-async def _trail(tx: Tx, held: Book, figures: AccountFigures, before: Watch) -> Watch:
-    """Follow the highest equity, and tell once when the drawdown from it reaches the trailing stop."""
+async def _follow(tx: Tx, held: Book, figures: AccountFigures, before: Watch, policy: HealthPolicy) -> Watch:
+    """Follow the highest equity, and tell how far equity is below it: the trailing stop and the ladder's rung."""
     equity = to_decimal(round(figures.equity, SETTLEMENT_DECIMALS))
-    peak = max(before.peak_equity, equity)
+    after = replace(before, peak_equity=max(before.peak_equity, equity))
+    fallen = drawdown(to_float(after.peak_equity), figures.equity)
+    after = await _tell_stop(tx, held, figures, after, fallen)
+    return await _tell_rung(tx, held, figures, after, fallen, policy)
+
+
+async def _tell_stop(tx: Tx, held: Book, figures: AccountFigures, before: Watch, fallen: float) -> Watch:
+    """Tell once when the drawdown reaches the trailing stop."""
     stop = held.settings.trailing_stop
-    fallen = drawdown(to_float(peak), figures.equity)
-    reached = stop is not None and fallen >= stop
+    reached = stop is not None and (fallen >= stop or (before.stopped and fallen >= clear_level(stop)))
     if reached and not before.stopped:
-        data = {"drawdown": fallen, "trailing_stop": stop, "peak_equity": to_float(peak), "equity": figures.equity}
+        peak = to_float(before.peak_equity)
+        data = {"drawdown": fallen, "trailing_stop": stop, "peak_equity": peak, "equity": figures.equity}
         await events.emit(tx, "trailing_stop.breached", held.agent_id, data)
-    return replace(before, peak_equity=peak, stopped=reached)
+    return replace(before, stopped=reached)
+
+
+async def _tell_rung(
+    tx: Tx, held: Book, figures: AccountFigures, before: Watch, fallen: float, policy: HealthPolicy
+) -> Watch:
+    """Tell a change of the rung on the drawdown ladder, with what the rung asks for."""
+    mode = held.settings.drawdown_ladder
+    if mode == "off":
+        return replace(before, rung=0, rung_applied=0)
+    rung = ladder.settled_rung(before.rung, fallen, policy)
+    applied = before.rung_applied if rung else 0
+    if rung != before.rung:
+        asked = ladder.plan(held, figures, policy, rung, applied)
+        data: dict[str, Any] = {
+            "rung": ladder.RUNGS[rung],
+            "rung_before": ladder.RUNGS[before.rung],
+            "action": mode,
+            "drawdown": fallen,
+            "peak_equity": to_float(before.peak_equity),
+            "equity": figures.equity,
+            "gross_notional": asked.gross,
+            "gross_target": asked.gross_target,
+            "orders": [_order(cut.order) for cut in asked.cuts[:ORDERS_TOLD_MAX]] if rung > applied else [],
+            "hedges": [asdict(hedge) for hedge in asked.hedges],
+        }
+        await events.emit(tx, "drawdown.changed", held.agent_id, data)
+    return replace(before, rung=rung, rung_applied=applied)
+
+
+def _order(order: Order) -> dict[str, Any]:
+    return {"symbol": order.symbol, "side": order.side, "size": plain(order.size), "reduce_only": True}
+
+
+async def note_applied(tx: Tx, agent_id: str, rung: int) -> None:
+    """Note that a rung was acted on: in the same fall it is not acted on again."""
+    noted = update(account_watch).where(account_watch.c.agent_id == agent_id).values(rung_applied=rung)
+    await tx.connection.execute(noted)
+
+
+async def start_fall(tx: Tx, agent_id: str) -> None:
+    """Begin to measure an account's drawdown anew: its next equity is the peak."""
+    begun = update(account_watch).where(account_watch.c.agent_id == agent_id)
+    await tx.connection.execute(begun.values(peak_equity=0, rung=0, rung_applied=0, stopped=False))
 
 
 async def shift_peak(tx: Tx, agent_id: str, change: float) -> None:
@@ -96,26 +157,77 @@ async def shift_peak(tx: Tx, agent_id: str, change: float) -> None:
     await tx.connection.execute(update(account_watch).where(columns.agent_id == agent_id).values(peak_equity=moved))
 
 
-async def told_zones(tx: Tx) -> dict[str, str]:
-    """Return the zone that was last told of each agent."""
-    rows = await tx.connection.execute(select(account_watch.c.agent_id, account_watch.c.zone))
-    return {row.agent_id: row.zone for row in rows}
+async def told_levels(tx: Tx, agents: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+    """Return the ranks of zone and alert level that were last told of each agent, or of these."""
+    query = select(account_watch.c.agent_id, account_watch.c.zone, account_watch.c.alert_level)
+    if agents is not None:
+        query = query.where(account_watch.c.agent_id == any_(bindparam("agents", list(agents), ARRAY(Text))))
+    return {agent: ranks(zone, level) for agent, zone, level in await tx.connection.execute(query)}
 
 
-async def trailed_agents(tx: Tx) -> list[str]:
-    """Return the agents whose accounts have a trailing stop."""
-    query = select(accounts.c.agent_id).where(accounts.c.trailing_stop.is_not(None))
-    return list((await tx.connection.execute(query)).scalars())
+_FOLLOWED = text(
+    """
+    SELECT a.agent_id, a.trailing_stop, a.drawdown_ladder, coalesce(w.peak_equity, 0), coalesce(w.stopped, false),
+           coalesce(w.rung, 0)
+    FROM accounts a LEFT JOIN account_watch w USING (agent_id)
+    WHERE (a.trailing_stop IS NOT NULL OR a.drawdown_ladder <> 'off')
+      AND (CAST(:agents AS text[]) IS NULL OR a.agent_id = ANY (CAST(:agents AS text[])))
+    """
+).bindparams(bindparam("agents", type_=ARRAY(Text)))
 
 
-def zone_rank(zone: str) -> int:
-    """Return the place of a zone, from good to bad."""
-    return _ZONES.index(zone)
+async def followed(tx: Tx, policy: HealthPolicy, agents: Sequence[str] | None = None) -> dict[str, Band]:
+    """Return, for accounts whose peak is followed, the band of equity within which there is nothing to tell."""
+    rows = await tx.connection.execute(_FOLLOWED, {"agents": None if agents is None else list(agents)})
+    return {
+        agent: _band(
+            policy,
+            peak,
+            None if stop is None else to_float(stop),
+            ladder_on=mode != "off",
+            stopped=stopped,
+            rung=rung,
+        )
+        for agent, stop, mode, peak, stopped, rung in rows
+    }
+
+
+def band_of(held: Book, seen: Watch, policy: HealthPolicy) -> Band | None:
+    """Return the band of equity within which there is nothing to tell of an account; None: its peak is not followed."""
+    settings = held.settings
+    if settings.trailing_stop is None and settings.drawdown_ladder == "off":
+        return None
+    is_on = settings.drawdown_ladder != "off"
+    return _band(
+        policy, seen.peak_equity, settings.trailing_stop, ladder_on=is_on, stopped=seen.stopped, rung=seen.rung
+    )
+
+
+def _band(
+    policy: HealthPolicy, peak: Decimal, stop: float | None, *, ladder_on: bool, stopped: bool, rung: int
+) -> Band:
+    falls = [stop] if stop is not None and not stopped else []
+    recoveries = [clear_level(stop)] if stop is not None and stopped else []
+    if ladder_on:
+        bounds = ladder.bounds(policy)
+        falls += bounds[rung : rung + 1]
+        recoveries += [clear_level(bound) for bound in bounds[:rung][-1:]]
+    return quiet_band(to_float(peak), falls, recoveries)
+
+
+def ranks(zone: str, alert_level: str) -> tuple[int, int]:
+    """Return the places of a zone and of an alert level, from good to bad."""
+    return _ZONES.index(zone), _LEVELS.index(alert_level)
 
 
 def zones(policy: HealthPolicy) -> Scale:
-    """Return the scale of zones."""
+    """Return the scale of zones, by utilization."""
     return Scale(_ZONES, (policy.zone_yellow, policy.zone_orange, policy.zone_red))
+
+
+def levels(policy: HealthPolicy) -> Scale:
+    """Return the scale of alert levels, by margin ratio."""
+    return Scale(_LEVELS, (policy.alert_warning, policy.alert_danger, policy.alert_emergency))
 
 
 async def _load(tx: Tx, agent_id: str) -> Watch:

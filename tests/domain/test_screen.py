@@ -123,6 +123,8 @@ def due(book: Book, parameters: MarketParameters, figures: AccountFigures) -> bo
     health, portfolio = figures.health, figures.portfolio
     breach = book.settings.policy(parameters.policy).breach_utilization
     own = portfolio.allocated + portfolio.unrealized_pnl < figures.isolated.position_maintenance
+    if not book.is_leveraged:
+        return False
     return (
         ((health.utilization is None or health.utilization >= breach) and health.required_initial > 0)
         or health.equity < health.required_maintenance
@@ -146,6 +148,7 @@ def assert_screened(screen: Screen, fleet: tuple[Book, ...], parameters: MarketP
         slack = 1e-12 * scale
         assert found.equity[k] == pytest.approx(health.equity, rel=1e-9, abs=slack)
         assert found.required_initial[k] == pytest.approx(health.required_initial, rel=1e-9, abs=slack)
+        assert screen.whole_equity(np.array([k]))[0] == pytest.approx(figures.equity, rel=1e-9, abs=slack)
         assert found.required_maintenance[k] == pytest.approx(health.required_maintenance, rel=1e-9, abs=slack)
         if abs(health.equity) > 1e-3 * scale:
             expected = np.inf if health.utilization is None else health.utilization

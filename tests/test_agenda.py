@@ -1,0 +1,77 @@
+"""The agenda of a worker: whom it decides on, in which order, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+
+from app.worker import Agenda
+
+
+async def _next(agenda: Agenda) -> str | None:
+    """Return who comes next, None where there is nobody."""
+    try:
+        async with asyncio.timeout(0.01):
+            return await agenda.take()
+    except TimeoutError:
+        return None
+
+
+async def _all(agenda: Agenda) -> list[str]:
+    found = []
+    while (agent := await _next(agenda)) is not None:
+        found.append(agent)
+    return found
+
+
+async def test_each_once_and_what_is_urgent_first() -> None:
+    agenda = Agenda()
+    agenda.add("abc", urgent=False)
+    agenda.add("xc", urgent=True)
+    agenda.add("ax", urgent=False)
+    assert len(agenda) == 4
+    assert await _all(agenda) == ["x", "c", "a", "b"]
+
+
+async def test_who_is_named_while_decided_on_comes_again_and_never_to_two_at_once() -> None:
+    agenda = Agenda()
+    agenda.add("a", urgent=False)
+    assert await _next(agenda) == "a"
+    agenda.add("a", urgent=True)
+    agenda.add("b", urgent=False)
+    agenda.add("a", urgent=False)
+    assert await _next(agenda) == "b"
+    assert await _next(agenda) is None
+    agenda.done("a")
+    assert await _all(agenda) == ["a"]
+    agenda.done("a")
+    agenda.done("b")
+    assert await _next(agenda) is None
+
+
+async def test_who_failed_is_left_alone_and_then_comes_by_itself() -> None:
+    clock, waits = [100.0], []
+    agenda = Agenda(lambda: clock[0])
+    for _ in range(9):
+        agenda.add("a", urgent=False)
+        agenda.recall()
+        assert await _next(agenda) == "a"
+        waits.append(agenda.put_off("a"))
+        agenda.add("a", urgent=True)
+        assert await _next(agenda) is None
+        clock[0] += waits[-1]
+        agenda.recall()
+        assert len(agenda) == 1
+    assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert await _next(agenda) == "a"
+    agenda.done("a")
+    agenda.add("a", urgent=True)
+    assert await _next(agenda) == "a"
+    assert agenda.put_off("a") == 0.5
+
+
+async def test_whoever_waits_is_woken() -> None:
+    agenda = Agenda()
+    taken = asyncio.create_task(agenda.take())
+    await asyncio.sleep(0)
+    agenda.add("a", urgent=False)
+    assert await asyncio.wait_for(taken, 1) == "a"
