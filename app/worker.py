@@ -26,8 +26,8 @@ from app.domain.screen import Screen
 from app.domain.watch import Ranks, levels_moved
 from app.errors import DatabaseUnavailableError
 from app.services import delivery, heartbeat, margin_calls, screen_book, watch
+from app.services.liquidation import Rules
 from app.services.margin import Scenes
-from app.services.margin_calls import Rules
 from app.services.market_cache import MarketCache, MarketView
 from app.services.sender import Sender
 from app.settings import Settings

@@ -11,32 +11,28 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from decimal import ROUND_CEILING, Decimal
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import insert, select, update
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
-from app.domain import liquidate
-from app.domain.book import ZERO, Book, OpenPosition, OpenReservation
+from app.domain.book import ZERO, Book
 from app.domain.gates import stale_symbols
-from app.domain.liquidate import LiquidationPolicy, Slice, Target
 from app.domain.margin_calls import LIVE_STATES, Become, Call, Notice, Open, Remind, Situation, Wait, situation, step
-from app.domain.money import plain, to_decimal, to_float
+from app.domain.money import plain, to_decimal
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
-from app.domain.trade import Order, plan
 from app.errors import InvalidError, NotFoundError
-from app.services import accounts, audit, book, events, trading, wallet, watch
-from app.services.margin import Scene, Scenes, by_mark
-from app.services.wallet import Names
+from app.services import accounts, audit, book, events, liquidation, watch
+from app.services.liquidation import Rules
+from app.services.margin import Scene, Scenes
 
 CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
 """Changes of state in one decision: more than the longest way through a life."""
 RETRY_STALE = timedelta(seconds=1)
-ORDERS_SHOWN_MAX = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +59,6 @@ class StoredCall:
     def as_call(self) -> Call:
         """Return what the pure step needs of it."""
         return Call(self.state, self.noticed_at, self.opened_at, self.deadline_at, self.reminders)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How accounts are liquidated, from the settings."""
-
-    policy: LiquidationPolicy
-    slippage: Decimal
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +162,7 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
         "figures": _figures(case),
     }
     moved = await _set(tx, call, **changed)
-    await _tell(tx, "margin_call.opened", case, moved, cure=cures(case.held, case.scene, case.figures))
+    await _tell(tx, "margin_call.opened", case, moved, cure=liquidation.cures(case.held, case.scene, case.figures))
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
     return moved
 
@@ -215,147 +203,20 @@ def _situation(case: _Case) -> Situation:
     return situation(
         case.figures.health,
         policy,
-        isolated_breached=bool(_breached_isolated(case)),
-        anything_left=bool(_targets(case)),
+        isolated_breached=bool(liquidation.breached_isolated(case.held, case.figures)),
+        anything_left=bool(liquidation.targets(case.held, case.figures)),
     )
-
-
-def _breached_isolated(case: _Case) -> list[OpenPosition]:
-    """Return the isolated positions whose own collateral no longer meets their maintenance margin."""
-    table, alone = case.figures.portfolio, case.figures.isolated
-    rows = zip(
-        case.held.positions,
-        table.unrealized_pnl.tolist(),
-        alone.position_maintenance.tolist(),
-        strict=True,
-    )
-    return [
-        p for p, pnl, keep in rows if p.margin_mode == "isolated" and p.reducible and to_float(p.allocated) + pnl < keep
-    ]
-
-
-def _targets(case: _Case) -> list[Target]:
-    """Return what may be closed: reducible positions of the pool, reducible reservations, isolated ones past saving."""
-    doomed = {p.id for p in _breached_isolated(case)}
-    found: list[Target] = []
-    for position, notional in zip(case.held.positions, case.figures.portfolio.notional.tolist(), strict=True):
-        if position.reducible and (position.margin_mode == "pooled" or position.id in doomed):
-            found.append(Target(position, position.size, notional))
-    prices = case.figures.prices
-    for reservation in case.held.reservations:
-        if reservation.reducible:
-            price = prices[reservation.asset].value if reservation.asset in prices else 1.0
-            found.append(Target(reservation, reservation.remaining, to_float(reservation.remaining) * price))
-    return found
-
-
-def _reduced(scene: Scene, held: Book, target: Target, size: Decimal, slippage: Decimal) -> Book:
-    """Return the book after closing so much of a target, without writing anything."""
-    if isinstance(target.item, OpenReservation):
-        left = replace(target.item, remaining=target.item.remaining - size)
-        moves = wallet.given_back(held, target.item.asset, size)
-        return held.after_moves(moves).with_reservation(left)
-    contract, _ = by_mark(scene.market, target.item.symbol)
-    order = _closing(target.item, size)
-    return plan(held, order, contract, _fill_price(scene, target.item, slippage), "", scene.now).book
-
-
-def _closing(position: OpenPosition, size: Decimal) -> Order:
-    return Order(position.symbol, "sell" if position.side == "long" else "buy", size, reduce_only=True)
-
-
-def _fill_price(scene: Scene, position: OpenPosition, slippage: Decimal) -> Decimal:
-    """Return the mark less the slippage of a forced sale (more, where a short is bought back)."""
-    _, mark = by_mark(scene.market, position.symbol)
-    return mark.exact * (1 - slippage if position.side == "long" else 1 + slippage)
 
 
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
     """Close the next position, or the part of it that is enough, and look again at once."""
     await accounts.lock_account(tx, case.held.agent_id)
-    chosen = _next_slice(case, rules)
-    target = chosen.target.item
-    names = Names(reference=call.id)
-    if isinstance(target, OpenReservation):
-        _, held = await wallet.release(tx, case.held, target.id, chosen.size, names)
-        told: dict[str, Any] = {"reservation_id": target.id, "service": target.service, "asset": target.asset}
-    else:
-        contract, _ = by_mark(case.scene.market, target.symbol)
-        order = _closing(target, chosen.size)
-        trade = plan(case.held, order, contract, _fill_price(case.scene, target, rules.slippage), "", tx.now)
-        filled = await trading.fill(tx, case.held, order, trade, names, "liquidation", {"margin_call_id": call.id})
-        held = filled.book
-        told = {
-            "position_id": target.id,
-            "order_id": filled.order.id,
-            "symbol": target.symbol,
-            "side": order.side,
-            "fill_price": plain(trade.price),
-            "realized_pnl": plain(trade.realized_pnl),
-        }
-    after = replace(case, held=held, figures=case.scene.figures(held))
+    chosen = liquidation.next_slice(case.held, case.scene, case.figures, rules)
+    closed = await liquidation.close(tx, case.scene, case.held, chosen, rules, call.id)
+    after = replace(case, held=closed.book, figures=case.scene.figures(closed.book))
     moved = await _set(tx, call, slices=call.slices + 1, next_action_at=case.scene.now, figures=_figures(after))
-    whole = {"size": plain(chosen.size), "notional": chosen.target.notional, "is_whole": chosen.is_whole}
-    await _tell(tx, "liquidation.executed", after, moved, **told, **whole)
+    await _tell(tx, "liquidation.executed", after, moved, **closed.told)
     return _with(after, moved, "liquidation.executed")
-
-
-def _next_slice(case: _Case, rules: Rules) -> Slice:
-    scene = case.scene
-    policy = case.held.settings.policy(scene.market.parameters.policy)
-    doomed = {p.id for p in _breached_isolated(case)}
-
-    def reduce(held: Book, target: Target, size: Decimal) -> Book:
-        return _reduced(scene, held, target, size, rules.slippage)
-
-    def relief(target: Target) -> float:
-        after = scene.figures(reduce(case.held, target, target.size))
-        return case.figures.health.required_initial - after.health.required_initial
-
-    def enough(figures: AccountFigures) -> bool:
-        used = figures.health.utilization
-        return used is not None and used <= policy.stop_utilization and not figures.health.insolvent
-
-    targets = liquidate.in_order(_targets(case), rules.policy, relief)
-    # an isolated position past saving is closed whole and first: it fails alone
-    past_saving = [t for t in targets if t.item.id in doomed]
-    if past_saving:
-        return Slice(past_saving[0], past_saving[0].size)
-    return liquidate.next_slice(case.held, targets[0], scene.figures, reduce, enough)
-
-
-def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
-    """Return the cheapest ways out: a deposit, or the reduce-only orders, smallest first, down to the cure level."""
-    policy = held.settings.policy(scene.market.parameters.policy)
-    health = figures.health
-    deposit = max(0.0, health.required_initial / policy.cure_utilization - health.equity)
-    case = _Case(held, scene, figures, None)
-
-    def reduce(before: Book, target: Target, size: Decimal) -> Book:
-        return _reduced(scene, before, target, size, ZERO)
-
-    def enough(after: AccountFigures) -> bool:
-        used = after.health.utilization
-        return used is not None and used <= policy.cure_utilization and not after.health.insolvent
-
-    orders: list[dict[str, Any]] = []
-    doomed = {p.id for p in _breached_isolated(case)}
-    targets = liquidate.in_order(_targets(case), "smallest_first", lambda _: 0.0)
-    # an isolated position past saving is closed whole and first, as its liquidation would
-    for target in sorted(targets, key=lambda t: t.item.id not in doomed)[:ORDERS_SHOWN_MAX]:
-        is_doomed = target.item.id in doomed
-        if not is_doomed and enough(scene.figures(held)):
-            break
-        whole = Slice(target, target.size)
-        chosen = whole if is_doomed else liquidate.next_slice(held, target, scene.figures, reduce, enough)
-        held = reduce(held, target, chosen.size)
-        if isinstance(target.item, OpenPosition):
-            closing = _closing(target.item, chosen.size)
-            orders.append(
-                {"symbol": closing.symbol, "side": closing.side, "size": plain(closing.size), "reduce_only": True}
-            )
-    cents = to_decimal(deposit).quantize(Decimal("0.01"), ROUND_CEILING)
-    return {"deposit": {"asset": "USDC", "amount": cents}, "orders": orders}
 
 
 def _figures(case: _Case) -> dict[str, Any]:

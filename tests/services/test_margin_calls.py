@@ -15,8 +15,9 @@ from sqlalchemy import URL, text
 from app.db.session import Database
 from app.errors import ConflictError
 from app.services import margin_calls
+from app.services.liquidation import Rules
 from app.services.margin import Scenes
-from app.services.margin_calls import Decided, Rules, StoredCall
+from app.services.margin_calls import Decided, StoredCall
 from tests.database import make_settings
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
 
