@@ -73,7 +73,13 @@ class Worker:
         self._market = market
         self._scenes = scenes
         self._metrics = metrics
-        self._rules = Rules(settings.liquidation_policy, settings.liquidation_slippage)
+        self._rules = Rules(
+            settings.liquidation_policy,
+            settings.liquidation_slippage,
+            settings.liquidation_keep,
+            timedelta(seconds=settings.liquidation_venue_seconds),
+            settings.liquidation_venue_attempts,
+        )
         self._turns = asyncio.Semaphore(DECISIONS_AT_ONCE)
 
     async def run(self) -> None:
@@ -210,6 +216,9 @@ class Worker:
             self._metrics.decision_seconds.observe(time.perf_counter() - started)
             for told in decided.told:
                 self._metrics.margin_events.labels(told).inc()
+            if decided.escalated:
+                self._metrics.liquidations_escalated.inc()
+                log.error("the venue of %s does not fill its liquidation: an operator has to look", agent_id)
             return agent_id, decided.zone
 
     async def _beat(self) -> None:

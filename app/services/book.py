@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import text
 
 from app.db.session import Database, Tx
-from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
+from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation, PendingOrder
 from app.errors import NotFoundError
 from app.services.accounts import hold_account, lock_account
 
@@ -27,6 +27,7 @@ class _Row(msgspec.Struct):
     positions: list[OpenPosition]
     reservations: list[OpenReservation]
     live_call: str | None
+    pending: list[PendingOrder]
 
 
 BOOK_QUERY = """
@@ -44,7 +45,12 @@ BOOK_QUERY = """
             FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]'),
         'live_call', (
             SELECT state FROM margin_calls c WHERE c.agent_id = a.agent_id
-            AND state IN ('noticed', 'open', 'expired', 'liquidating'))
+            AND state IN ('noticed', 'open', 'expired', 'liquidating')),
+        'pending', coalesce((
+            SELECT json_agg(json_build_object(
+                'id', id, 'symbol', symbol, 'side', side, 'remaining', size - filled_size, 'reduce_only', reduce_only,
+                'leverage', leverage, 'margin_mode', margin_mode, 'margin_call_id', margin_call_id) ORDER BY seq)
+            FROM orders o WHERE o.agent_id = a.agent_id AND status IN ('pending', 'partially_filled')), '[]')
     )::text
     FROM accounts a WHERE a.agent_id = $1"""
 
@@ -100,6 +106,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         positions=found.positions,
         reservations=found.reservations,
         live_call=found.live_call,
+        pending=found.pending,
     )
 
 

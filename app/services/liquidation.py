@@ -5,23 +5,27 @@ Nothing here decides when: `margin_calls` does, under the lock of the book that 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from app.db.session import Tx
 from app.domain import liquidate
-from app.domain.book import ZERO, Book, OpenPosition, OpenReservation
+from app.domain.book import ZERO, Book, OpenPosition, OpenReservation, PendingOrder
 from app.domain.liquidate import LiquidationPolicy, Slice, Target
 from app.domain.money import plain, to_decimal, to_float
+from app.domain.moves import SETTLEMENT_ASSET, Move, agent
 from app.domain.quote import AccountFigures
 from app.domain.trade import Order, plan
-from app.services import trading, wallet
+from app.services import trading, venue, wallet
 from app.services.margin import Scene, by_mark
+from app.services.orders import Labels
 from app.services.wallet import Names
 
 ORDERS_SHOWN_MAX = 50
+_CENT = Decimal("0.01")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,17 @@ class Rules:
 
     policy: LiquidationPolicy
     slippage: Decimal
+    keep: int = 3
+    venue_patience: timedelta = timedelta(seconds=30)
+    venue_attempts: int = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """What was closed: the book that it left, and what is told of it."""
+    """What was closed: the book that it left, what the house lost by it, and what is told of it."""
 
     book: Book
+    deficit: Decimal
     told: dict[str, Any]
 
 
@@ -82,6 +90,10 @@ def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules) 
     past_saving = [t for t in ordered if t.item.id in doomed]
     if past_saving:
         return Slice(past_saving[0], past_saving[0].size)
+    if rules.policy == "keep_top_n":
+        outside = liquidate.outside_largest(ordered, rules.keep)
+        if outside:
+            return Slice(outside[0], outside[0].size)  # whole: no remainders but of what is kept
     return _part(held, scene, ordered[0], stop, rules.slippage)
 
 
@@ -109,11 +121,11 @@ async def close(tx: Tx, scene: Scene, held: Book, chosen: Slice, rules: Rules, c
     if isinstance(target, OpenReservation):
         _, left = await wallet.release(tx, held, target.id, chosen.size, names)
         told: dict[str, Any] = {"reservation_id": target.id, "service": target.service, "asset": target.asset}
-        return Closed(left, told | whole)
+        return Closed(left, ZERO, told | whole)
     contract, _ = by_mark(scene.market, target.symbol)
     order = _closing(target, chosen.size)
     trade = plan(held, order, contract, _fill_price(scene, target, rules.slippage), "", tx.now)
-    filled = await trading.fill(tx, held, order, trade, names, "liquidation", {"margin_call_id": call_id})
+    filled = await trading.fill(tx, held, order, trade, names, _labels(call_id))
     told = {
         "position_id": target.id,
         "order_id": filled.order.id,
@@ -122,14 +134,120 @@ async def close(tx: Tx, scene: Scene, held: Book, chosen: Slice, rules: Rules, c
         "fill_price": plain(trade.price),
         "realized_pnl": plain(trade.realized_pnl),
     }
-    return Closed(filled.book, told | whole)
+    return Closed(filled.book, trade.deficit, told | whole)
+
+
+async def request(tx: Tx, held: Book, chosen: Slice, position: OpenPosition, call_id: str) -> tuple[Book, list[str]]:
+    """Book the reduce-only order of a slice, which waits for its venue, and cancel the agent's own orders.
+
+    Return the book and the ids of what was cancelled: they would be in each other's way.
+    """
+    own = list(held.pending)
+    held = await venue.withdraw(tx, held, own)
+    asked = await trading.wait(tx, held, _closing(position, chosen.size), _labels(call_id))
+    return asked.book, [order.id for order in own]
+
+
+def moot(held: Book, call_id: str) -> list[PendingOrder]:
+    """Return the liquidation orders of a call that ask for more than there now is to reduce."""
+
+    def left(order: PendingOrder) -> Decimal:
+        position = held.position(order.symbol)
+        closes = position is not None and (position.side == "long") == (order.side == "sell")
+        return position.size if position is not None and closes else ZERO
+
+    return [order for order in held.requested(call_id) if order.remaining > left(order)]
+
+
+def asked_for(held: Book, call_id: str) -> list[dict[str, Any]]:
+    """Return what the liquidation orders of a call ask a venue for: what of them is not filled yet."""
+    shown = []
+    for order in held.requested(call_id):
+        position = held.position(order.symbol)
+        shown.append(
+            {
+                "order_id": order.id,
+                "position_id": None if position is None else position.id,
+                "symbol": order.symbol,
+                "side": order.side,
+                "size": plain(order.remaining),
+                "reduce_only": True,
+            }
+        )
+    return shown
+
+
+def _labels(call_id: str) -> Labels:
+    return Labels("liquidation", {"margin_call_id": call_id}, call_id)
 
 
 def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
-    """Return the cheapest ways out: a deposit, or the reduce-only orders, smallest first, down to the cure level."""
+    """Return the cheapest ways out, down to the cure level: what to put in, or what to close and give up.
+
+    `deposit` is what is missing; `allocate` what each isolated position past saving needs of its own, after the
+    deposit. Instead of both: `orders`, reduce-only, and `releases` of reservations, smallest first.
+    """
+    allocate = _allocations(held, figures)
+    return {
+        "deposit": {"asset": SETTLEMENT_ASSET, "amount": _deposit(held, scene, allocate)},
+        "allocate": allocate,
+        **_closures(held, scene, figures),
+    }
+
+
+def _allocations(held: Book, figures: AccountFigures) -> list[dict[str, Any]]:
+    """Return the least collateral, in whole cents, that restores each isolated position past saving."""
+    doomed = _ids(breached_isolated(held, figures))
+    rows = zip(
+        held.positions,
+        figures.portfolio.unrealized_pnl.tolist(),
+        figures.isolated.position_maintenance.tolist(),
+        strict=True,
+    )
+    found = []
+    for position, pnl, keep in rows:
+        if position.id in doomed:
+            amount = _cents(keep - pnl - to_float(position.allocated))
+            while to_float(position.allocated + amount) + pnl < keep:  # by a rounding of floats
+                amount += _CENT
+            found.append({"position_id": position.id, "symbol": position.symbol, "amount": amount})
+    return found
+
+
+def _deposit(held: Book, scene: Scene, allocate: Sequence[Mapping[str, Any]]) -> Decimal:
+    """Return the USDC that brings utilization to the cure level, the allocations made, in whole cents.
+
+    What is owed is paid first: it counts in full, the rest after haircut.
+    """
+    policy = held.settings.policy(scene.market.parameters.policy)
+    level = min(policy.cure_utilization, policy.gate_utilization) if allocate else policy.cure_utilization
+    total, money = sum((a["amount"] for a in allocate), ZERO), held.holding(SETTLEMENT_ASSET)
+    health = scene.figures(_restored(held, {a["position_id"]: a["amount"] for a in allocate})).health
+    missing = max(0.0, health.required_initial / level - health.equity)
+    worth = scene.worth(SETTLEMENT_ASSET, Decimal(1))
+    debt = to_float(money.owed) * worth / (1.0 - scene.market.parameters.asset(SETTLEMENT_ASSET).haircut)
+    share = min(1.0, missing / debt) if debt else 0.0
+    amount = share * to_float(money.owed) + max(0.0, missing - debt) / worth
+    needed = money.owed + total - money.free if total > money.free else ZERO
+    return max(_cents(amount), needed.quantize(_CENT, ROUND_CEILING))
+
+
+def _restored(held: Book, amounts: Mapping[str, Decimal]) -> Book:
+    """Return the book with collateral added to isolated positions: out of the pool, however much of it is free."""
+    for position in held.positions:
+        if position.id in amounts:
+            more = replace(position, allocated=position.allocated + amounts[position.id])
+            own = Move(
+                SETTLEMENT_ASSET, amounts[position.id], agent(held.agent_id, "free"), agent(held.agent_id, "allocated")
+            )
+            held = held.after_moves([own]).with_position(position, more)
+    return held
+
+
+def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
     level = held.settings.policy(scene.market.parameters.policy).cure_utilization
-    deposit = max(0.0, figures.health.required_initial / level - figures.health.equity)
     orders: list[dict[str, Any]] = []
+    releases: list[dict[str, Any]] = []
     doomed = _ids(breached_isolated(held, figures))
     ordered = liquidate.in_order(targets(held, figures), "smallest_first", lambda _: 0.0)
     # an isolated position past saving is closed whole and first, as its liquidation would
@@ -139,13 +257,17 @@ def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
             break
         chosen = Slice(target, target.size) if is_doomed else _part(held, scene, target, level, ZERO)
         held = _reduced(scene, held, target, chosen.size, ZERO)
+        size = plain(chosen.size)
         if isinstance(target.item, OpenPosition):
             closing = _closing(target.item, chosen.size)
-            orders.append(
-                {"symbol": closing.symbol, "side": closing.side, "size": plain(closing.size), "reduce_only": True}
-            )
-    cents = to_decimal(deposit).quantize(Decimal("0.01"), ROUND_CEILING)
-    return {"deposit": {"asset": "USDC", "amount": cents}, "orders": orders}
+            orders.append({"symbol": closing.symbol, "side": closing.side, "size": size, "reduce_only": True})
+        else:
+            releases.append({"reservation_id": target.item.id, "asset": target.item.asset, "amount": size})
+    return {"orders": orders, "releases": releases}
+
+
+def _cents(amount: float) -> Decimal:
+    return to_decimal(max(0.0, amount)).quantize(_CENT, ROUND_CEILING)
 
 
 def _ids(items: Collection[OpenPosition]) -> set[str]:

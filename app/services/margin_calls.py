@@ -8,7 +8,7 @@ tell of it in one transaction. Asking twice, late or for nothing does no harm.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -18,16 +18,31 @@ from sqlalchemy import insert, select, update
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
-from app.domain.book import ZERO, Book
+from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
 from app.domain.gates import stale_symbols
-from app.domain.margin_calls import LIVE_STATES, Become, Call, Notice, Open, Remind, Situation, Wait, situation, step
+from app.domain.margin_calls import (
+    LIVE_STATES,
+    Become,
+    Call,
+    Notice,
+    Open,
+    Remind,
+    Request,
+    Situation,
+    Wait,
+    situation,
+    step,
+)
 from app.domain.money import plain, to_decimal
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
+from app.domain.trade import Trade
 from app.errors import InvalidError, NotFoundError
-from app.services import accounts, audit, book, events, liquidation, watch
+from app.services import accounts, audit, book, events, liquidation, venue, watch
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
+from app.services.venue import Fill, Recorded
+from app.services.wallet import Names
 
 CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
@@ -55,19 +70,34 @@ class StoredCall:
     slices: int
     deficit: Decimal
     figures: Mapping[str, Any]
+    attempts: int
+    respond_by: datetime | None
 
     def as_call(self) -> Call:
         """Return what the pure step needs of it."""
-        return Call(self.state, self.noticed_at, self.opened_at, self.deadline_at, self.reminders)  # type: ignore[arg-type]
+        return Call(
+            self.state,  # type: ignore[arg-type]  # the table's CHECK
+            self.noticed_at,
+            self.opened_at,
+            self.deadline_at,
+            self.reminders,
+            self.slices,
+            self.attempts,
+            self.respond_by,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What came of a decision: the call as it now stands, the zone as told, and the events that were written."""
+    """What came of a decision: the call as it now stands, the zone as told, and the events that were written.
+
+    `escalated`: a venue was asked once more for what it has not filled after as many requests as the rules have.
+    """
 
     call: StoredCall | None
     zone: str | None
     told: tuple[str, ...]
+    escalated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +109,7 @@ class _Case:
     figures: AccountFigures
     call: StoredCall | None
     told: tuple[str, ...] = ()
+    escalated: bool = False
 
 
 async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided:
@@ -97,7 +128,7 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     if stale_symbols(figures, scene.now, scene.price_age_max.total_seconds()):
         seen = await watch.look(tx, scene, held, figures)
         return Decided(await _postpone(tx, call, scene.now), seen.zone, ())
-    case = _Case(held, scene, figures, call)
+    case = await _without_moot(tx, _Case(held, scene, figures, call))
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
         if settled:
@@ -105,7 +136,13 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
     seen = await watch.look(tx, scene, case.held, case.figures)
-    return Decided(case.call, seen.zone, case.told)
+    return Decided(case.call, seen.zone, case.told, case.escalated)
+
+
+async def _without_moot(tx: Tx, case: _Case) -> _Case:
+    """Cancel liquidation orders that ask for more than there now is: the next slice is chosen anew."""
+    moot = [] if case.call is None else liquidation.moot(case.held, case.call.id)
+    return replace(case, held=await venue.withdraw(tx, case.held, moot)) if moot else case
 
 
 async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # noqa: PLR0911  one a kind of step
@@ -127,12 +164,14 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
             return False, _with(case, await _open(tx, case, call, what, judged), "margin_call.opened")
         case Remind():
             moved = await _set(tx, call, reminders=what.number, next_action_at=now)
-            await _tell(tx, "margin_call.reminded", case, moved)
+            await _tell(tx, "margin_call.reminded", _figures(case), moved)
             return False, _with(case, moved, "margin_call.reminded")
         case Wait():
             return True, replace(case, call=await _set(tx, call, next_action_at=what.until))
         case Become():
             return await _become(tx, case, call, what)
+        case Request():
+            return True, await _ask(tx, case, call, rules, what.attempt)
         case _:
             return True, await _liquidate(tx, replace(case, call=call), call, rules)
 
@@ -162,7 +201,9 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
         "figures": _figures(case),
     }
     moved = await _set(tx, call, **changed)
-    await _tell(tx, "margin_call.opened", case, moved, cure=liquidation.cures(case.held, case.scene, case.figures))
+    await _tell(
+        tx, "margin_call.opened", _figures(case), moved, cure=liquidation.cures(case.held, case.scene, case.figures)
+    )
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
     return moved
 
@@ -171,18 +212,22 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
     now = case.scene.now
     match what.state:
         case "expired":
+            # from now on the account may only reduce
+            case, cancelled = await _withdraw(tx, case, [o for o in case.held.pending if not o.reduce_only])
             moved = await _set(tx, call, state="expired", expired_at=now, next_action_at=now)
-            await _tell(tx, "margin_call.expired", case, moved)
+            await _tell(tx, "margin_call.expired", _figures(case), moved, cancelled_orders=cancelled)
             return False, _with(case, moved, "margin_call.expired")
         case "liquidating":
             return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
         case "completed":
-            deficit = max(ZERO, to_decimal(round(-case.figures.equity, SETTLEMENT_DECIMALS)))
-            moved = await _end(tx, call, "completed", now, deficit=deficit)
-            await _tell(tx, "liquidation.completed", case, moved, deficit=plain(deficit), slices=moved.slices)
+            case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
+            moved = await _end(tx, call, "completed", now, deficit=call.deficit + _uncovered(case.figures))
+            told = {"deficit": plain(moved.deficit), "slices": moved.slices, "cancelled_orders": cancelled}
+            await _tell(tx, "liquidation.completed", _figures(case), moved, **told)
         case "cured":
+            case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
             moved = await _end(tx, call, "cured", now)
-            await _tell(tx, "margin_call.cured", case, moved)
+            await _tell(tx, "margin_call.cured", _figures(case), moved, cancelled_orders=cancelled)
         case _:
             moved = await _end(tx, call, "lapsed", now)
     await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.deficit))
@@ -192,6 +237,16 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
 
 def _with(case: _Case, call: StoredCall, *told: str) -> _Case:
     return replace(case, call=call, told=(*case.told, *told))
+
+
+async def _withdraw(tx: Tx, case: _Case, pending: list[PendingOrder]) -> tuple[_Case, list[str]]:
+    held = await venue.withdraw(tx, case.held, pending)
+    return replace(case, held=held), [order.id for order in pending]
+
+
+def _uncovered(figures: AccountFigures) -> Decimal:
+    """Return how far equity is below zero, USD."""
+    return max(ZERO, to_decimal(round(-figures.equity, SETTLEMENT_DECIMALS)))
 
 
 async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: Any) -> StoredCall:
@@ -205,23 +260,98 @@ def _situation(case: _Case) -> Situation:
         policy,
         isolated_breached=bool(liquidation.breached_isolated(case.held, case.figures)),
         anything_left=bool(liquidation.targets(case.held, case.figures)),
+        waiting=case.call is not None and bool(case.held.requested(case.call.id)),
     )
 
 
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
-    """Close the next position, or the part of it that is enough, and look again at once."""
+    """Close the next position, or the part of it that is enough, and look again at once; or ask the venue for that."""
     await accounts.lock_account(tx, case.held.agent_id)
     chosen = liquidation.next_slice(case.held, case.scene, case.figures, rules)
+    target = chosen.target.item
+    if case.held.settings.execution == "venue" and isinstance(target, OpenPosition):
+        held, cancelled = await liquidation.request(tx, case.held, chosen, target, call.id)
+        return await _ask(tx, replace(case, held=held), call, rules, 1, cancelled)
     closed = await liquidation.close(tx, case.scene, case.held, chosen, rules, call.id)
     after = replace(case, held=closed.book, figures=case.scene.figures(closed.book))
-    moved = await _set(tx, call, slices=call.slices + 1, next_action_at=case.scene.now, figures=_figures(after))
-    await _tell(tx, "liquidation.executed", after, moved, **closed.told)
+    changed = {"slices": call.slices + 1, "deficit": call.deficit + closed.deficit, "figures": _figures(after)}
+    moved = await _set(tx, call, next_action_at=case.scene.now, **changed)
+    await _tell(tx, "liquidation.executed", _figures(after), moved, **closed.told)
     return _with(after, moved, "liquidation.executed")
+
+
+async def _ask(
+    tx: Tx, case: _Case, call: StoredCall, rules: Rules, attempt: int, cancelled: Sequence[str] = ()
+) -> _Case:
+    """Ask the venue for what waits there, and give it time: `next_action_at` is when it will have had it."""
+    until, escalated = case.scene.now + rules.venue_patience, attempt > rules.venue_attempts
+    moved = await _set(tx, call, attempts=attempt, respond_by=until, next_action_at=until)
+    told = {
+        "attempt": attempt,
+        "escalated": escalated,
+        "respond_by": until,
+        "orders": liquidation.asked_for(case.held, call.id),
+        "cancelled_orders": cancelled,
+    }
+    await _tell(tx, "liquidation.requested", _figures(case), moved, **told)
+    return replace(_with(case, moved, "liquidation.requested"), escalated=escalated)
+
+
+async def record_fill(
+    tx: Tx, scene: Scene, held: Book, order_id: str, reported: Fill, named: Names, distance_max: Decimal
+) -> Recorded:
+    """Book a fill of a venue, and have the account's call, where it has one, looked at at once. The book is locked.
+
+    Raises as `venue.record` does.
+    """
+    done = await venue.record(tx, scene, held, order_id, reported, named, distance_max)
+    if done.trade is None:
+        return done
+    if done.order.margin_call_id is not None:
+        await _executed(tx, scene, held, done, done.trade, done.order.margin_call_id)
+    live = await _live(tx, held.agent_id)
+    if live is not None:
+        await _set(tx, live, next_action_at=scene.now)
+    return done
+
+
+async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: Trade, call_id: str) -> None:
+    """Tell of a liquidation order's fill; one that comes when the call is over adds what it did not cover."""
+    call = await get(tx, before.agent_id, call_id)
+    figures, uncovered = call.figures, ZERO
+    try:
+        after = scene.figures(done.book)
+    except InvalidError:
+        pass  # a price is missing: the call keeps what was known
+    else:
+        figures = _shown(after)
+        if call.ended_at is not None and not done.book.positions:
+            uncovered = max(ZERO, _uncovered(after) - _uncovered(scene.figures(before)))
+    deficit = call.deficit + trade.deficit + uncovered
+    moved = await _set(tx, call, slices=call.slices + 1, deficit=deficit, figures=figures)
+    told = {
+        "position_id": done.fill.position_id,
+        "order_id": done.order.id,
+        "fill_id": done.fill.fill_id,
+        "symbol": done.order.symbol,
+        "side": done.order.side,
+        "size": plain(done.fill.size),
+        "fill_price": plain(done.fill.price),
+        "fee": plain(done.fill.fee),
+        "realized_pnl": plain(trade.realized_pnl),
+        "is_whole": trade.after is None,
+        "deficit": plain(deficit),
+    }
+    await _tell(tx, "liquidation.executed", figures, moved, **told)
 
 
 def _figures(case: _Case) -> dict[str, Any]:
     """Return what a call remembers of the account: figures as JSON holds them."""
-    health = case.figures.health
+    return _shown(case.figures)
+
+
+def _shown(figures: AccountFigures) -> dict[str, Any]:
+    health = figures.health
     return {
         "equity": health.equity,
         "required_initial": health.required_initial,
@@ -234,14 +364,14 @@ def _figures(case: _Case) -> dict[str, Any]:
     }
 
 
-async def _tell(tx: Tx, kind: str, case: _Case, call: StoredCall, **more: Any) -> None:
+async def _tell(tx: Tx, kind: str, figures: Mapping[str, Any], call: StoredCall, **more: Any) -> None:
     data = {
         "margin_call_id": call.id,
         "state": call.state,
         "cause": call.cause,
         "opened_at": call.opened_at,
         "deadline_at": call.deadline_at,
-        **_figures(case),
+        **figures,
         **more,
     }
     await events.emit(tx, kind, call.agent_id, data)
