@@ -68,6 +68,12 @@ class CollateralPost(wire.Request):
     reference: Label | None = None
 
 
+class CancelPost(wire.Request):
+    """POST /api/orders/{id}/cancel: why, for the audit trail, or nothing."""
+
+    reason: Label | None = None
+
+
 class FillPost(wire.Request):
     """POST /api/orders/{id}/fills: what a venue filled; `fee` in USDC; `confirm` a price far from the mark."""
 
@@ -80,6 +86,7 @@ class FillPost(wire.Request):
 
 _ORDER = wire.Body(OrderPost)
 _FILL = wire.Body(FillPost)
+_CANCEL = wire.Body(CancelPost)
 _REDUCE = wire.Body(ReducePost)
 _COLLATERAL = wire.Body(CollateralPost)
 
@@ -156,12 +163,16 @@ async def post_fill(request: Request, owner: BookOwner, order_id: str) -> Respon
     return answer
 
 
-@router.post("/orders/{order_id}/cancel", openapi_extra=document("Cancel the rest of an order", scope="agent"))
+@router.post(
+    "/orders/{order_id}/cancel",
+    openapi_extra=document("Cancel the rest of an order", request=CancelPost, scope="agent"),
+)
 async def cancel_order(request: Request, owner: BookOwner, order_id: str) -> Response:
     """Cancel what remains of an order that waits for fills; one that comes all the same is still booked."""
+    asked = await body_of(request, _CANCEL, empty=b"{}")
 
     async def effect(tx: Tx, held: Book, _: Scene) -> Reply:
-        cancelled = (await venue.cancel(tx, held, order_id))[0]
+        cancelled = (await venue.cancel(tx, held, order_id, asked.reason or ""))[0]
         return Reply(replies.stored_order(cancelled))
 
     return await once(request, owner, effect)

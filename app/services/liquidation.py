@@ -143,7 +143,7 @@ async def request(tx: Tx, held: Book, chosen: Slice, position: OpenPosition, cal
     Return the book and the ids of what was cancelled: they would be in each other's way.
     """
     own = list(held.pending)
-    held = await venue.withdraw(tx, held, own)
+    held = await venue.withdraw(tx, held, own, "a liquidation takes their place")
     asked = await trading.wait(tx, held, _closing(position, chosen.size), _labels(call_id))
     return asked.book, [order.id for order in own]
 

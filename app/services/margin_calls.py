@@ -142,7 +142,7 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
 async def _without_moot(tx: Tx, case: _Case) -> _Case:
     """Cancel liquidation orders that ask for more than there now is: the next slice is chosen anew."""
     moot = [] if case.call is None else liquidation.moot(case.held, case.call.id)
-    return replace(case, held=await venue.withdraw(tx, case.held, moot)) if moot else case
+    return replace(case, held=await venue.withdraw(tx, case.held, moot, "there is less to reduce")) if moot else case
 
 
 async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # noqa: PLR0911  one a kind of step
@@ -240,7 +240,7 @@ def _with(case: _Case, call: StoredCall, *told: str) -> _Case:
 
 
 async def _withdraw(tx: Tx, case: _Case, pending: list[PendingOrder]) -> tuple[_Case, list[str]]:
-    held = await venue.withdraw(tx, case.held, pending)
+    held = await venue.withdraw(tx, case.held, pending, "margin call")
     return replace(case, held=held), [order.id for order in pending]
 
 

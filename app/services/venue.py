@@ -7,6 +7,7 @@ order that was cancelled here too late.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
@@ -70,7 +71,7 @@ async def record(
     return Recorded(stored, fill, _still_pending(trade.book, stored), trade)
 
 
-async def cancel(tx: Tx, held: Book, order_id: str) -> tuple[StoredOrder, Book]:
+async def cancel(tx: Tx, held: Book, order_id: str, reason: str = "") -> tuple[StoredOrder, Book]:
     """Cancel what remains of an order; again does nothing. The book is locked.
 
     Raises NotFoundError, and ConflictError: `order_closed` for one that is filled, `liquidation_order`.
@@ -82,16 +83,16 @@ async def cancel(tx: Tx, held: Book, order_id: str) -> tuple[StoredOrder, Book]:
         raise conflict("/status", "order_closed", "the order is filled")
     if order.margin_call_id is not None:
         raise conflict("/id", "liquidation_order", "a margin call asked for it: its cure or its end cancels it")
-    left = await withdraw(tx, held, [order.pending()])
+    left = await withdraw(tx, held, [order.pending()], reason)
     return replace(order, status="cancelled", closed_at=tx.now), left
 
 
-async def withdraw(tx: Tx, held: Book, pending: list[PendingOrder]) -> Book:
+async def withdraw(tx: Tx, held: Book, pending: Sequence[PendingOrder], reason: str) -> Book:
     """Cancel orders that wait for fills, and return the book without them."""
     ids = [order.id for order in pending]
     await orders.cancel(tx, ids)
     for order_id in ids:
-        await audit.record(tx, "order.cancelled", order_id, held.agent_id)
+        await audit.record(tx, "order.cancelled", order_id, held.agent_id, reason=reason)
     return held.without_pending(ids)
 
 
