@@ -75,12 +75,24 @@ class Settings(BaseSettings):
         int | None, Field(ge=1, le=65535, description="port on which `primerisk worker` shows its metrics")
     ] = None
     liquidation_policy: Annotated[
-        Literal["smallest_first", "largest_relief"],
+        Literal["smallest_first", "largest_relief", "keep_top_n"],
         Field(description="which position is closed first"),
     ] = "smallest_first"
     liquidation_slippage: Annotated[
         Decimal, Field(ge=0, lt=1, description="how far below the mark a forced sale fills, a fraction")
     ] = Decimal("0.005")
+    liquidation_keep: Annotated[
+        int, Field(ge=1, le=1_000, description="positions that keep_top_n keeps until last, the largest")
+    ] = 3
+    liquidation_venue_seconds: Annotated[
+        float, Field(gt=0, le=86_400, description="time that a venue has to fill what a liquidation asks for")
+    ] = 30.0
+    liquidation_venue_attempts: Annotated[
+        int, Field(ge=1, le=1_000, description="requests to a venue before an operator is told")
+    ] = 3
+    fill_distance_max: Annotated[
+        Decimal, Field(gt=0, description="how far from the mark a venue's fill is booked unasked, a fraction")
+    ] = Decimal("0.1")
     account_items_max: Annotated[
         int, Field(ge=1, description="open positions, reservations and assets of one account")
     ] = 1_000

@@ -100,6 +100,11 @@ class Metrics:
             ("event",),
             registry=self.registry,
         )
+        self.liquidations_escalated = Counter(
+            "primerisk_liquidations_escalated_total",
+            "Requests to a venue past the number after which an operator has to look.",
+            registry=self.registry,
+        )
         self.decision_seconds = Histogram(
             "primerisk_decision_seconds",
             "Time of one decision on an account, with its transaction.",

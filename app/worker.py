@@ -23,8 +23,8 @@ from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.screening import Watchman
 from app.services import delivery, heartbeat, margin_calls, shards
+from app.services.liquidation import Rules
 from app.services.margin import Scenes
-from app.services.margin_calls import Rules
 from app.services.market_cache import MarketCache
 from app.services.sender import Sender
 from app.settings import Settings
@@ -125,7 +125,13 @@ class Worker:
         self._shards: frozenset[int] = frozenset()
         age_max = timedelta(seconds=settings.price_age_seconds_max)
         self._watchman = Watchman(self.id, database, market, age_max)
-        self._rules = Rules(settings.liquidation_policy, settings.liquidation_slippage)
+        self._rules = Rules(
+            settings.liquidation_policy,
+            settings.liquidation_slippage,
+            settings.liquidation_keep,
+            timedelta(seconds=settings.liquidation_venue_seconds),
+            settings.liquidation_venue_attempts,
+        )
 
     async def run(self) -> None:
         """Work until cancelled, then finish what is under way."""
@@ -216,6 +222,9 @@ class Worker:
         self._metrics.decision_seconds.observe(time.perf_counter() - started)
         for told in decided.told:
             self._metrics.margin_events.labels(told).inc()
+        if decided.escalated:
+            self._metrics.liquidations_escalated.inc()
+            log.error("the venue of %s does not fill its liquidation: an operator has to look", agent_id)
         if decided.levels is not None:
             self._watchman.decided(agent_id, decided.levels, decided.band, waits=decided.waits)
         return True

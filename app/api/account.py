@@ -19,7 +19,7 @@ from app.db.session import Tx
 from app.domain.book import Book, LadderMode
 from app.domain.parameters import MarginMode
 from app.domain.quote import AccountFigures
-from app.errors import InvalidError, invalid
+from app.errors import InvalidError
 from app.services import account, book, positions
 from app.services.margin import Scene
 
@@ -95,9 +95,6 @@ async def patch_settings(request: Request, owner: BookOwner) -> Response:
     thresholds = change.pop("thresholds", None)
     if thresholds is not None:
         change |= fields_given(thresholds)
-    if change.get("execution") == "venue":
-        detail = "orders are filled in the book: this release sends none to a venue"
-        raise invalid("/execution", "not_available", detail)
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
         changed = await account.change_settings(tx, scene, held, change)

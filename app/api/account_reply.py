@@ -7,15 +7,15 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from app.domain.book import THRESHOLDS, ZERO, Book, OpenPosition, OpenReservation, reserved_value
+from app.domain.book import THRESHOLDS, Book, OpenPosition, OpenReservation, PendingOrder, reserved_value
 from app.domain.gates import stale_symbols
 from app.domain.money import plain, to_float
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.prices import PriceFinder
 from app.domain.quote import AccountFigures
 from app.services.market_cache import MarketView
+from app.services.orders import StoredFill, StoredOrder
 from app.services.positions import Position
-from app.services.trading import StoredOrder
 from app.services.wallet import Reservation
 
 
@@ -37,6 +37,7 @@ def account_reply(book: Book, figures: AccountFigures, view: MarketView, age_max
         "balances": balances(book),
         "positions": open_positions(book, figures),
         "reservations": [open_reservation(r, view) for r in book.reservations],
+        "pending_orders": [pending_order(o) for o in book.pending],
         "health": figures.health,
         "reduce_only": book.opens_nothing is not None
         or (book.settings.margin_mode == "portfolio" and not figures.eligible),
@@ -197,10 +198,31 @@ def stored_position(position: Position) -> dict[str, Any]:
 def stored_order(order: StoredOrder) -> dict[str, Any]:
     """Return an order under the names that clients know."""
     row = asdict(order)
-    del row["seq"], row["agent_id"]
-    for name in ("size", "filled_size", "realized_pnl", "fill_price"):
-        row[name] = plain(row[name] or ZERO)
+    del row["seq"], row["agent_id"], row["margin_mode"]
+    for name in ("size", "filled_size", "realized_pnl", "fees"):
+        row[name] = plain(row[name])
+    row["fill_price"] = None if order.fill_price is None else plain(order.fill_price)
     return {"order_id": order.id, **row}
+
+
+def stored_fill(fill: StoredFill) -> dict[str, Any]:
+    """Return a venue's fill, with what its order had come to: the same whenever it is asked for."""
+    row = asdict(fill)
+    for name in ("size", "price", "fee", "realized_pnl", "filled_size"):
+        row[name] = plain(row[name])
+    return {"id": fill.fill_id, **row}
+
+
+def pending_order(order: PendingOrder) -> dict[str, Any]:
+    """Return an order that waits for fills."""
+    return {
+        "order_id": order.id,
+        "symbol": order.symbol,
+        "side": order.side,
+        "remaining": plain(order.remaining),
+        "reduce_only": order.reduce_only,
+        "margin_call_id": order.margin_call_id,
+    }
 
 
 def stored_reservation(reservation: Reservation) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from app.db.session import Tx
 from app.domain.margin_calls import LIVE_STATES
 from app.domain.money import plain
 from app.errors import InvalidError
-from app.services import book, events, margin_calls
+from app.services import book, events, liquidation, margin_calls
 from app.services.margin_calls import StoredCall
 
 router = APIRouter(prefix="/api/margin-calls", tags=["margin calls"])
@@ -75,7 +75,7 @@ async def _cure(parts: Parts, tx: Tx, agent_id: str) -> dict[str, Any] | None:
     held = await book.load(tx, agent_id)
     scene = await parts.scenes.at(tx)
     try:
-        return margin_calls.cures(held, scene, scene.figures(held))
+        return liquidation.cures(held, scene, scene.figures(held))
     except InvalidError:
         return None
 

@@ -14,7 +14,7 @@ from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
-from app.api.trading import CollateralPost, OrderPost, ReducePost
+from app.api.trading import CancelPost, CollateralPost, FillPost, OrderPost, ReducePost
 from app.api.wallet import AmountIn, PartIn, ReservationPost
 from app.api.webhooks import NothingIn, RecoverPost, WebhookPost
 from app.api.what_if import WhatIfIn
@@ -34,6 +34,8 @@ BODIES = (
     ReservationPost,
     PartIn,
     OrderPost,
+    FillPost,
+    CancelPost,
     ReducePost,
     CollateralPost,
     WhatIfIn,

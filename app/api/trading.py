@@ -1,11 +1,12 @@
-"""Orders, and what makes positions smaller or safer."""
+"""Orders, what a venue fills of them, and what makes positions smaller or safer."""
 
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
+from msgspec import Meta
 from starlette.responses import Response
 
 from app.api import account_reply as replies
@@ -14,14 +15,16 @@ from app.api.booking import BookOwner, Label, Reply, idempotency_key, once
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
-from app.domain.book import Book, OpenPosition, PositionMode
+from app.domain.book import ZERO, Book, OpenPosition, PositionMode
 from app.domain.money import checked_amount
 from app.domain.parameters import MarginMode
 from app.domain.trade import Order
 from app.errors import InvalidError, PrimeriskError, invalid
-from app.services import positions, trading
+from app.services import margin_calls, orders, positions, trading, venue
 from app.services.margin import Scene
+from app.services.orders import Labels
 from app.services.trading import Filled
+from app.services.venue import Fill
 from app.services.wallet import Names
 
 router = APIRouter(prefix="/api", tags=["trading"])
@@ -30,10 +33,16 @@ META_BYTES_MAX = 4_096
 LEVERAGE_MAX = 1_000
 LEVERAGE_DECIMALS_MAX = 6
 META_BRACKETS_MAX = 200
+FILLS_SHOWN_MAX = 200
+
+FillId = Annotated[str, Meta(min_length=1, max_length=100, pattern="^[^\\x00]*$")]
+"""A venue's own id of a fill."""
+
+Pending = Annotated[bool, Query(description="those alone that wait for fills")]
 
 
 class OrderPost(wire.Request):
-    """POST /api/orders: a market order for `size` contracts, filled at the stored mark."""
+    """POST /api/orders: a market order for `size` contracts, filled at the stored mark, or by the account's venue."""
 
     symbol: str
     side: Literal["buy", "sell"]
@@ -59,7 +68,25 @@ class CollateralPost(wire.Request):
     reference: Label | None = None
 
 
+class CancelPost(wire.Request):
+    """POST /api/orders/{id}/cancel: why, for the audit trail, or nothing."""
+
+    reason: Label | None = None
+
+
+class FillPost(wire.Request):
+    """POST /api/orders/{id}/fills: what a venue filled; `fee` in USDC; `confirm` a price far from the mark."""
+
+    fill_id: FillId
+    size: wire.Number
+    price: wire.Number
+    fee: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    confirm: bool | None = None
+
+
 _ORDER = wire.Body(OrderPost)
+_FILL = wire.Body(FillPost)
+_CANCEL = wire.Body(CancelPost)
 _REDUCE = wire.Body(ReducePost)
 _COLLATERAL = wire.Body(CollateralPost)
 
@@ -70,9 +97,12 @@ async def post_order(request: Request, owner: BookOwner) -> Response:
     asked = await body_of(request, _ORDER)
     order = _order(asked)
     named = Names(None, idempotency_key(request))
+    result = "filled"
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
-        filled = await trading.submit(tx, scene, held, order, named, meta=asked.meta)
+        nonlocal result
+        filled = await trading.submit(tx, scene, held, order, named, Labels(meta=asked.meta))
+        result = filled.order.status
         return Reply(_filled(filled, scene))
 
     counter = parts_of(request).metrics.orders
@@ -82,24 +112,70 @@ async def post_order(request: Request, owner: BookOwner) -> Response:
         counter.labels("refused").inc()
         raise
     if "Idempotency-Replayed" not in answer.headers:
-        counter.labels("filled").inc()
+        counter.labels(result).inc()
     return answer
 
 
 @router.get("/orders", openapi_extra=document("Orders", scope="agent"))
-async def list_orders(request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
-    """List orders, newest first."""
+async def list_orders(
+    request: Request, owner: BookOwner, limit: Limit = PAGE_MAX, cursor: Cursor = "", pending: Pending = False
+) -> Response:
+    """List orders, newest first; or those alone that wait for fills."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        found = await trading.list_orders(tx, owner.agent_id, limit, number_cursor(cursor))
+        found = await orders.list_orders(tx, owner.agent_id, limit, number_cursor(cursor), pending=pending)
     more = next_cursor([item.seq for item in found], limit)
     return wire.JsonResponse({"orders": [replies.stored_order(o) for o in found], "next_cursor": more})
 
 
 @router.get("/orders/{order_id}", openapi_extra=document("An order", scope="agent"))
 async def get_order(request: Request, owner: BookOwner, order_id: str) -> Response:
-    """Show an order."""
+    """Show an order with the fills that its venue reported."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        return wire.JsonResponse(replies.stored_order(await trading.get_order(tx, owner.agent_id, order_id)))
+        order = await orders.get(tx, owner.agent_id, order_id)
+        fills = await orders.list_fills(tx, order_id, FILLS_SHOWN_MAX)
+    return wire.JsonResponse({**replies.stored_order(order), "fills": [replies.stored_fill(f) for f in fills]})
+
+
+@router.post(
+    "/orders/{order_id}/fills",
+    openapi_extra=document("Report a venue's fill of an order", request=FillPost, scope="agent"),
+)
+async def post_fill(request: Request, owner: BookOwner, order_id: str) -> Response:
+    """Book what a venue filled of an order: position, profit or loss and fee at the venue's price."""
+    asked = await body_of(request, _FILL)
+    fee = wire.exact_or_none(asked.fee, "/fee") or ZERO
+    size, price = wire.exact(asked.size, "/size"), wire.exact(asked.price, "/price")
+    reported = Fill(asked.fill_id, size, price, fee, bool(asked.confirm))
+    named = Names(asked.fill_id, idempotency_key(request))
+    parts = parts_of(request)
+    events: list[str] = []
+
+    async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
+        distance = parts.settings.fill_distance_max
+        done = await margin_calls.record_fill(tx, scene, held, order_id, reported, named, distance)
+        if done.trade is not None and done.order.margin_call_id is not None:
+            events.append("liquidation.executed")
+        return Reply(replies.stored_fill(done.fill))
+
+    answer = await once(request, owner, effect)
+    for event in events:
+        parts.metrics.margin_events.labels(event).inc()
+    return answer
+
+
+@router.post(
+    "/orders/{order_id}/cancel",
+    openapi_extra=document("Cancel the rest of an order", request=CancelPost, scope="agent"),
+)
+async def cancel_order(request: Request, owner: BookOwner, order_id: str) -> Response:
+    """Cancel what remains of an order that waits for fills; one that comes all the same is still booked."""
+    asked = await body_of(request, _CANCEL, empty=b"{}")
+
+    async def effect(tx: Tx, held: Book, _: Scene) -> Reply:
+        cancelled = (await venue.cancel(tx, held, order_id, asked.reason or ""))[0]
+        return Reply(replies.stored_order(cancelled))
+
+    return await once(request, owner, effect)
 
 
 @router.post(

@@ -5,7 +5,7 @@ Amounts are Decimal; `quote_terms` is where they become floats, by way of `money
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from decimal import Decimal
@@ -115,6 +115,23 @@ class OpenReservation:
 
 
 @dataclass(frozen=True, slots=True)
+class PendingOrder:
+    """An order that waits for fills of its venue; `remaining` contracts are still to come.
+
+    `margin_call_id` names the call that asked for it; None: the agent's own.
+    """
+
+    id: str
+    symbol: str
+    side: Literal["buy", "sell"]
+    remaining: Decimal
+    reduce_only: bool
+    leverage: Decimal | None
+    margin_mode: PositionMode | None
+    margin_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Book:
     """Everything that an agent's margin depends on, but for the market."""
 
@@ -128,6 +145,8 @@ class Book:
     """The state of the margin call that the account is under, as the book was read."""
     rung: int = 0
     """The rung of the drawdown ladder that was last told."""
+    pending: Sequence[PendingOrder] = ()
+    """Orders at a venue, oldest first. They weigh on what the gates allow, not on the account's own figures."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -148,8 +167,17 @@ class Book:
 
     @property
     def is_leveraged(self) -> bool:
-        """Whether anything is open or owed, so that its prices decide what may be spent."""
-        return bool(self.positions) or any(h.owed > 0 for h in self.holdings.values())
+        """Whether anything is open, about to open or owed, so that its prices decide what may be spent."""
+        waits = any(not order.reduce_only for order in self.pending)
+        return bool(self.positions) or waits or any(h.owed > 0 for h in self.holdings.values())
+
+    def requested(self, call_id: str) -> list[PendingOrder]:
+        """Return the liquidation orders of a call that wait for fills."""
+        return [order for order in self.pending if order.margin_call_id == call_id]
+
+    def without_pending(self, ids: Collection[str]) -> Book:
+        """Return the book without these orders."""
+        return replace(self, pending=[order for order in self.pending if order.id not in ids])
 
     def after_moves(self, moves: Sequence[Move]) -> Book:
         """Return the book after moves that concern this agent, as the ledger would leave it."""

@@ -10,7 +10,7 @@ from typing import Literal
 from app.domain.book import Book, OpenPosition, OpenReservation
 from app.domain.quote import AccountFigures
 
-LiquidationPolicy = Literal["smallest_first", "largest_relief"]
+LiquidationPolicy = Literal["smallest_first", "largest_relief", "keep_top_n"]
 
 SIZE_STEPS = 20
 _DIGITS = Context(prec=8, rounding=ROUND_CEILING)
@@ -44,12 +44,20 @@ class Slice:
 def in_order(targets: Sequence[Target], policy: LiquidationPolicy, relief: Callable[[Target], float]) -> list[Target]:
     """Return the targets in the order in which they are closed.
 
-    `smallest_first` by notional, `largest_relief` by what closing one takes off the required initial margin. Ties go by
-    id, so that two workers choose alike.
+    `smallest_first` and `keep_top_n` by notional, `largest_relief` by what closing one takes off the required initial
+    margin. Ties go by id, so that two workers choose alike.
     """
     if policy == "largest_relief":
         return sorted(targets, key=lambda t: (-relief(t), t.item.id))
     return sorted(targets, key=lambda t: (t.notional, t.item.id))
+
+
+def outside_largest(targets: Sequence[Target], keep: int) -> list[Target]:
+    """Return the targets, in their order, but for the `keep` largest positions by notional."""
+    positions = [t for t in targets if isinstance(t.item, OpenPosition)]
+    largest = sorted(positions, key=lambda t: (-t.notional, t.item.id))[:keep]
+    kept = {t.item.id for t in largest}
+    return [t for t in targets if t.item.id not in kept]
 
 
 def next_slice(

@@ -28,23 +28,30 @@ LAST_REMINDER = timedelta(seconds=30)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A live call. `reminders` counts those sent; times are the database's."""
+    """A live call. `reminders` counts those sent, `slices` what was closed; times are the database's.
+
+    While liquidation orders wait at a venue, they have until `respond_by`, and `attempts` counts the requests for them.
+    """
 
     state: State
     noticed_at: datetime
     opened_at: datetime | None = None
     deadline_at: datetime | None = None
     reminders: int = 0
+    slices: int = 0
+    attempts: int = 0
+    respond_by: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a call is judged on. `cause` is None where nothing is breached."""
+    """What a call is judged on. `cause` is None where nothing is breached; `waiting`: orders are out at a venue."""
 
     cause: Cause | None
     is_cured: bool
     may_stop: bool
     anything_left: bool
+    waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +94,19 @@ class Liquidate:
     """One position, or a part of it, is to be closed."""
 
 
-Step = Notice | Open | Remind | Wait | Become | Liquidate
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What waits at a venue is asked for again, the `attempt`th time: it was not filled in time."""
+
+    attempt: int
 
 
-def situation(health: Health, policy: HealthPolicy, isolated_breached: bool, anything_left: bool) -> Situation:
+Step = Notice | Open | Remind | Wait | Become | Liquidate | Request
+
+
+def situation(
+    health: Health, policy: HealthPolicy, *, isolated_breached: bool, anything_left: bool, waiting: bool = False
+) -> Situation:
     """Return what a call is judged on, from an account's health and whether an isolated position is past saving.
 
     Breach: utilization at the level, or equity below maintenance. Cured and stopped: utilization at their levels or
@@ -111,6 +127,7 @@ def situation(health: Health, policy: HealthPolicy, isolated_breached: bool, any
         is_cured=sound and used <= policy.cure_utilization * (1.0 + TOLERANCE),
         may_stop=sound and used <= policy.stop_utilization * (1.0 + TOLERANCE),
         anything_left=anything_left,
+        waiting=waiting,
     )
 
 
@@ -128,7 +145,7 @@ def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: d
     if call.state == "expired":
         return _while_expired(now_is, settings)
     if call.state == "liquidating":
-        return _while_liquidating(now_is)
+        return _while_liquidating(call, now_is, now)
     raise ValueError(f"a call that is {call.state} takes no step")
 
 
@@ -171,9 +188,15 @@ def _while_expired(now_is: Situation, settings: AccountSettings) -> Step:
     return Become("liquidating") if settings.auto_liquidate else Wait(None)
 
 
-def _while_liquidating(now_is: Situation) -> Step:
+def _while_liquidating(call: Call, now_is: Situation, now: datetime) -> Step:
+    if now_is.waiting and call.slices == 0 and now_is.is_cured:
+        return Become("cured")  # nothing was sold yet: it is the owner's cure that came first
     if now_is.may_stop:
         return Become("completed")
+    if now_is.waiting:
+        if call.respond_by is not None and now < call.respond_by:
+            return Wait(call.respond_by)
+        return Request(call.attempts + 1)
     if now_is.anything_left:
         return Liquidate()
     # what is left is not ours to close: the call lives on, or the next look would begin another

@@ -26,14 +26,18 @@ from app.domain.moves import (
 from app.errors import conflict, invalid
 
 OrderSide = Literal["buy", "sell"]
-MoveKind = Literal["realized_pnl", "deficit", "allocate", "deallocate"]
+MoveKind = Literal["realized_pnl", "deficit", "allocate", "deallocate", "fee"]
 
 PRICE_DECIMALS = 18
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A market order for `size` contracts. Leverage and mode None: the position's, else the market's and account's."""
+    """A market order for `size` contracts. Leverage and mode None: the position's, else the market's and account's.
+
+    One that is `executed` has happened at a venue: an isolated position then takes what is free, where that is less
+    than it should have.
+    """
 
     symbol: str
     side: OrderSide
@@ -41,6 +45,7 @@ class Order:
     reduce_only: bool = False
     leverage: Decimal | None = None
     margin_mode: PositionMode | None = None
+    executed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,12 @@ class Trade:
         """Whether it adds to a position or opens one."""
         return self.opened > 0
 
+    @property
+    def deficit(self) -> Decimal:
+        """USDC of loss beyond an isolated position's allocation, which is the house's."""
+        moves = (move for posting in self.postings if posting.kind == "deficit" for move in posting.moves)
+        return sum((move.amount for move in moves), ZERO)
+
 
 def plan(book: Book, order: Order, contract: Contract, price: Decimal, new_id: str, now: datetime) -> Trade:
     """Return what the order does at the price.
@@ -102,6 +113,16 @@ def plan(book: Book, order: Order, contract: Contract, price: Decimal, new_id: s
         postings = [*postings, *added]
         book = _applied(book, added).with_position(left, after)
     return Trade(held, after, price, closing, opening, realized, postings, book)
+
+
+def charged(trade: Trade, fee: Decimal) -> Trade:
+    """Return the trade with a fee in USDC >= 0 paid: out of what is free, the rest is owed."""
+    if fee == 0:
+        return trade
+    free = trade.book.holding(SETTLEMENT_ASSET).free
+    moves = take_out(trade.book.agent_id, SETTLEMENT_ASSET, fee, house("trading"), free)
+    paid = Posting("fee", moves)
+    return replace(trade, postings=[*trade.postings, paid], book=_applied(trade.book, [paid]))
 
 
 def _check_reduce_only(order: Order, held: OpenPosition | None, closing: Decimal) -> None:
@@ -195,8 +216,10 @@ def _open(
     allocation, postings = ZERO, []
     if mode == "isolated":
         allocation = _allocation(held, size, contract, price, _rate(contract, leverage))
+        if order.executed:
+            allocation = min(allocation, book.holding(SETTLEMENT_ASSET).free)
         moves = [Move(SETTLEMENT_ASSET, allocation, agent(book.agent_id, "free"), agent(book.agent_id, "allocated"))]
-        postings = [Posting("allocate", moves)]
+        postings = [Posting("allocate", moves)] if allocation > 0 else []
     if held is None:
         opened = OpenPosition(
             new_id, order.symbol, side, size, price, leverage, mode, allocation, ZERO, reducible=True, opened_at=now

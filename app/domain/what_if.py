@@ -12,6 +12,7 @@ from app.domain.gates import Refusal, refusal, stale_symbols
 from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.parameters import MarketParameters
+from app.domain.pending import exposed
 from app.domain.prices import StoredPrice
 from app.domain.quote import MarginQuote, margin_quote
 from app.domain.terms import PositionTerms
@@ -74,7 +75,13 @@ def what_if(
     refused = None
     if len(change.add) + len(change.replace):
         refused = _never_opens(book, then, quoted, now, price_seconds_max) or _uncovered(left)
-    refused = refused or refusal(then, quoted, before.margin.parameters.policy)
+    judged = then, quoted
+    if book.pending:  # judged with what waits at a venue, as an order would be, and shown without it
+        waiting = exposed(left, parameters, stored, now).quote_terms(parameters, stored)
+        joined = replace(waiting, positions=_joined(waiting.positions, _rows(added, other)))
+        still = exposed(book, parameters, stored, now).quote_terms(parameters, stored)
+        judged = margin_quote(still, stored, now), margin_quote(joined, stored, now)
+    refused = refused or refusal(*judged, before.margin.parameters.policy)
     return WhatIf(then, quoted, refused)
 
 

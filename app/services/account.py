@@ -26,6 +26,9 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
     changed = {k: v for k, v in asdict(settings).items() if v != getattr(before.settings, k)}
     if not changed:
         return before
+    if "execution" in changed and before.pending:
+        detail = f"{len(before.pending)} orders wait for fills of the venue: cancel them first"
+        raise conflict("/execution", "orders_pending", detail)
     after = replace(before, settings=settings)
     _check_levels(scene, settings)
     if "margin_mode" in changed:
@@ -56,12 +59,13 @@ def _check_levels(scene: Scene, settings: AccountSettings) -> None:
 def _check_mode(scene: Scene, before: Book, after: Book) -> None:
     if not after.is_leveraged and after.settings.margin_mode != "portfolio":
         return
-    figures = scene.figures(after)
+    exposed = scene.exposed(after)
+    figures = scene.figures(exposed)
     scene.require_fresh(figures)
     if after.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"portfolio margin asks for an equity of {least:,.0f} USD, this is {figures.equity:,.2f}"
         raise conflict("/margin_mode", "equity_below_minimum", detail, shortfall=least - figures.equity)
-    refused = scene.judge(scene.figures(before), figures, after)
+    refused = scene.judge(scene.figures(scene.exposed(before)), figures, exposed)
     if refused is not None:
         raise refusal_error(refused, "/margin_mode")

@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import text
 
 from app.db.session import Database, Tx
-from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
+from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation, PendingOrder
 from app.errors import NotFoundError
 from app.services.accounts import hold_account, lock_account
 
@@ -28,6 +28,7 @@ class _Row(msgspec.Struct):
     reservations: list[OpenReservation]
     live_call: str | None
     rung: int
+    pending: list[PendingOrder]
 
 
 BOOK_QUERY = """
@@ -46,7 +47,12 @@ BOOK_QUERY = """
         'live_call', (
             SELECT state FROM margin_calls c WHERE c.agent_id = a.agent_id
             AND state IN ('noticed', 'open', 'expired', 'liquidating')),
-        'rung', coalesce((SELECT rung FROM account_watch w WHERE w.agent_id = a.agent_id), 0)
+        'rung', coalesce((SELECT rung FROM account_watch w WHERE w.agent_id = a.agent_id), 0),
+        'pending', coalesce((
+            SELECT json_agg(json_build_object(
+                'id', id, 'symbol', symbol, 'side', side, 'remaining', size - filled_size, 'reduce_only', reduce_only,
+                'leverage', leverage, 'margin_mode', margin_mode, 'margin_call_id', margin_call_id) ORDER BY seq)
+            FROM orders o WHERE o.agent_id = a.agent_id AND status IN ('pending', 'partially_filled')), '[]')
     )::text
     FROM accounts a WHERE a.agent_id = $1"""
 
@@ -103,6 +109,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         reservations=found.reservations,
         live_call=found.live_call,
         rung=found.rung,
+        pending=found.pending,
     )
 
 

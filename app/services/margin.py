@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -10,16 +11,20 @@ from decimal import Decimal
 from sqlalchemy import func, select
 
 from app.db.session import Tx
-from app.domain.book import Book, Side
+from app.domain import pending
+from app.domain.book import Book, PendingOrder, Side
 from app.domain.gates import Refusal, refusal, stale_symbols
-from app.domain.money import to_decimal, to_float
+from app.domain.money import plain, to_float
+from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.prices import PriceFinder, StoredPrice
 from app.domain.quote import AccountFigures, account_figures
 from app.domain.trade import Contract
-from app.errors import ConflictError, conflict, invalid
+from app.errors import ConflictError, conflict
 from app.services.market_cache import MarketCache, MarketView
 
 ACCOUNTS_REMEMBERED_MAX = 1_024
+PENDING_ORDERS_MAX = 100
+"""Orders of one account that wait at a venue: each is filled on trial before anything opens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +44,24 @@ class Scene:
         view = self.market
         return account_figures(book.quote_terms(view.parameters, view.prices), view.prices, self.now)
 
+    def filled(self, book: Book, orders: Sequence[PendingOrder]) -> Book:
+        """Return the book with these pending orders filled at the mark. Raises InvalidError for a missing price."""
+        return pending.filled(book, orders, self.market.parameters, self.market.prices, self.now) if orders else book
+
+    def exposed(self, book: Book) -> Book:
+        """Return the book that the gates judge: what pending orders may make of it. Raises InvalidError."""
+        return pending.exposed(book, self.market.parameters, self.market.prices, self.now) if book.pending else book
+
     def refusal(self, before: Book, after: Book) -> Refusal | None:
         """Return why the account may not go from one book to the other, or None. Raises InvalidError."""
         return self.judge(self.figures(before), self.figures(after), after)
 
     def judge(self, before: AccountFigures, after: AccountFigures, book: Book) -> Refusal | None:
-        """As `refusal`, from figures that are known, by the settings of the book after."""
+        """Return why the account may not go from one standing to the other, or None, by the book after, as exposed."""
+        free = book.holding(SETTLEMENT_ASSET).free
+        if free < 0:
+            detail = f"the allocation takes {plain(-free):f} {SETTLEMENT_ASSET} more than are free"
+            return Refusal("insufficient_margin", detail, to_float(-free))
         return refusal(before, after, book.settings.policy(self.market.parameters.policy))
 
     def require_room(self, book: Book) -> None:
@@ -53,6 +70,8 @@ class Scene:
         if items > self.items_max:
             detail = f"an account has at most {self.items_max} open positions, reservations and assets"
             raise conflict("", "account_full", detail)
+        if len(book.pending) > PENDING_ORDERS_MAX:
+            raise conflict("", "account_full", f"an account has at most {PENDING_ORDERS_MAX} pending orders")
 
     def require_price(self, pointer: str, asset: str) -> None:
         """Raise InvalidError `missing_price` where an asset has no price."""
@@ -80,9 +99,10 @@ class Scene:
         """
         if not after.is_leveraged:
             return
+        after = self.exposed(after)
         figures = self.figures(after)
         self.require_fresh(figures)
-        refused = self.judge(self.figures(before), figures, after)
+        refused = self.judge(self.figures(self.exposed(before)), figures, after)
         if refused is not None:
             raise refusal_error(refused, pointer)
         if after.settings.margin_mode == "portfolio" and not figures.eligible:
@@ -111,12 +131,7 @@ def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:
 
     Raises InvalidError where there is none.
     """
-    underlying = view.parameters.underlying_of(symbol)
-    mark = view.prices.get(symbol) or view.prices.get(underlying)
-    if mark is None:
-        raise invalid("/symbol", "missing_price", f"no price for {symbol} nor for {underlying}: post one to the market")
-    figures = view.parameters.market(symbol, underlying)
-    return Contract(to_decimal(figures.contract_size), to_decimal(figures.initial_margin_rate)), mark
+    return pending.at_mark(view.parameters, view.prices, symbol)
 
 
 def forced_price(mark: Decimal, side: Side, slippage: Decimal) -> Decimal:

@@ -8,36 +8,47 @@ tell of it in one transaction. Asking twice, late or for nothing does no harm.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from decimal import ROUND_CEILING, Decimal
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import func, insert, select, update
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
-from app.domain import liquidate
-from app.domain.book import ZERO, Book, OpenPosition, OpenReservation
+from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
 from app.domain.gates import stale_symbols
-from app.domain.liquidate import LiquidationPolicy, Slice, Target
-from app.domain.margin_calls import LIVE_STATES, Become, Call, Notice, Open, Remind, Situation, Wait, situation, step
-from app.domain.money import plain, to_decimal, to_float
+from app.domain.margin_calls import (
+    LIVE_STATES,
+    Become,
+    Call,
+    Notice,
+    Open,
+    Remind,
+    Request,
+    Situation,
+    Wait,
+    situation,
+    step,
+)
+from app.domain.money import plain, to_decimal
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
-from app.domain.trade import Order, plan
+from app.domain.trade import Trade
 from app.domain.watch import Band
 from app.errors import InvalidError, NotFoundError
-from app.services import accounts, audit, book, events, prevention, trading, wallet, watch
-from app.services.margin import Scene, Scenes, by_mark, forced_price
+from app.services import accounts, audit, book, events, liquidation, prevention, venue, watch
+from app.services.liquidation import Rules
+from app.services.margin import Scene, Scenes
+from app.services.venue import Fill, Recorded
 from app.services.wallet import Names
 
 CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
 """Changes of state in one decision: more than the longest way through a life."""
 RETRY_STALE = timedelta(seconds=1)
-ORDERS_SHOWN_MAX = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +71,21 @@ class StoredCall:
     slices: int
     deficit: Decimal
     figures: Mapping[str, Any]
+    attempts: int
+    respond_by: datetime | None
 
     def as_call(self) -> Call:
         """Return what the pure step needs of it."""
-        return Call(self.state, self.noticed_at, self.opened_at, self.deadline_at, self.reminders)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How accounts are liquidated, from the settings."""
-
-    policy: LiquidationPolicy
-    slippage: Decimal
+        return Call(
+            self.state,  # type: ignore[arg-type]  # the table's CHECK
+            self.noticed_at,
+            self.opened_at,
+            self.deadline_at,
+            self.reminders,
+            self.slices,
+            self.attempts,
+            self.respond_by,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +94,8 @@ class Decided:
 
     `levels` are the ranks of zone and alert level, None where a price is missing; `band`: of equity, within which
     there is nothing to tell of the drawdown, None where it is not followed. It `waits` where prices are stale: nothing
-    was decided.
+    was decided. `escalated`: a venue was asked once more for what it has not filled after as many requests as the
+    rules have.
     """
 
     call: StoredCall | None
@@ -88,6 +103,7 @@ class Decided:
     levels: tuple[int, int] | None = None
     band: Band | None = None
     waits: bool = False
+    escalated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +115,7 @@ class _Case:
     figures: AccountFigures
     call: StoredCall | None
     told: tuple[str, ...] = ()
+    escalated: bool = False
 
 
 async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided:
@@ -119,7 +136,7 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
         policy = held.settings.policy(scene.market.parameters.policy)
         band = watch.band_of(held, seen, policy)
         return Decided(await _postpone(tx, call, scene.now), (), seen.levels, band, waits=True)
-    case = _Case(held, scene, figures, call)
+    case = await _without_moot(tx, _Case(held, scene, figures, call))
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
         if settled:
@@ -136,7 +153,13 @@ async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
     seen = await watch.look(tx, scene, held, case.figures)
     if case.call is None or case.call.state not in ("expired", "liquidating"):
         await prevention.step_down(tx, scene, held, case.figures, seen, rules.slippage)
-    return Decided(case.call, case.told, seen.levels, watch.band_of(held, seen, policy))
+    return Decided(case.call, case.told, seen.levels, watch.band_of(held, seen, policy), escalated=case.escalated)
+
+
+async def _without_moot(tx: Tx, case: _Case) -> _Case:
+    """Cancel liquidation orders that ask for more than there now is: the next slice is chosen anew."""
+    moot = [] if case.call is None else liquidation.moot(case.held, case.call.id)
+    return replace(case, held=await venue.withdraw(tx, case.held, moot, "there is less to reduce")) if moot else case
 
 
 async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # noqa: PLR0911  one a kind of step
@@ -158,12 +181,14 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
             return False, _with(case, await _open(tx, case, call, what, judged), "margin_call.opened")
         case Remind():
             moved = await _set(tx, call, reminders=what.number, next_action_at=now)
-            await _tell(tx, "margin_call.reminded", case, moved)
+            await _tell(tx, "margin_call.reminded", _figures(case), moved)
             return False, _with(case, moved, "margin_call.reminded")
         case Wait():
             return True, replace(case, call=await _set(tx, call, next_action_at=what.until))
         case Become():
             return await _become(tx, case, call, what)
+        case Request():
+            return True, await _ask(tx, case, call, rules, what.attempt)
         case _:
             return True, await _liquidate(tx, replace(case, call=call), call, rules)
 
@@ -193,7 +218,9 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
         "figures": _figures(case),
     }
     moved = await _set(tx, call, **changed)
-    await _tell(tx, "margin_call.opened", case, moved, cure=cures(case.held, case.scene, case.figures))
+    await _tell(
+        tx, "margin_call.opened", _figures(case), moved, cure=liquidation.cures(case.held, case.scene, case.figures)
+    )
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
     return moved
 
@@ -202,18 +229,22 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
     now = case.scene.now
     match what.state:
         case "expired":
+            # from now on the account may only reduce
+            case, cancelled = await _withdraw(tx, case, [o for o in case.held.pending if not o.reduce_only])
             moved = await _set(tx, call, state="expired", expired_at=now, next_action_at=now)
-            await _tell(tx, "margin_call.expired", case, moved)
+            await _tell(tx, "margin_call.expired", _figures(case), moved, cancelled_orders=cancelled)
             return False, _with(case, moved, "margin_call.expired")
         case "liquidating":
             return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
         case "completed":
-            deficit = max(ZERO, to_decimal(round(-case.figures.equity, SETTLEMENT_DECIMALS)))
-            moved = await _end(tx, call, "completed", now, deficit=deficit)
-            await _tell(tx, "liquidation.completed", case, moved, deficit=plain(deficit), slices=moved.slices)
+            case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
+            moved = await _end(tx, call, "completed", now, deficit=call.deficit + _uncovered(case.figures))
+            told = {"deficit": plain(moved.deficit), "slices": moved.slices, "cancelled_orders": cancelled}
+            await _tell(tx, "liquidation.completed", _figures(case), moved, **told)
         case "cured":
+            case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
             moved = await _end(tx, call, "cured", now)
-            await _tell(tx, "margin_call.cured", case, moved)
+            await _tell(tx, "margin_call.cured", _figures(case), moved, cancelled_orders=cancelled)
         case _:
             moved = await _end(tx, call, "lapsed", now)
     await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.deficit))
@@ -225,6 +256,16 @@ def _with(case: _Case, call: StoredCall, *told: str) -> _Case:
     return replace(case, call=call, told=(*case.told, *told))
 
 
+async def _withdraw(tx: Tx, case: _Case, pending: list[PendingOrder]) -> tuple[_Case, list[str]]:
+    held = await venue.withdraw(tx, case.held, pending, "margin call")
+    return replace(case, held=held), [order.id for order in pending]
+
+
+def _uncovered(figures: AccountFigures) -> Decimal:
+    """Return how far equity is below zero, USD."""
+    return max(ZERO, to_decimal(round(-figures.equity, SETTLEMENT_DECIMALS)))
+
+
 async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: Any) -> StoredCall:
     return await _set(tx, call, state=state, ended_at=now, next_action_at=None, **values)
 
@@ -234,151 +275,100 @@ def _situation(case: _Case) -> Situation:
     return situation(
         case.figures.health,
         policy,
-        isolated_breached=bool(_breached_isolated(case)),
-        anything_left=bool(_targets(case)),
+        isolated_breached=bool(liquidation.breached_isolated(case.held, case.figures)),
+        anything_left=bool(liquidation.targets(case.held, case.figures)),
+        waiting=case.call is not None and bool(case.held.requested(case.call.id)),
     )
-
-
-def _breached_isolated(case: _Case) -> list[OpenPosition]:
-    """Return the isolated positions whose own collateral no longer meets their maintenance margin."""
-    table, alone = case.figures.portfolio, case.figures.isolated
-    rows = zip(
-        case.held.positions,
-        table.unrealized_pnl.tolist(),
-        alone.position_maintenance.tolist(),
-        strict=True,
-    )
-    return [
-        p for p, pnl, keep in rows if p.margin_mode == "isolated" and p.reducible and to_float(p.allocated) + pnl < keep
-    ]
-
-
-def _targets(case: _Case) -> list[Target]:
-    """Return what may be closed: reducible positions of the pool, reducible reservations, isolated ones past saving."""
-    doomed = {p.id for p in _breached_isolated(case)}
-    found: list[Target] = []
-    for position, notional in zip(case.held.positions, case.figures.portfolio.notional.tolist(), strict=True):
-        if position.reducible and (position.margin_mode == "pooled" or position.id in doomed):
-            found.append(Target(position, position.size, notional))
-    prices = case.figures.prices
-    for reservation in case.held.reservations:
-        if reservation.reducible:
-            price = prices[reservation.asset].value if reservation.asset in prices else 1.0
-            found.append(Target(reservation, reservation.remaining, to_float(reservation.remaining) * price))
-    return found
-
-
-def _reduced(scene: Scene, held: Book, target: Target, size: Decimal, slippage: Decimal) -> Book:
-    """Return the book after closing so much of a target, without writing anything."""
-    if isinstance(target.item, OpenReservation):
-        left = replace(target.item, remaining=target.item.remaining - size)
-        moves = wallet.given_back(held, target.item.asset, size)
-        return held.after_moves(moves).with_reservation(left)
-    contract, _ = by_mark(scene.market, target.item.symbol)
-    order = _closing(target.item, size)
-    return plan(held, order, contract, _fill_price(scene, target.item, slippage), "", scene.now).book
-
-
-def _closing(position: OpenPosition, size: Decimal) -> Order:
-    return Order(position.symbol, "sell" if position.side == "long" else "buy", size, reduce_only=True)
-
-
-def _fill_price(scene: Scene, position: OpenPosition, slippage: Decimal) -> Decimal:
-    _, mark = by_mark(scene.market, position.symbol)
-    return forced_price(mark.exact, position.side, slippage)
 
 
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
-    """Close the next position, or the part of it that is enough, and look again at once."""
+    """Close the next position, or the part of it that is enough, and look again at once; or ask the venue for that."""
     await accounts.lock_account(tx, case.held.agent_id)
-    chosen = _next_slice(case, rules)
+    chosen = liquidation.next_slice(case.held, case.scene, case.figures, rules)
     target = chosen.target.item
-    names = Names(reference=call.id)
-    if isinstance(target, OpenReservation):
-        _, held = await wallet.release(tx, case.held, target.id, chosen.size, names)
-        told: dict[str, Any] = {"reservation_id": target.id, "service": target.service, "asset": target.asset}
-    else:
-        contract, _ = by_mark(case.scene.market, target.symbol)
-        order = _closing(target, chosen.size)
-        trade = plan(case.held, order, contract, _fill_price(case.scene, target, rules.slippage), "", tx.now)
-        filled = await trading.fill(tx, case.held, order, trade, names, "liquidation", {"margin_call_id": call.id})
-        held = filled.book
-        told = {
-            "position_id": target.id,
-            "order_id": filled.order.id,
-            "symbol": target.symbol,
-            "side": order.side,
-            "fill_price": plain(trade.price),
-            "realized_pnl": plain(trade.realized_pnl),
-        }
-    after = replace(case, held=held, figures=case.scene.figures(held))
-    moved = await _set(tx, call, slices=call.slices + 1, next_action_at=case.scene.now, figures=_figures(after))
-    whole = {"size": plain(chosen.size), "notional": chosen.target.notional, "is_whole": chosen.is_whole}
-    await _tell(tx, "liquidation.executed", after, moved, **told, **whole)
+    if case.held.settings.execution == "venue" and isinstance(target, OpenPosition):
+        held, cancelled = await liquidation.request(tx, case.held, chosen, target, call.id)
+        return await _ask(tx, replace(case, held=held), call, rules, 1, cancelled)
+    closed = await liquidation.close(tx, case.scene, case.held, chosen, rules, call.id)
+    after = replace(case, held=closed.book, figures=case.scene.figures(closed.book))
+    changed = {"slices": call.slices + 1, "deficit": call.deficit + closed.deficit, "figures": _figures(after)}
+    moved = await _set(tx, call, next_action_at=case.scene.now, **changed)
+    await _tell(tx, "liquidation.executed", _figures(after), moved, **closed.told)
     return _with(after, moved, "liquidation.executed")
 
 
-def _next_slice(case: _Case, rules: Rules) -> Slice:
-    scene = case.scene
-    policy = case.held.settings.policy(scene.market.parameters.policy)
-    doomed = {p.id for p in _breached_isolated(case)}
-
-    def reduce(held: Book, target: Target, size: Decimal) -> Book:
-        return _reduced(scene, held, target, size, rules.slippage)
-
-    def relief(target: Target) -> float:
-        after = scene.figures(reduce(case.held, target, target.size))
-        return case.figures.health.required_initial - after.health.required_initial
-
-    def enough(figures: AccountFigures) -> bool:
-        used = figures.health.utilization
-        return used is not None and used <= policy.stop_utilization and not figures.health.insolvent
-
-    targets = liquidate.in_order(_targets(case), rules.policy, relief)
-    # an isolated position past saving is closed whole and first: it fails alone
-    past_saving = [t for t in targets if t.item.id in doomed]
-    if past_saving:
-        return Slice(past_saving[0], past_saving[0].size)
-    return liquidate.next_slice(case.held, targets[0], scene.figures, reduce, enough)
+async def _ask(
+    tx: Tx, case: _Case, call: StoredCall, rules: Rules, attempt: int, cancelled: Sequence[str] = ()
+) -> _Case:
+    """Ask the venue for what waits there, and give it time: `next_action_at` is when it will have had it."""
+    until, escalated = case.scene.now + rules.venue_patience, attempt > rules.venue_attempts
+    moved = await _set(tx, call, attempts=attempt, respond_by=until, next_action_at=until)
+    told = {
+        "attempt": attempt,
+        "escalated": escalated,
+        "respond_by": until,
+        "orders": liquidation.asked_for(case.held, call.id),
+        "cancelled_orders": cancelled,
+    }
+    await _tell(tx, "liquidation.requested", _figures(case), moved, **told)
+    return replace(_with(case, moved, "liquidation.requested"), escalated=escalated)
 
 
-def cures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
-    """Return the cheapest ways out: a deposit, or the reduce-only orders, smallest first, down to the cure level."""
-    policy = held.settings.policy(scene.market.parameters.policy)
-    health = figures.health
-    deposit = max(0.0, health.required_initial / policy.cure_utilization - health.equity)
-    case = _Case(held, scene, figures, None)
+async def record_fill(
+    tx: Tx, scene: Scene, held: Book, order_id: str, reported: Fill, named: Names, distance_max: Decimal
+) -> Recorded:
+    """Book a fill of a venue, and have the account's call, where it has one, looked at at once. The book is locked.
 
-    def reduce(before: Book, target: Target, size: Decimal) -> Book:
-        return _reduced(scene, before, target, size, ZERO)
+    Raises as `venue.record` does.
+    """
+    done = await venue.record(tx, scene, held, order_id, reported, named, distance_max)
+    if done.trade is None:
+        return done
+    if done.order.margin_call_id is not None:
+        await _executed(tx, scene, held, done, done.trade, done.order.margin_call_id)
+    live = await _live(tx, held.agent_id)
+    if live is not None:
+        await _set(tx, live, next_action_at=scene.now)
+    return done
 
-    def enough(after: AccountFigures) -> bool:
-        used = after.health.utilization
-        return used is not None and used <= policy.cure_utilization and not after.health.insolvent
 
-    orders: list[dict[str, Any]] = []
-    doomed = {p.id for p in _breached_isolated(case)}
-    targets = liquidate.in_order(_targets(case), "smallest_first", lambda _: 0.0)
-    # an isolated position past saving is closed whole and first, as its liquidation would
-    for target in sorted(targets, key=lambda t: t.item.id not in doomed)[:ORDERS_SHOWN_MAX]:
-        is_doomed = target.item.id in doomed
-        if not is_doomed and enough(scene.figures(held)):
-            break
-        whole = Slice(target, target.size)
-        chosen = whole if is_doomed else liquidate.next_slice(held, target, scene.figures, reduce, enough)
-        held = reduce(held, target, chosen.size)
-        if isinstance(target.item, OpenPosition):
-            closing = _closing(target.item, chosen.size)
-            orders.append(
-                {"symbol": closing.symbol, "side": closing.side, "size": plain(closing.size), "reduce_only": True}
-            )
-    cents = to_decimal(deposit).quantize(Decimal("0.01"), ROUND_CEILING)
-    return {"deposit": {"asset": "USDC", "amount": cents}, "orders": orders}
+async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: Trade, call_id: str) -> None:
+    """Tell of a liquidation order's fill; one that comes when the call is over adds what it did not cover."""
+    call = await get(tx, before.agent_id, call_id)
+    figures, uncovered = call.figures, ZERO
+    try:
+        after = scene.figures(done.book)
+    except InvalidError:
+        pass  # a price is missing: the call keeps what was known
+    else:
+        figures = _shown(after)
+        if call.ended_at is not None and not done.book.positions:
+            uncovered = max(ZERO, _uncovered(after) - _uncovered(scene.figures(before)))
+    deficit = call.deficit + trade.deficit + uncovered
+    moved = await _set(tx, call, slices=call.slices + 1, deficit=deficit, figures=figures)
+    told = {
+        "position_id": done.fill.position_id,
+        "order_id": done.order.id,
+        "fill_id": done.fill.fill_id,
+        "symbol": done.order.symbol,
+        "side": done.order.side,
+        "size": plain(done.fill.size),
+        "fill_price": plain(done.fill.price),
+        "fee": plain(done.fill.fee),
+        "realized_pnl": plain(trade.realized_pnl),
+        "is_whole": trade.after is None,
+        "deficit": plain(deficit),
+    }
+    await _tell(tx, "liquidation.executed", figures, moved, **told)
 
 
 def _figures(case: _Case) -> dict[str, Any]:
     """Return what a call remembers of the account: figures as JSON holds them."""
-    health = case.figures.health
+    return _shown(case.figures)
+
+
+def _shown(figures: AccountFigures) -> dict[str, Any]:
+    health = figures.health
     return {
         "equity": health.equity,
         "required_initial": health.required_initial,
@@ -391,14 +381,14 @@ def _figures(case: _Case) -> dict[str, Any]:
     }
 
 
-async def _tell(tx: Tx, kind: str, case: _Case, call: StoredCall, **more: Any) -> None:
+async def _tell(tx: Tx, kind: str, figures: Mapping[str, Any], call: StoredCall, **more: Any) -> None:
     data = {
         "margin_call_id": call.id,
         "state": call.state,
         "cause": call.cause,
         "opened_at": call.opened_at,
         "deadline_at": call.deadline_at,
-        **_figures(case),
+        **figures,
         **more,
     }
     await events.emit(tx, kind, call.agent_id, data)

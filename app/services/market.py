@@ -17,6 +17,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import distinct_on
@@ -31,8 +32,8 @@ from app.db.tables import (
     market_changes,
     market_state,
     model_parameters,
-    positions,
 )
+from app.db.trading_tables import PENDING_STATES, orders, positions
 from app.domain.money import to_decimal, to_float
 from app.domain.parameters import (
     DEFAULT_ASSET,
@@ -399,7 +400,9 @@ async def _check_untraded(tx: Tx, parameters: MarketParameters, merged: Iterable
     implied = InstrumentParameters("", "").contract_size
     new = [i for i in merged if i.symbol not in parameters.instruments]
     other = [i.symbol for i in new if (i.contract_size, i.underlying) != (implied, parameters.underlying_of(i.symbol))]
-    query = select(positions.c.symbol).where(positions.c.symbol.in_(other), positions.c.closed_at.is_(None)).limit(1)
+    is_open = select(positions.c.symbol).where(positions.c.symbol.in_(other), positions.c.closed_at.is_(None))
+    waits = select(orders.c.symbol).where(orders.c.symbol.in_(other), orders.c.status.in_(PENDING_STATES))
+    query = union_all(is_open, waits).limit(1)
     found = (await tx.connection.execute(query)).scalar_one_or_none() if other else None
     if found is not None:
         detail = f"Positions are open in {found}, as a perpetual of size {implied:g}. Use another symbol."

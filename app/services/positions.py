@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import insert, select, update
 
 from app.db.session import Tx
-from app.db.tables import positions
+from app.db.trading_tables import positions
 from app.domain.book import ZERO, Book, OpenPosition
 from app.domain.money import checked_amount, plain, to_float
 from app.domain.moves import SETTLEMENT_ASSET, Move, agent, pay_in

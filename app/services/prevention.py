@@ -11,6 +11,7 @@ from app.domain.quote import AccountFigures
 from app.domain.trade import plan
 from app.services import accounts, audit, trading, watch
 from app.services.margin import Scene, by_mark, forced_price
+from app.services.orders import Labels
 from app.services.wallet import Names
 from app.services.watch import Watch
 
@@ -32,7 +33,7 @@ async def step_down(tx: Tx, scene: Scene, held: Book, figures: AccountFigures, s
         contract, mark = by_mark(scene.market, cut.position.symbol)
         price = forced_price(mark.exact, cut.position.side, slippage)
         trade = plan(held, cut.order, contract, price, "", tx.now)
-        held = (await trading.fill(tx, held, cut.order, trade, Names(), REASON, None)).book
+        held = (await trading.fill(tx, held, cut.order, trade, Names(), Labels(REASON))).book
     await watch.note_applied(tx, held.agent_id, seen.rung)
     name = ladder.RUNGS[seen.rung]
     await audit.record(tx, "drawdown_ladder.applied", held.agent_id, held.agent_id, rung=name, orders=len(asked.cuts))

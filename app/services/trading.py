@@ -1,72 +1,47 @@
-"""Orders: checked against the margin that they would leave, filled at the stored mark, booked at once."""
+"""Orders: checked against the margin that they would leave, then filled at the stored mark, or sent to wait for fills.
+
+An account of `book` execution is filled at once. One of `venue` execution trades elsewhere: what is booked here waits
+for the fills that are reported of it, see `venue`.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
 from decimal import ROUND_FLOOR, Context, Decimal
-from typing import Any
-
-from sqlalchemy import insert, select
 
 from app.db.session import Tx
-from app.db.tables import orders
 from app.domain.book import Book, OpenPosition, OpenReservation
-from app.domain.gates import Refusal
-from app.domain.money import DECIMALS_MAX, checked_amount, plain, round_owed, to_decimal, to_float
-from app.domain.moves import SETTLEMENT_ASSET
+from app.domain.money import DECIMALS_MAX, checked_amount, plain, round_owed, to_decimal
 from app.domain.quote import AccountFigures
 from app.domain.trade import Contract, Order, OrderSide, Trade, plan
 from app.errors import ConflictError, NotFoundError, conflict, invalid
-from app.services import audit, ledger, market, market_rules, positions, wallet
+from app.services import audit, ledger, market, market_rules, orders, positions, wallet
 from app.services.margin import Scene, by_mark, refusal_error
+from app.services.orders import Labels, StoredOrder
 from app.services.wallet import Names, Reservation
 
-ORDERS_A_PAGE_MAX = 200
 SIZE_SEARCH_STEPS = 24
 SIZE_SEARCH_POSITIONS_MAX = 50
 """Larger books are told no largest size: each step of the search assesses the whole book."""
+SIZE_SEARCH_PENDING_MAX = 10
+_UNLABELLED = Labels()
 _SIZE_DIGITS = Context(prec=8, rounding=ROUND_FLOOR)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredOrder:
-    """An order as booked; `fill_price` is the mark it was filled at."""
-
-    id: str
-    seq: int
-    agent_id: str
-    symbol: str
-    side: str
-    size: Decimal
-    order_type: str
-    reduce_only: bool
-    leverage: Decimal | None
-    meta: Mapping[str, Any] | None
-    reason: str
-    status: str
-    fill_price: Decimal | None
-    filled_size: Decimal
-    realized_pnl: Decimal
-    position_id: str | None
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class Filled:
-    """An order, the position that is then open in its symbol, and the book that it left."""
+    """An order, filled or waiting, the position that is then open in its symbol, and the book that it left."""
 
     order: StoredOrder
     position: OpenPosition | None
     book: Book
 
 
-async def submit(
-    tx: Tx, scene: Scene, held: Book, order: Order, named: Names, reason: str = "", meta: Any = None
-) -> Filled:
-    """Fill an order at the mark. What opens must pass the gates; what only reduces always may. The book is locked.
+async def submit(tx: Tx, scene: Scene, held: Book, order: Order, named: Names, labels: Labels = _UNLABELLED) -> Filled:
+    """Fill an order at the mark, or let it wait for its venue. What opens must pass the gates. The book is locked.
+
+    It is judged on top of the orders that wait on its side of its symbol, so that many pass no more than one.
 
     Raises ConflictError with the shortfall and the largest size that would pass, or for a stale mark; InvalidError
     for a symbol that is not traded here, or without a price.
@@ -74,11 +49,16 @@ async def submit(
     market_rules.check_symbol("/symbol", order.symbol)
     order = replace(order, size=checked_amount("/size", order.size))
     contract, mark = by_mark(scene.market, order.symbol)
-    trade = plan(held, order, contract, mark.exact, f"pos_{secrets.token_hex(10)}", tx.now)
+    base = _behind(scene, held, order)
+    trade = plan(base, order, contract, mark.exact, f"pos_{secrets.token_hex(10)}", tx.now)
     if trade.is_opening:
         await _check_traded(tx, scene, order.symbol)
-        _check_opening(scene, held, order, contract, trade)
-    return await fill(tx, held, order, trade, named, reason, meta)
+        _check_opening(scene, base, order, contract, trade)
+    if held.settings.execution == "book":
+        return await fill(tx, held, order, trade, named, labels)
+    waiting = await wait(tx, held, order, labels)
+    scene.require_room(waiting.book)
+    return waiting
 
 
 async def reduce(
@@ -90,9 +70,7 @@ async def reduce(
         _check_reducible(position)
         side: OrderSide = "sell" if position.side == "long" else "buy"
         order = Order(position.symbol, side, _part(position.size, fraction), reduce_only=True)
-        contract, mark = by_mark(scene.market, order.symbol)
-        trade = plan(held, order, contract, mark.exact, "", tx.now)
-        return await fill(tx, held, order, trade, named, reason, None)
+        return await submit(tx, scene, held, order, named, Labels(reason))
     reservation = next((r for r in held.reservations if r.id == target_id), None)
     if reservation is None:
         raise await _gone(tx, held.agent_id, target_id)
@@ -100,22 +78,10 @@ async def reduce(
     return await wallet.release(tx, held, target_id, _part(reservation.remaining, fraction), named)
 
 
-async def get_order(tx: Tx, agent_id: str, order_id: str) -> StoredOrder:
-    """Return an order of the agent. Raises NotFoundError."""
-    query = select(orders).where(orders.c.agent_id == agent_id, orders.c.id == order_id)
-    row = (await tx.connection.execute(query)).mappings().first()
-    if row is None:
-        raise NotFoundError("There is no such order.", code="order_not_found")
-    return StoredOrder(**row)
-
-
-async def list_orders(tx: Tx, agent_id: str, limit: int, before: int | None = None) -> list[StoredOrder]:
-    """Return an agent's orders, newest first, from below the number `before`."""
-    query = select(orders).where(orders.c.agent_id == agent_id).order_by(orders.c.seq.desc())
-    if before is not None:
-        query = query.where(orders.c.seq < before)
-    rows = await tx.connection.execute(query.limit(min(limit, ORDERS_A_PAGE_MAX)))
-    return [StoredOrder(**row) for row in rows.mappings()]
+def _behind(scene: Scene, held: Book, order: Order) -> Book:
+    """Return the book after the orders that wait on the same side of the symbol."""
+    ahead = [o for o in held.pending if (o.symbol, o.side) == (order.symbol, order.side)]
+    return scene.filled(held, ahead)
 
 
 async def _check_traded(tx: Tx, scene: Scene, symbol: str) -> None:
@@ -136,18 +102,19 @@ async def _check_traded(tx: Tx, scene: Scene, symbol: str) -> None:
 def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, trade: Trade) -> None:
     """Refuse an opening order that the account can't carry. Raises ConflictError."""
     scene.require_room(trade.book)
-    after = scene.figures(trade.book)
+    exposed = scene.exposed(trade.book)
+    after = scene.figures(exposed)
     scene.require_fresh(after)
     if held.opens_nothing is not None:
         raise conflict("/reduce_only", "reduce_only", held.opens_nothing)
-    figures = scene.figures(_after_closing(held, order, contract, trade, scene))
+    figures = scene.figures(scene.exposed(_after_closing(held, order, contract, trade, scene)))
     if held.settings.margin_mode == "portfolio" and not figures.eligible:
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"equity is below the {least:,.0f} USD that portfolio margin asks for: reduce only"
         raise conflict("/reduce_only", "reduce_only", detail)
-    refused = _refusal(scene, figures, after, trade)
+    refused = scene.judge(figures, after, exposed)
     if refused is not None:
-        small = len(held.positions) <= SIZE_SEARCH_POSITIONS_MAX
+        small = len(held.positions) <= SIZE_SEARCH_POSITIONS_MAX and len(held.pending) <= SIZE_SEARCH_PENDING_MAX
         largest = _largest_size(scene, held, figures, order, contract, trade) if small else None
         raise refusal_error(refused, "/size", size_max=largest)
 
@@ -157,14 +124,6 @@ def _after_closing(held: Book, order: Order, contract: Contract, trade: Trade, s
     if trade.closed == 0:
         return held
     return plan(held, replace(order, size=trade.closed), contract, trade.price, "", scene.now).book
-
-
-def _refusal(scene: Scene, before: AccountFigures, after: AccountFigures, trade: Trade) -> Refusal | None:
-    free = trade.book.holding(SETTLEMENT_ASSET).free
-    if free < 0:
-        detail = f"the allocation takes {plain(-free):f} {SETTLEMENT_ASSET} more than are free"
-        return Refusal("insufficient_margin", detail, to_float(-free))
-    return scene.judge(before, after, trade.book)
 
 
 def _largest_size(
@@ -181,44 +140,37 @@ def _largest_size(
         middle = _SIZE_DIGITS.plus((low + high) / 2)
         if not low < middle < high:
             break
-        smaller = plan(held, replace(order, size=middle), contract, trade.price, "", scene.now)
-        passes = _refusal(scene, figures, scene.figures(smaller.book), smaller) is None
+        smaller = scene.exposed(plan(held, replace(order, size=middle), contract, trade.price, "", scene.now).book)
+        passes = scene.judge(figures, scene.figures(smaller), smaller) is None
         low, high = (middle, high) if passes else (low, middle)
     return low
 
 
-async def fill(tx: Tx, held: Book, order: Order, trade: Trade, named: Names, reason: str, meta: Any) -> Filled:
+async def fill(tx: Tx, held: Book, order: Order, trade: Trade, named: Names, labels: Labels) -> Filled:
     """Write what a planned trade does to a locked book: money, position, order. Raises ConflictError."""
-    agent_id = held.agent_id
-    order_id = f"ord_{secrets.token_hex(10)}"
+    order_id = orders.new_id()
+    await post(tx, held.agent_id, trade, named, order_id)
+    stored = await orders.add(tx, held.agent_id, order_id, order, labels, trade)
+    detail = {"symbol": order.symbol, "side": order.side, "size": str(order.size), "price": str(trade.price)}
+    await audit.record(tx, "order.filled", order_id, held.agent_id, reason=labels.reason, **detail)
+    return Filled(stored, trade.after, trade.book)
+
+
+async def post(tx: Tx, agent_id: str, trade: Trade, named: Names, order_id: str) -> None:
+    """Write the money and the position of a trade. Raises ConflictError."""
     # money first: a purse that does not cover it refuses before anything else is written
     for posting in trade.postings:
-        occasion = named.occasion(agent_id, "trading", posting.kind, order_id)
-        await ledger.post(tx, occasion, posting.moves)
+        await ledger.post(tx, named.occasion(agent_id, "trading", posting.kind, order_id), posting.moves)
     await positions.store(tx, agent_id, trade.before, trade.after, trade.realized_pnl)
-    touched = trade.after or trade.before
-    row = {
-        "id": order_id,
-        "agent_id": agent_id,
-        "symbol": order.symbol,
-        "side": order.side,
-        "size": order.size,
-        "order_type": "market",
-        "reduce_only": order.reduce_only,
-        "leverage": order.leverage,
-        "meta": meta,
-        "reason": reason,
-        "status": "filled",
-        "fill_price": trade.price,
-        "filled_size": trade.closed + trade.opened,
-        "realized_pnl": trade.realized_pnl,
-        "position_id": None if touched is None else touched.id,
-        "created_at": tx.now,
-    }
-    stored = (await tx.connection.execute(insert(orders).values(row).returning(orders))).mappings().one()
-    detail = {"symbol": order.symbol, "side": order.side, "size": str(order.size), "price": str(trade.price)}
-    await audit.record(tx, "order.filled", order_id, agent_id, reason=reason, **detail)
-    return Filled(StoredOrder(**stored), trade.after, trade.book)
+
+
+async def wait(tx: Tx, held: Book, order: Order, labels: Labels) -> Filled:
+    """Book an order that waits for the fills of its venue."""
+    stored = await orders.add(tx, held.agent_id, orders.new_id(), order, labels)
+    detail = {"symbol": order.symbol, "side": order.side, "size": str(order.size)}
+    await audit.record(tx, "order.pending", stored.id, held.agent_id, reason=labels.reason, **detail)
+    waiting = replace(held, pending=[*held.pending, stored.pending()])
+    return Filled(stored, held.position(order.symbol), waiting)
 
 
 def _check_reducible(target: OpenPosition | OpenReservation) -> None:

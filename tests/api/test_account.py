@@ -271,7 +271,14 @@ async def test_an_own_gate_holds_for_orders(agent: Agent) -> None:
     assert document["size_max"] == pytest.approx(0.75, rel=1e-6)
 
 
-async def test_a_venue_is_not_there_yet(agent: Agent) -> None:
-    refused = await agent.send("PATCH", SETTINGS, json={"execution": "venue"})
-    problem(refused, 422, "not_available", "/execution")
+async def test_execution_changes_while_no_order_is_pending(agent: Agent) -> None:
+    await agent.deposit(USDC=10_000)
+    changed = await agent.send("PATCH", SETTINGS, json={"execution": "venue"})
+    assert (changed.status_code, changed.json()["execution"]) == (200, "venue")
+    order = await agent.order("BTC-PERP", "buy", "0.01")
+    problem(await agent.send("PATCH", SETTINGS, json={"execution": "book"}), 409, "orders_pending", "/execution")
+    assert (await agent.send("PATCH", SETTINGS, json={"execution": "venue"})).status_code == 200  # no change
+    assert (await agent.send("PATCH", SETTINGS, json={"grace_period_seconds": 5})).status_code == 200
+    await agent.post(f"/orders/{order['order_id']}/cancel")
+    assert (await agent.send("PATCH", SETTINGS, json={"execution": "book"})).json()["execution"] == "book"
     assert (await agent.get(SETTINGS))["execution"] == "book"

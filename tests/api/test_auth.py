@@ -66,6 +66,8 @@ NEEDS = {
     "POST /api/orders": AGENT,
     "GET /api/orders": AGENT,
     "GET /api/orders/{order_id}": AGENT,
+    "POST /api/orders/{order_id}/fills": AGENT,
+    "POST /api/orders/{order_id}/cancel": AGENT,
     "POST /api/positions/{target_id}/reduce": AGENT,
     "POST /api/positions/{position_id}/collateral": AGENT,
     "GET /api/events": AGENT,

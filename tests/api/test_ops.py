@@ -23,6 +23,7 @@ TYPES = {
     "primerisk_orders": "counter",
     "primerisk_margin_events": "counter",
     "primerisk_decision_seconds": "histogram",
+    "primerisk_liquidations_escalated": "counter",
     "primerisk_webhook_attempts": "counter",
     "primerisk_webhook_oldest_undelivered_seconds": "gauge",
     "primerisk_webhook_lag_seconds": "gauge",

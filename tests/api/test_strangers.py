@@ -25,6 +25,8 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "POST /api/positions/{target_id}/reduce": ("position", {"reduce_pct": 0.1}),
     "POST /api/positions/{position_id}/collateral": ("isolated", {"amount": 1}),
     "GET /api/orders/{order_id}": ("order", None),
+    "POST /api/orders/{order_id}/fills": ("pending", {"fill_id": "a", "size": 0.001, "price": 60_000}),
+    "POST /api/orders/{order_id}/cancel": ("pending", {}),
     "GET /api/reservations/{reservation_id}": ("reservation", None),
     "POST /api/reservations/{reservation_id}/release": ("reservation", {"amount": 0.1}),
     "POST /api/reservations/{reservation_id}/settle": ("reservation", {"amount": 0.1}),
@@ -72,11 +74,15 @@ async def _settled(service: Service, name: str) -> tuple[Agent, dict[str, str]]:
     pooled = await agent.order("BTC-PERP", "buy", 0.1)
     isolated = await agent.order("ETH-PERP", "buy", 1, margin_mode="isolated")
     held = await agent.post("/reservations", {"service": "casino", "amount": 100, "reducible": True})
+    venue = await agent.send("PATCH", "/account/settings", json={"execution": "venue"})
+    assert venue.status_code == 200
+    pending = await agent.order("BTC-PERP", "buy", 0.01)
     return agent, {
         "position": pooled["position"]["id"],
         "isolated": isolated["position"]["id"],
         "order": pooled["order_id"],
         "reservation": held["id"],
+        "pending": pending["order_id"],
     }
 
 

@@ -62,9 +62,9 @@ async def test_an_order_says_how_it_was_filled(agent: Agent) -> None:
         "order_type": "market", "reduce_only": False, "leverage": 3, "reason": "", "status": "filled",
         "meta": {"strategy": "momentum", "signal": Decimal("0.75")}, "fill_price": 60_000,
         "filled_size": Decimal("0.5"), "realized_pnl": 0, "position_id": filled["position"]["id"],
-        "created_at": order["created_at"],
+        "created_at": order["created_at"], "closed_at": order["created_at"], "fees": 0, "margin_call_id": None,
     }  # fmt: skip
-    assert await agent.get(f"/orders/{order['id']}") == order
+    assert await agent.get(f"/orders/{order['id']}") == {**order, "fills": []}
     assert filled["position"] == (await agent.get("/account"))["positions"][0]
     assert filled["account"]["equity"] == 30_000
     assert filled["account"]["required_initial"] == 10_000

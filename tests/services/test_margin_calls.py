@@ -4,89 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL
 
 from app.db.session import Database
 from app.errors import ConflictError
 from app.services import margin_calls
-from app.services.margin import Scenes
-from app.services.margin_calls import Decided, Rules, StoredCall
-from tests.database import make_settings
-from tests.services.desk import ACTOR, ITEMS_MAX, Desk
-
-CONNECTIONS = make_settings(database_pool_size=20, database_connect_seconds=20)
-RULES = Rules("smallest_first", Decimal(0))
-PRICES = {"BTC": "60000", "ETH": "3000", "SOL": "100"}
-BREACH, CURED, DEEP = "41000", "48000", "10000"
-"""Prices of BTC: utilization .873, .733, and equity below zero."""
-STOP = 0.75
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """A desk, and decisions on its accounts."""
-
-    desk: Desk
-
-    async def decide(self, agent_id: str, age: timedelta | None = None, rules: Rules = RULES) -> Decided:
-        scenes = Scenes(self.desk.market, self.desk.price_age if age is None else age, ITEMS_MAX)
-        async with self.desk.database.transaction(ACTOR) as tx:
-            return await margin_calls.decide(tx, scenes, agent_id, rules)
-
-    async def until_settled(self, agent_id: str, rules: Rules = RULES) -> list[Decided]:
-        """Decide until nothing is due at once, as a worker does, and return the decisions."""
-        made = []
-        while True:
-            made.append(await self.decide(agent_id, rules=rules))
-            assert len(made) < 50
-            assert await self.desk.imbalances() == {}
-            if "liquidation.executed" not in made[-1].told:
-                return made
-
-    async def trader(self, usdc: str = "20000", **settings: Any) -> str:
-        """Make an account that holds 0.5 BTC, 2 ETH and 10 SOL, long: notional 37,000, utilization .617."""
-        agent_id = await self.desk.agent(usdc, **settings)
-        for symbol, size in (("BTC-PERP", "0.5"), ("ETH-PERP", "2"), ("SOL-PERP", "10")):
-            await self.desk.order(agent_id, "buy", size, symbol, leverage=3)
-        return agent_id
-
-    async def calls(self, agent_id: str) -> list[StoredCall]:
-        async with self.desk.database.transaction(ACTOR) as tx:
-            return await margin_calls.list_calls(tx, agent_id, 100)
-
-    async def only(self, agent_id: str) -> StoredCall:
-        [call] = await self.calls(agent_id)
-        return call
-
-    async def events(self, agent_id: str, family: str = "%") -> list[str]:
-        query = "SELECT type FROM events WHERE agent_id = :agent_id AND type LIKE :family ORDER BY sequence"
-        return [row[0] for row in await self.desk.rows(query, agent_id=agent_id, family=family)]
-
-    async def told(self, agent_id: str) -> list[str]:
-        """Return the events but for those of levels."""
-        return [e for e in await self.events(agent_id) if e != "zone.changed"]
-
-    async def pass_time(self, agent_id: str, seconds: float) -> None:
-        """Let a call be so much older."""
-        moments = ("noticed_at", "opened_at", "deadline_at", "next_action_at")
-        changes = ", ".join(f"{name} = {name} - make_interval(secs => :seconds)" for name in moments)
-        statement = text(f"UPDATE margin_calls SET {changes} WHERE agent_id = :agent_id AND ended_at IS NULL")
-        async with self.desk.database.transaction(ACTOR) as tx:
-            await tx.connection.execute(statement, {"agent_id": agent_id, "seconds": seconds})
-
-    async def utilization(self, agent_id: str) -> float:
-        used = (await self.desk.figures(agent_id)).health.utilization
-        assert used is not None
-        return used
-
-    async def sizes(self, agent_id: str) -> dict[str, Decimal]:
-        return {p.symbol: p.size for p in (await self.desk.book(agent_id)).positions}
+from app.services.liquidation import Rules
+from tests.services.calls import BREACH, CONNECTIONS, CURED, DEEP, PRICES, STOP, Calls
+from tests.services.desk import ACTOR, Desk
 
 
 @pytest.fixture
@@ -322,6 +253,61 @@ async def test_the_policies(calls: Calls, policy: Any, first: str) -> None:
     assert STOP - 1e-4 < await calls.utilization(agent_id) <= STOP
 
 
+async def _five_positions(calls: Calls) -> str:
+    """Make an account of utilization .879, whose smallest three positions of five come to 900, 1,000 and 1,100."""
+    await calls.desk.prices({"XRP": "1", "ADA": "1"})
+    agent_id = await calls.desk.agent("20000", grace_period_seconds=0)
+    sizes = {"BTC-PERP": "0.5", "ETH-PERP": "2", "SOL-PERP": "10", "XRP-PERP": "1100", "ADA-PERP": "900"}
+    for symbol, size in sizes.items():
+        await calls.desk.order(agent_id, "buy", size, symbol, leverage=3)
+    return agent_id
+
+
+async def test_keep_top_n_closes_whole_what_is_small_and_leaves_the_large(calls: Calls) -> None:
+    """Where what is small is not enough, the kept ones go on as in smallest_first: in their order, in part."""
+    stop = Decimal("0.5") * 42_400 + 6_000 + 1_000 + 1_100 + 900  # 30,200 of notional
+    closed, left = {}, {}
+    for policy, keep in (("smallest_first", 3), ("keep_top_n", 2), ("keep_top_n", 4), ("keep_top_n", 9)):
+        await calls.desk.prices({"BTC": PRICES["BTC"]})
+        agent_id = await _five_positions(calls)
+        await calls.desk.prices({"BTC": "42400"})
+        await calls.until_settled(agent_id, Rules(policy, Decimal(0), keep))  # type: ignore[arg-type]
+        query = "SELECT symbol FROM orders WHERE reason = 'liquidation' AND agent_id = :id ORDER BY seq"
+        closed[policy, keep] = [symbol for (symbol,) in await calls.desk.rows(query, id=agent_id)]
+        left[policy, keep] = await calls.sizes(agent_id)
+        assert await calls.utilization(agent_id) <= STOP
+        assert (await calls.only(agent_id)).state == "completed"
+    # equity 11,200 carries 25,200 at .75: 5,000 have to go
+    assert stop - 25_200 == 5_000
+    by_size = ["ADA-PERP", "SOL-PERP", "XRP-PERP", "ETH-PERP"]
+    assert set(map(tuple, closed.values())) == {tuple(by_size)}
+    assert all(float(sizes["ETH-PERP"]) == pytest.approx(4_000 / 3_000, rel=1e-4) for sizes in left.values())
+
+
+async def test_keep_top_n_leaves_no_remainder_outside(calls: Calls) -> None:
+    left = {}
+    for policy in ("smallest_first", "keep_top_n"):
+        await calls.desk.prices({"BTC": PRICES["BTC"]})
+        agent_id = await _five_positions(calls)
+        await calls.desk.prices({"BTC": "44400"})  # equity 12,200 carries 27,450: 3,750 - 27,450 of 31,200 have to go
+        await calls.until_settled(agent_id, Rules(policy, Decimal(0), 1))  # type: ignore[arg-type]
+        left[policy] = await calls.sizes(agent_id)
+        assert await calls.utilization(agent_id) <= STOP
+    # 3,000 of the three small ones are not enough; the next is outside of the one that is kept
+    assert float(left["smallest_first"]["ETH-PERP"]) == pytest.approx(5_250 / 3_000, rel=1e-4)
+    assert left["keep_top_n"] == {"BTC-PERP": Decimal("0.5")}
+
+
+async def test_keep_top_n_stops_at_the_stop_level(calls: Calls) -> None:
+    agent_id = await _five_positions(calls)
+    await calls.desk.prices({"BTC": "44400"})
+    await calls.desk.deposit(agent_id, "USDC", "25")  # still a breach
+    assert await calls.utilization(agent_id) >= 0.85
+    await calls.until_settled(agent_id, Rules("keep_top_n", Decimal(0), 3))
+    assert await calls.utilization(agent_id) <= STOP
+    assert (await calls.sizes(agent_id))["BTC-PERP"] == Decimal("0.5")
+
+
 @pytest.mark.parametrize(("side", "btc", "price"), [("buy", "38000", "37620"), ("sell", "80000", "80800")])
 async def test_a_forced_fill_is_worse_than_the_mark_by_the_slippage(
     calls: Calls, side: Any, btc: str, price: str
@@ -400,6 +386,104 @@ async def test_the_cure_of_an_isolated_position_is_to_close_it(calls: Calls) -> 
     [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'margin_call.opened'")
     assert data["cure"]["orders"] == [{"symbol": "ETH-PERP", "side": "sell", "size": 2, "reduce_only": True}]
     await calls.desk.order(agent_id, "sell", "2", "ETH-PERP", reduce_only=True)
+    assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+
+
+CENT = Decimal("0.01")
+
+
+async def _isolated_call(calls: Calls, usdc: str, pooled: str, eth: str = "2050") -> tuple[str, dict[str, Any]]:
+    """Make a call for an isolated position past saving, beside a pooled one; return the agent and the cure told."""
+    agent_id = await calls.desk.agent(usdc)
+    await calls.desk.order(agent_id, "buy", pooled, leverage=3)
+    await calls.desk.order(agent_id, "buy", "2", "ETH-PERP", leverage=3, mode="isolated")
+    await calls.desk.prices({"ETH": eth})
+    assert (await calls.decide(agent_id)).told == ("margin_call.opened",)
+    query = "SELECT data FROM events WHERE agent_id = :id AND type = 'margin_call.opened'"
+    [[data]] = await calls.desk.rows(query, id=agent_id)
+    return agent_id, data["cure"]
+
+
+@pytest.mark.parametrize("eth", ["2050", "2201.37", "1999.99", "1500"])
+async def test_the_allocation_that_a_call_names_cures_it_and_a_cent_less_does_not(calls: Calls, eth: str) -> None:
+    agent_id, cure = await _isolated_call(calls, "20000", "0.1", eth)
+    assert cure["deposit"] == {"asset": "USDC", "amount": 0}
+    [offer] = cure["allocate"]
+    amount = Decimal(str(offer["amount"]))
+    # 2,000 allocated, two coins bought at 3,000, a maintenance rate of .15
+    assert amount == pytest.approx(Decimal("0.3") * Decimal(eth) - 2_000 + 2 * (3_000 - Decimal(eth)), abs=CENT)
+    await calls.desk.allocate(agent_id, offer["position_id"], amount - CENT)
+    assert (await calls.decide(agent_id)).told == ()
+    await calls.desk.allocate(agent_id, offer["position_id"], CENT)
+    assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+    assert set(await calls.sizes(agent_id)) == {"BTC-PERP", "ETH-PERP"}
+
+
+@pytest.mark.parametrize("pooled", ["0.63", "0.635"])
+async def test_a_pool_that_can_t_spare_the_allocation_is_told_what_to_deposit_first(calls: Calls, pooled: str) -> None:
+    agent_id, cure = await _isolated_call(calls, "17900", pooled)
+    [offer] = cure["allocate"]
+    deposit, amount = Decimal(str(cure["deposit"]["amount"])), Decimal(str(offer["amount"]))
+    assert deposit > 0
+    await calls.desk.deposit(agent_id, "USDC", deposit - CENT)
+    with pytest.raises(ConflictError) as refused:
+        await calls.desk.allocate(agent_id, offer["position_id"], amount)
+    assert refused.value.code == "insufficient_margin"
+    await calls.desk.deposit(agent_id, "USDC", CENT)
+    await calls.desk.allocate(agent_id, offer["position_id"], amount)
+    assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+
+
+async def test_an_allocation_past_what_is_free_is_deposited_first(calls: Calls) -> None:
+    """The pool is backed by coins: USDC are what lacks, not margin."""
+    agent_id = await calls.desk.agent("2000")
+    await calls.desk.deposit(agent_id, "BTC", 1)
+    await calls.desk.order(agent_id, "buy", "2", "ETH-PERP", leverage=3, mode="isolated")
+    await calls.desk.prices({"ETH": "2050"})
+    await calls.decide(agent_id)
+    [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'margin_call.opened'")
+    [offer] = data["cure"]["allocate"]
+    assert data["cure"]["deposit"]["amount"] == offer["amount"] == 515
+    await calls.desk.deposit(agent_id, "USDC", 515)
+    await calls.desk.allocate(agent_id, offer["position_id"], 515)
+    assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+
+
+@pytest.mark.parametrize("usdc", ["1", "0.97"])
+async def test_the_deposit_is_exact_where_money_is_owed_and_off_its_par(calls: Calls, usdc: str) -> None:
+    agent_id = await calls.desk.agent("1000")
+    await calls.desk.deposit(agent_id, "BTC", "0.4")
+    await calls.desk.order(agent_id, "buy", "0.5", leverage=3)
+    await calls.desk.prices({"BTC": "54000"})
+    await calls.desk.order(agent_id, "sell", "0.3", reduce_only=True)  # 1,800 lost: 800 are owed
+    assert await calls.desk.money(agent_id) == {"owed": 800}
+    await calls.desk.prices({"BTC": "13800", "USDC": usdc})
+    assert "margin_call.opened" in (await calls.decide(agent_id)).told
+    [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'margin_call.opened'")
+    amount = Decimal(str(data["cure"]["deposit"]["amount"]))
+    assert amount > 800
+    await calls.desk.deposit(agent_id, "USDC", amount - CENT)
+    assert (await calls.decide(agent_id)).told == ()
+    await calls.desk.deposit(agent_id, "USDC", CENT)
+    assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+
+
+async def test_releases_are_part_of_the_cure_and_a_little_less_does_not_do(calls: Calls) -> None:
+    agent_id = await calls.trader()
+    held = await calls.desk.reserve(agent_id, 300)
+    await calls.desk.prices({"BTC": BREACH})
+    await calls.decide(agent_id)
+    [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'margin_call.opened'")
+    assert data["cure"]["releases"] == [{"reservation_id": held.id, "asset": "USDC", "amount": 300}]
+    await calls.desk.release(agent_id, held.id, 300)
+    *whole, last = data["cure"]["orders"]
+    for order in whole:
+        await calls.desk.order(agent_id, order["side"], str(order["size"]), order["symbol"], reduce_only=True)
+    spare = Decimal("0.00001")
+    size = Decimal(str(last["size"])) - spare
+    await calls.desk.order(agent_id, last["side"], size, last["symbol"], reduce_only=True)
+    assert (await calls.decide(agent_id)).told == ()
+    await calls.desk.order(agent_id, last["side"], spare, last["symbol"], reduce_only=True)
     assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
 
 

@@ -13,8 +13,9 @@ from sqlalchemy import URL
 from app.db.session import Database
 from app.errors import ConflictError
 from app.services import account, margin_calls
+from app.services.liquidation import Rules
 from app.services.margin import Scenes
-from app.services.margin_calls import Decided, Rules
+from app.services.margin_calls import Decided
 from tests.database import make_settings
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
 
