@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -27,7 +27,7 @@ from app.domain.watch import Ranks, levels_moved
 from app.errors import DatabaseUnavailableError
 from app.services import delivery, heartbeat, margin_calls, screen_book, watch
 from app.services.margin import Scenes
-from app.services.margin_calls import Rules
+from app.services.margin_calls import Decided, Rules
 from app.services.market_cache import MarketCache, MarketView
 from app.services.sender import Sender
 from app.settings import Settings
@@ -42,6 +42,8 @@ TRAILED_SECONDS = 1.0
 """How often accounts with a trailing stop are looked at: their peak may move where no level does."""
 STALE_SECONDS = 1.0
 """How often prices are looked over for those that have gone stale."""
+MISSED_SECONDS = 1.0
+"""How often accounts are tried again that an outage kept from being decided on."""
 
 _NOBODY: Rows = np.zeros(0, dtype=np.intp)
 
@@ -59,6 +61,9 @@ class _Seen:
     """The same by the screen's account."""
     stale: frozenset[str] = frozenset()
     stale_at: float = 0.0
+    missed: set[int] = field(default_factory=set)
+    """The screen's accounts that were to be decided on, and could not be for an outage."""
+    missed_at: float = 0.0
 
 
 class Worker:
@@ -115,6 +120,7 @@ class Worker:
         while True:
             touched = await self._news(seen)
             due = np.union1d(self._candidates(seen, touched), self._gone_stale(seen))
+            due = np.union1d(due, _missed(seen))
             if len(due):
                 await self._decide_on(seen, due)
             await asyncio.sleep(self._settings.worker_poll_seconds)
@@ -171,9 +177,13 @@ class Worker:
     async def _decide_on(self, seen: _Seen, accounts: Rows) -> None:
         rows = accounts.tolist()
         decided = await asyncio.gather(*(self._decide(seen.screen.agents[row]) for row in rows))
-        for row, (agent, zone) in zip(rows, decided, strict=True):
-            if zone is not None:
-                seen.told[agent] = seen.ranks[row] = watch.zone_rank(zone)
+        for row, done in zip(rows, decided, strict=True):
+            if done is None:
+                seen.missed.add(row)
+                continue
+            seen.missed.discard(row)
+            if done.zone is not None:
+                seen.told[seen.screen.agents[row]] = seen.ranks[row] = watch.zone_rank(done.zone)
 
     # --- timers
 
@@ -194,8 +204,8 @@ class Worker:
             await asyncio.gather(*(self._decide(agent) for agent in trailed))
             await asyncio.sleep(TRAILED_SECONDS)
 
-    async def _decide(self, agent_id: str) -> tuple[str, str | None]:
-        """Decide on one account, and return its zone as told."""
+    async def _decide(self, agent_id: str) -> Decided | None:
+        """Decide on one account, and return what came of it; None where an outage kept it from being decided on."""
         async with self._turns:
             started = time.perf_counter()
             try:
@@ -203,14 +213,14 @@ class Worker:
                     decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
             except DatabaseUnavailableError as error:
                 log.warning("no decision on an account now: %s", error.code)
-                return agent_id, None
+                return None
             except Exception:  # one account that can't be decided on holds up no other
                 log.exception("no decision on %s", agent_id)
-                return agent_id, None
+                return Decided(None, None, ())
             self._metrics.decision_seconds.observe(time.perf_counter() - started)
             for told in decided.told:
                 self._metrics.margin_events.labels(told).inc()
-            return agent_id, decided.zone
+            return decided
 
     async def _beat(self) -> None:
         """Tell that this worker is alive."""
@@ -218,6 +228,15 @@ class Worker:
             async with self._database.transaction(self.id) as tx:
                 await heartbeat.beat(tx, self.id)
             await asyncio.sleep(heartbeat.EVERY.total_seconds())
+
+
+def _missed(seen: _Seen) -> Rows:
+    """Return, every so often, the accounts that were missed: no change tells of them again."""
+    now = time.monotonic()
+    if not seen.missed or now < seen.missed_at + MISSED_SECONDS:
+        return _NOBODY
+    seen.missed_at = now
+    return np.array(sorted(seen.missed), dtype=np.intp)
 
 
 def _prices(view: MarketView) -> dict[str, float]:
