@@ -64,7 +64,7 @@ async def test_an_account_that_an_outage_left_undecided_is_decided_on_later(data
                 await tx.connection.execute(hold, {"agent_id": agent.id})
                 await service.prices(BTC=42_000)
                 async with asyncio.timeout(10):
-                    while (pid := (await tx.connection.execute(text(_WAITS))).scalars().first()) is None:
+                    while (pid := (await tx.connection.execute(text(_WAITS))).scalars().first()) is None:  # noqa: ASYNC110
                         await asyncio.sleep(0.02)
                 await tx.connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
             async with asyncio.timeout(10):
