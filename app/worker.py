@@ -7,7 +7,6 @@ figures of that moment, so that two workers that name the same account do no har
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -95,10 +94,9 @@ class Worker:
                 await asyncio.gather(*loops)
             finally:
                 for loop in loops:
-                    loop.cancel()
-                for loop in loops:
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await loop
+                    if not loop.cancelling():  # a second time would cut off what it finishes
+                        loop.cancel()
+                await asyncio.gather(*loops, return_exceptions=True)
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
         """Run a loop; an outage, or a fault of ours, is logged and the loop begun anew."""

@@ -28,6 +28,7 @@ def main() -> int:
     sys.stdout.write(f"seed {given.seed}\n")
     history, desk = asyncio.run(run(Plan(given.seed, given.kills, given.agents, up_seconds=2.0), say))
     sys.stdout.write(f"\n{summary(history, desk)}\n")
+    sys.stdout.writelines(f"{role} ended by itself: {code}\n" for role, code in desk.stack.ended)
     found = objections(history)
     sys.stdout.write("\n".join(found) + "\n" if found else "no objection\n")
     return 1 if found else 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -24,6 +21,7 @@ from tests.database import make_settings
 from tests.faults import history
 from tests.faults.history import Asked, History, Standing, Window
 from tests.faults.stack import ADMIN_KEY, KINDS, ROLES, WORKERS, Stack, standing
+from tests.flows.trader import is_genuine
 from tests.receiver import Received, Receiver, receiving
 
 CALM = {"BTC": Decimal(60_000), "ETH": Decimal(3_000), "SOL": Decimal(100)}
@@ -95,6 +93,15 @@ class Desk:
                 return answer
             await asyncio.sleep(0.2)
 
+    async def read(self, path: str, key: str) -> Any:
+        """Return what a read gives; a refusal is a fault."""
+        while True:
+            answer = await self.send("GET", path, key=key)
+            if answer.status_code == 200:
+                return answer.json()
+            self.faults.append(f"GET {path}: {answer.status_code} {answer.text}")
+            await asyncio.sleep(0.2)
+
     async def once(self, trader: Trader, kind: str, path: str, body: Mapping[str, Any], name: str) -> None:
         """Send a request under a name until it is answered, and some a second time."""
         asked = Asked(name, trader.agent_id, kind)
@@ -143,11 +150,11 @@ async def _enter(desk: Desk, number: int) -> None:
 
 async def _equip(desk: Desk, trader: Trader, turn: int) -> None:
     """Bring an account's equity back to where it began, and lever it up."""
-    account = (await desk.send("GET", "/account", key=trader.key)).json()
+    account = await desk.read("/account", trader.key)
     amount = max(0.0, EQUITY - account["equity"]) + desk.rng.randrange(1, 100)
     body = {"asset": "USDC", "amount": round(amount, 2)}
     await desk.once(trader, "deposit", "/wallet/deposits", body, f"deposit-{trader.agent_id}-{turn}")
-    account = (await desk.send("GET", "/account", key=trader.key)).json()
+    account = await desk.read("/account", trader.key)
     room = (UTILIZATION * account["equity"] - account["health"]["required_initial"]) / 0.30
     for symbol in desk.rng.sample(SYMBOLS, 2):
         size = round(room / 2 / float(desk.prices[symbol.removesuffix("-PERP")]), 4)
@@ -318,12 +325,7 @@ async def _beside(work: Any) -> AsyncIterator[None]:
 
 
 def _sent(desk: Desk, item: Received) -> history.Sent:
-    """Read a webhook, its signature verified as Standard Webhooks has it, with nothing of ours."""
-    secret = desk.traders[item.event["data"]["agent_id"]].secret
-    key = base64.b64decode(secret.removeprefix("whsec_"))
-    signed = f"{item.id}.{item.headers['webhook-timestamp']}.".encode() + item.body
-    expected = "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
-    genuine = expected in item.headers["webhook-signature"].split(" ")
+    genuine = is_genuine(item, desk.traders[item.event["data"]["agent_id"]].secret)
     return history.sent_of(item.id, item.body, is_genuine=genuine)
 
 
