@@ -162,7 +162,7 @@ def quote(
 @cli.command()
 def demo(
     seed: Annotated[int, typer.Option(help="what the market and the agents' wallets are drawn from")] = 1,
-    seconds: Annotated[float, typer.Option(min=8, max=600, help="how long the market is open")] = 36,
+    seconds: Annotated[float, typer.Option(min=8, max=600, help="how long the market is open")] = 32,
 ) -> None:
     """Show margin calls at work: a service of its own, a fleet of agents, and a market that crashes."""
     from app import demo as show  # noqa: PLC0415
