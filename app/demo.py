@@ -165,7 +165,6 @@ class Player:
     """A member at work: its key, its wallet when the market opened, and what has become of it."""
 
     member: Member
-    agent_id: str
     key: str
     deposited: float
     calls: int = 0
@@ -215,7 +214,7 @@ async def _enter(stage: Stage, member: Member) -> None:
     """Make an agent, fund it, and have it take its positions."""
     made = await stage.send("POST", "/agents", {"name": member.name})
     funds = round(float(stage.rng.uniform(8_000, 25_000)), -2)
-    player = Player(member, made["agent_id"], made["api_key"], funds)
+    player = Player(member, made["api_key"], funds)
     await stage.send("POST", "/wallet/deposits", {"asset": "USDC", "amount": funds}, player.key)
     weights = stage.rng.dirichlet([4.0] * len(ASSETS))
     for asset, price, weight in zip(ASSETS, OPENING, weights.tolist(), strict=True):
@@ -259,11 +258,10 @@ async def _answer(stage: Stage, player: Player, call_id: str) -> None:
     if answer is None:
         return
     await asyncio.sleep(REACTION * stage.seconds)
-    call = await stage.send("GET", f"/margin-calls/{call_id}", key=player.key)
-    if call["cure"] is None:
-        return  # it is over
     try:
-        await answer(stage, player, call["cure"])
+        call = await stage.send("GET", f"/margin-calls/{call_id}", key=player.key)
+        if call["cure"] is not None:  # else it is over
+            await answer(stage, player, call["cure"])
     except RefusedError as refusal:
         stage.say(player.member.name, "is refused", str(refusal), "red")
 
@@ -453,6 +451,8 @@ def demo(seed: int, seconds: float) -> None:
         with running_service() as service:
             console.print(f"the service is at {service.address}; the market opens", style="dim")
             asyncio.run(_play(service, console, seed, seconds))
+    except (aiohttp.ClientError, RefusedError) as error:
+        raise StartupError(f"the demonstration's service failed: {error}") from error
     except KeyboardInterrupt:
         console.print("interrupted: all is stopped", style="dim")
         raise SystemExit(128 + signal.SIGINT) from None

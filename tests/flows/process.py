@@ -99,8 +99,10 @@ class Serving:
 @contextmanager
 def serving(place: Home, *arguments: str, command: str = "serve", **given: str) -> Iterator[Serving]:
     """Run `primerisk serve` (or `api`) until it has greeted; kill it at the end if it is still there."""
+    log = place.path / f"{command}.log"
+    log.unlink(missing_ok=True)  # one that was here before has greeted in it
     with running(place, command, *arguments, **given) as process:
-        yield Serving(process, _greeting(process, place.path / f"{command}.log"))
+        yield Serving(process, _greeting(process, log))
 
 
 @contextmanager
