@@ -9,15 +9,21 @@ INSTALLED := $(VENV)/installed
 INSTALLED_DEV := $(VENV)/installed-dev
 COMPILE := -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header pyproject.toml
 
-.PHONY: install run test lint bench lock
+.PHONY: install run demo test faults lint bench lock
 
 install: $(INSTALLED)
 
 run: $(INSTALLED)
 	$(BIN)/primerisk serve
 
+demo: $(INSTALLED)
+	@$(BIN)/primerisk demo
+
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.faults --kills 200
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

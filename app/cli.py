@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, agent, key, revoke, settings, quote."""
+"""The command line: serve, migrate, agent, key, revoke, settings, quote, demo."""
 
 from __future__ import annotations
 
@@ -157,6 +157,17 @@ def quote(
 
     raw = sys.stdin.buffer.read() if str(file) == "-" else _read(file)
     console.print_quote(raw, read_settings(), as_json=as_json)
+
+
+@cli.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="what the market and the agents' wallets are drawn from")] = 1,
+    seconds: Annotated[float, typer.Option(min=8, max=600, help="how long the market is open")] = 32,
+) -> None:
+    """Show margin calls at work: a service of its own, a fleet of agents, and a market that crashes."""
+    from app import demo as show  # noqa: PLC0415
+
+    show.demo(seed, seconds)
 
 
 def _read(file: Path) -> bytes:

@@ -147,10 +147,9 @@ class Worker:
                 await asyncio.gather(*loops)
             finally:
                 for loop in loops:
-                    loop.cancel()
-                for loop in loops:
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await loop
+                    if not loop.cancelling():  # a second time would cut off what it finishes
+                        loop.cancel()
+                await asyncio.gather(*loops, return_exceptions=True)
                 await self._leave()
 
     async def _leave(self) -> None:

@@ -43,3 +43,34 @@ async def test_an_account_that_can_t_be_read_stops_no_decision_on_others(databas
             worker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await worker
+
+
+_WAITS = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+
+async def test_an_account_that_an_outage_left_undecided_is_decided_on_later(database_url: URL) -> None:
+    """The decision's connection is cut while it waits for the book, and no price moves any more."""
+    async with running(database_url) as service:
+        agent = await service.agent("alice")
+        await service.prices(BTC=60_000)
+        await agent.deposit(USDC=20_000)
+        await agent.order("BTC-PERP", "buy", 0.6, leverage=3)
+        worker = asyncio.create_task(worker_of(service.app.state.parts).run())
+        database = service.app.state.parts.database
+        try:
+            await asyncio.sleep(0.5)
+            async with database.transaction("test") as tx:
+                hold = text("SELECT 1 FROM accounts WHERE agent_id = :agent_id FOR UPDATE")
+                await tx.connection.execute(hold, {"agent_id": agent.id})
+                await service.prices(BTC=42_000)
+                async with asyncio.timeout(10):
+                    while (pid := (await tx.connection.execute(text(_WAITS))).scalars().first()) is None:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+                await tx.connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+            async with asyncio.timeout(10):
+                while await _states(agent) != ["open"]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+        finally:
+            worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await worker

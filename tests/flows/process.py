@@ -97,15 +97,23 @@ class Serving:
 
 
 @contextmanager
-def serving(place: Home, *arguments: str, **given: str) -> Iterator[Serving]:
-    """Run `primerisk serve` until it has greeted; kill it at the end if it is still there."""
-    log = place.path / "serve.log"
-    with log.open("wb") as out:
+def serving(place: Home, *arguments: str, command: str = "serve", **given: str) -> Iterator[Serving]:
+    """Run `primerisk serve` (or `api`) until it has greeted; kill it at the end if it is still there."""
+    log = place.path / f"{command}.log"
+    log.unlink(missing_ok=True)  # one that was here before has greeted in it
+    with running(place, command, *arguments, **given) as process:
+        yield Serving(process, _greeting(process, log))
+
+
+@contextmanager
+def running(place: Home, command: str, *arguments: str, **given: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command meanwhile, its words in a file of its name; kill it at the end if it is still there."""
+    with (place.path / f"{command}.log").open("ab") as out:
         process = subprocess.Popen(
-            [PRIMERISK, "serve", *arguments], cwd=place.path, env=place.environment(**given), stdout=out, stderr=out
+            [PRIMERISK, command, *arguments], cwd=place.path, env=place.environment(**given), stdout=out, stderr=out
         )
     try:
-        yield Serving(process, _greeting(process, log))
+        yield process
     finally:
         if process.poll() is None:
             process.kill()
