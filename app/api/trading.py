@@ -146,7 +146,7 @@ async def post_fill(request: Request, owner: BookOwner, order_id: str) -> Respon
     fee = wire.exact_or_none(asked.fee, "/fee") or ZERO
     size, price = wire.exact(asked.size, "/size"), wire.exact(asked.price, "/price")
     reported = Fill(asked.fill_id, size, price, fee, bool(asked.confirm))
-    named = Names(asked.fill_id, idempotency_key(request))
+    named = Names(None, idempotency_key(request))
     parts = parts_of(request)
     events: list[str] = []
 

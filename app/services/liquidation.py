@@ -224,10 +224,11 @@ def _deposit(held: Book, scene: Scene, allocate: Sequence[Mapping[str, Any]]) ->
     total, money = sum((a["amount"] for a in allocate), ZERO), held.holding(SETTLEMENT_ASSET)
     health = scene.figures(_restored(held, {a["position_id"]: a["amount"] for a in allocate})).health
     missing = max(0.0, health.required_initial / level - health.equity)
-    worth = scene.worth(SETTLEMENT_ASSET, Decimal(1))
-    debt = to_float(money.owed) * worth / (1.0 - scene.market.parameters.asset(SETTLEMENT_ASSET).haircut)
-    share = min(1.0, missing / debt) if debt else 0.0
-    amount = share * to_float(money.owed) + max(0.0, missing - debt) / worth
+    price, worth = scene.price(SETTLEMENT_ASSET), scene.worth(SETTLEMENT_ASSET, Decimal(1))
+    debt = to_float(money.owed) * price
+    amount = min(missing, debt) / price
+    if missing > debt and worth > 0.0:  # at a haircut of 1 no deposit does more than pay what is owed
+        amount += (missing - debt) / worth
     needed = money.owed + total - money.free if total > money.free else ZERO
     return max(_cents(amount), needed.quantize(_CENT, ROUND_CEILING))
 

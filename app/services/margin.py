@@ -79,8 +79,11 @@ class Scene:
 
     def worth(self, asset: str, amount: Decimal) -> float:
         """Return the collateral value of units of an asset, after haircut, USD. Raises InvalidError without a price."""
-        price = PriceFinder(self.market.parameters, {}, self.market.prices).asset(asset, "/asset")
-        return to_float(amount) * price * (1.0 - self.market.parameters.asset(asset).haircut)
+        return to_float(amount) * self.price(asset) * (1.0 - self.market.parameters.asset(asset).haircut)
+
+    def price(self, asset: str) -> float:
+        """Return the price of an asset, USD. Raises InvalidError without one."""
+        return PriceFinder(self.market.parameters, {}, self.market.prices).asset(asset, "/asset")
 
     def require_fresh(self, figures: AccountFigures) -> None:
         """Raise ConflictError `stale_price` where a price that the figures depend on is too old to decide by."""

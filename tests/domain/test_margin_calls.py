@@ -23,6 +23,7 @@ from app.domain.margin_calls import (
     Notice,
     Open,
     Remind,
+    Request,
     Situation,
     Step,
     Wait,
@@ -46,6 +47,7 @@ BREACH = replace(NEAR, cause="utilization")
 SHORT = replace(NEAR, cause="maintenance")
 ISOLATED = replace(NEAR, cause="isolated")
 EMPTY = replace(SHORT, anything_left=False)
+WAITING = replace(BREACH, waiting=True)
 
 
 def at(seconds: float) -> datetime:
@@ -63,6 +65,8 @@ def opened(grace: float = 300, reminded: int = 0, seconds: float = 0) -> Call:
 NOTICED = Call("noticed", at(0))
 EXPIRED = replace(opened(), state="expired")
 LIQUIDATING = replace(opened(), state="liquidating")
+ASKED = replace(LIQUIDATING, attempts=1, respond_by=at(330))
+SOLD = replace(ASKED, slices=1)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,20 @@ LIQUIDATING = replace(opened(), state="liquidating")
         (LIQUIDATING, EMPTY, own(), 300, Wait(None)),
         # what has begun is finished
         (LIQUIDATING, BREACH, own(auto=False), 300, Liquidate()),
+        # a venue was asked: its time, then again; what was filled or taken back leads to the next slice
+        (ASKED, WAITING, own(), 329.999, Wait(at(330))),
+        (ASKED, WAITING, own(), 330, Request(2)),
+        (replace(ASKED, attempts=7), WAITING, own(), 9_000, Request(8)),
+        (ASKED, replace(WAITING, anything_left=False), own(), 331, Request(2)),
+        (SOLD, WAITING, own(), 310, Wait(at(330))),
+        (SOLD, BREACH, own(), 310, Liquidate()),
+        # cured before anything was sold; from then on it goes down to the stop level
+        (ASKED, replace(CURED, waiting=True), own(), 310, Become("cured")),
+        (ASKED, replace(SAFE, waiting=True), own(), 310, Become("cured")),
+        (ASKED, replace(NEAR, waiting=True), own(), 310, Wait(at(330))),
+        (SOLD, replace(CURED, waiting=True), own(), 310, Wait(at(330))),
+        (SOLD, replace(CURED, waiting=True), own(), 330, Request(2)),
+        (SOLD, replace(SAFE, waiting=True), own(), 310, Become("completed")),
         # a second breach, after the call is over, begins anew
         (None, BREACH, own(notice=60), 1_000, Notice(at(1_060))),
     ],
@@ -294,6 +312,15 @@ def test_the_order_of_closing() -> None:
         ids = [t.item.id for t in liquidate.in_order(alike, "smallest_first", lambda _: 0.0)]
         assert ids == sorted(ids)
         assert [t.item.id for t in liquidate.in_order(alike, "largest_relief", lambda _: 1.0)] == ids
+
+
+@pytest.mark.parametrize(("keep", "outside"), [(1, ["ETH"]), (2, []), (9, [])])
+def test_what_lies_outside_of_the_largest(keep: int, outside: list[str]) -> None:
+    for given in (targets(), targets()[::-1]):
+        assert symbols(liquidate.outside_largest(given, keep)) == outside
+    held = book(1_000, 50, BTC=10, ETH=4).reservations[0]
+    reserved = Target(held, held.remaining, 50_000.0)  # however large: no position
+    assert liquidate.outside_largest([*targets(), reserved], keep)[-1] is reserved
 
 
 def closed(held: Book, target: Target, size: Decimal) -> Book:

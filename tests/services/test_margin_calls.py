@@ -14,7 +14,7 @@ from sqlalchemy import URL
 
 from app.db.session import Database
 from app.errors import ConflictError
-from app.services import margin_calls
+from app.services import margin_calls, market
 from app.services.liquidation import Rules
 from tests.services.calls import BREACH, CONNECTIONS, CURED, DEEP, PRICES, STOP, Calls
 from tests.services.desk import ACTOR, Desk
@@ -290,7 +290,7 @@ async def test_keep_top_n_leaves_no_remainder_outside(calls: Calls) -> None:
         await calls.desk.prices({"BTC": PRICES["BTC"]})
         agent_id = await _five_positions(calls)
         await calls.desk.prices({"BTC": "44400"})  # equity 12,200 carries 27,450: 3,750 - 27,450 of 31,200 have to go
-        await calls.until_settled(agent_id, Rules(policy, Decimal(0), 1))  # type: ignore[arg-type]
+        await calls.until_settled(agent_id, Rules(policy, Decimal(0), 1))
         left[policy] = await calls.sizes(agent_id)
         assert await calls.utilization(agent_id) <= STOP
     # 3,000 of the three small ones are not enough; the next is outside of the one that is kept
@@ -466,6 +466,16 @@ async def test_the_deposit_is_exact_where_money_is_owed_and_off_its_par(calls: C
     assert (await calls.decide(agent_id)).told == ()
     await calls.desk.deposit(agent_id, "USDC", CENT)
     assert (await calls.decide(agent_id)).told == ("margin_call.cured",)
+
+
+async def test_a_call_is_made_though_no_deposit_would_cure_it(calls: Calls) -> None:
+    agent_id = await calls.desk.agent("1000")
+    await calls.desk.deposit(agent_id, "BTC", "0.4")
+    await calls.desk.order(agent_id, "buy", "0.5", leverage=3)
+    async with calls.desk.database.transaction(ACTOR) as tx:
+        await market.put_asset(tx, "USDC", {"haircut": 1.0})
+    await calls.desk.prices({"BTC": "41000"})
+    assert "margin_call.opened" in (await calls.decide(agent_id)).told
 
 
 async def test_releases_are_part_of_the_cure_and_a_little_less_does_not_do(calls: Calls) -> None:

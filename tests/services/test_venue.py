@@ -138,7 +138,7 @@ async def test_partial_fills_at_the_venues_prices(at_venue: Venue) -> None:
     assert second.order.closed_at is not None
     book = await at_venue.desk.book(agent_id)
     [position] = book.positions
-    assert (position.size, position.entry_price) == (Decimal("0.5"), 59_980)
+    assert (position.size, position.entry_price) == (Decimal("0.5"), Decimal(59_980))
     assert list(book.pending) == []
     assert await at_venue.desk.money(agent_id) == {"free": Decimal("19996.25")}
     closing = await at_venue.order(agent_id, "sell", "0.5", reduce_only=True)
@@ -315,7 +315,7 @@ async def test_a_fill_adds_in_the_mode_of_the_position(at_venue: Venue) -> None:
     await at_venue.fill(agent_id, second, "a", "0.1", "60000")
     await at_venue.fill(agent_id, first, "a", "0.1", "60000")
     [position] = (await at_venue.desk.book(agent_id)).positions
-    assert (position.size, position.margin_mode, position.allocated) == (Decimal("0.2"), "isolated", 4_000)
+    assert (position.size, position.margin_mode, position.allocated) == (Decimal("0.2"), "isolated", Decimal(4_000))
 
 
 async def test_a_reduce_only_fill_never_flips_though_the_position_changed(at_venue: Venue) -> None:
@@ -408,7 +408,7 @@ async def test_liquidation_asks_waits_and_goes_on_at_each_fill(at_venue: Venue) 
     [request] = await at_venue.requests(agent_id)
     assert (request["attempt"], request["escalated"], request["cancelled_orders"]) == (1, False, [closing])
     [asked] = await at_venue.live(agent_id)
-    assert (asked.symbol, asked.side, asked.size, asked.reduce_only) == ("SOL-PERP", "sell", 10, True)
+    assert (asked.symbol, asked.side, asked.size, asked.reduce_only) == ("SOL-PERP", "sell", Decimal(10), True)
     [shown] = request["orders"]
     assert (shown["order_id"], shown["size"], shown["reduce_only"]) == (asked.id, 10, True)
     assert (await at_venue.calls.decide(agent_id)).told == ()  # it waits
@@ -428,7 +428,7 @@ async def test_liquidation_asks_waits_and_goes_on_at_each_fill(at_venue: Venue) 
     assert (await at_venue.calls.decide(agent_id)).told == ("liquidation.completed",)
     assert STOP - 1e-3 < await at_venue.calls.utilization(agent_id) <= STOP
     call = await at_venue.calls.only(agent_id)
-    assert (call.state, call.slices, call.deficit) == ("completed", 2, 0)
+    assert (call.state, call.slices, call.deficit) == ("completed", 2, Decimal(0))
     assert await at_venue.live(agent_id) == []
 
 
@@ -445,7 +445,7 @@ async def test_what_is_not_filled_in_time_is_asked_for_again_and_escalates(at_ve
         assert decided.told == ("liquidation.requested",)
         escalated.append(decided.escalated)
         [live] = await at_venue.live(agent_id)
-        assert (live.id, live.remaining) == (asked.id, 6)
+        assert (live.id, live.remaining) == (asked.id, Decimal(6))
     assert escalated == [False, True, True]
     requests = await at_venue.requests(agent_id)
     assert [(r["attempt"], r["escalated"], r["orders"][0]["size"]) for r in requests] == [
@@ -478,7 +478,7 @@ async def test_a_cure_while_it_waits_takes_the_orders_back(at_venue: Venue, how:
     await at_venue.fill(agent_id, asked.id, "late", "10", "100")
     assert "SOL-PERP" not in await at_venue.calls.sizes(agent_id)
     call = await at_venue.calls.only(agent_id)
-    assert (call.state, call.slices, call.deficit) == ("cured", 1, 0)
+    assert (call.state, call.slices, call.deficit) == ("cured", 1, Decimal(0))
 
 
 async def test_once_something_is_sold_it_goes_on_to_the_stop_level(at_venue: Venue) -> None:
@@ -509,7 +509,7 @@ async def test_an_order_for_more_than_there_is_gives_way_to_another(at_venue: Ve
     await at_venue.fill(agent_id, own, "late", "8", "100")
     await at_venue.calls.decide(agent_id)
     [now] = await at_venue.live(agent_id)
-    assert (now.symbol, now.size, now.id != asked.id) == ("SOL-PERP", 2, True)
+    assert (now.symbol, now.size, now.id != asked.id) == ("SOL-PERP", Decimal(2), True)
     assert (await at_venue.get(agent_id, asked.id)).status == "cancelled"
 
 
@@ -551,7 +551,7 @@ async def test_what_fills_do_not_cover_is_a_deficit(at_venue: Venue) -> None:
     await _sold_out(at_venue, agent_id, {"BTC-PERP": "9000", "ETH-PERP": "2900", "SOL-PERP": "90"})
     # 20,000 - .5 x 51,000 - 2 x 100 - 10 x 10
     call = await at_venue.calls.only(agent_id)
-    assert (call.state, call.deficit, call.slices) == ("completed", 5_800, 3)
+    assert (call.state, call.deficit, call.slices) == ("completed", Decimal(5_800), 3)
     assert await at_venue.desk.money(agent_id) == {"owed": 5_800}
     assert (await at_venue.last(agent_id, "liquidation.completed"))["deficit"] == 5_800
 
@@ -583,7 +583,7 @@ async def test_a_loss_beyond_an_isolated_allocation_is_a_deficit_of_the_call(at_
     await _sold_out(at_venue, agent_id, {"ETH-PERP": "1900"})
     # 2,000 allocated, 2,200 lost
     call = await at_venue.calls.only(agent_id)
-    assert (call.state, call.deficit) == ("completed", 200)
+    assert (call.state, call.deficit) == ("completed", Decimal(200))
     assert await at_venue.desk.money(agent_id) == {"free": 18_000}
     [[lost]] = await at_venue.desk.rows("SELECT sum(amount) FROM ledger_entries WHERE kind = 'deficit'")
     assert lost == 200
