@@ -221,6 +221,8 @@ class Worker:
         self._metrics.decision_seconds.observe(time.perf_counter() - started)
         for told in decided.told:
             self._metrics.margin_events.labels(told).inc()
+        if "liquidation.executed" in decided.told:
+            self._agenda.add([agent_id], urgent=True)  # what is next is closed without waiting for the timer
         if decided.escalated:
             self._metrics.liquidations_escalated.inc()
             log.error("the venue of %s does not fill its liquidation: an operator has to look", agent_id)

@@ -25,7 +25,7 @@ from app.services.margin import Scene
 
 router = APIRouter(prefix="/api", tags=["account"])
 
-Level = Annotated[float, Meta(gt=0, le=1)]
+Level = Annotated[float, Meta(ge=0.05, le=1)]
 Seconds = Annotated[int, Meta(ge=0, le=86_400)]
 
 

@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from app.api import body as wire
 from app.api.booking import BookOwner, Label
-from app.api.deps import Parts, body_of, document, parts_of
+from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
-from app.db.session import Tx
+from app.domain.book import Book
 from app.domain.margin_calls import LIVE_STATES
 from app.domain.money import plain
 from app.errors import InvalidError
 from app.services import book, events, liquidation, margin_calls
+from app.services.margin import Scene
 from app.services.margin_calls import StoredCall
 
 router = APIRouter(prefix="/api/margin-calls", tags=["margin calls"])
@@ -56,7 +57,9 @@ async def get_call(request: Request, owner: BookOwner, call_id: str) -> Response
     async with parts.database.transaction(owner.caller.key_id) as tx:
         call = await margin_calls.get(tx, owner.agent_id, call_id)
         told = await events.of_call(tx, owner.agent_id, call_id, EVENTS_SHOWN_MAX)
-        cure = await _cure(parts, tx, owner.agent_id) if call.state in LIVE_STATES else None
+        held = await book.load(tx, owner.agent_id)
+        scene = await parts.scenes.at(tx)
+    cure = await parts.workshop.run(_cure, held, scene) if call.state in LIVE_STATES else None
     return wire.JsonResponse({**_shown(call), "cure": cure, "events": [event.shown() for event in told]})
 
 
@@ -71,9 +74,8 @@ async def acknowledge(request: Request, owner: BookOwner, call_id: str) -> Respo
         return wire.JsonResponse(_shown(await margin_calls.acknowledge(tx, owner.agent_id, call_id, asked.note or "")))
 
 
-async def _cure(parts: Parts, tx: Tx, agent_id: str) -> dict[str, Any] | None:
-    held = await book.load(tx, agent_id)
-    scene = await parts.scenes.at(tx)
+def _cure(held: Book, scene: Scene) -> dict[str, Any] | None:
+    """Return what would cure the account now, None where a price is missing. It assesses the book some thirty times."""
     try:
         return liquidation.cures(held, scene, scene.figures(held))
     except InvalidError:

@@ -13,6 +13,8 @@ from app.domain.quote import AccountFigures
 LiquidationPolicy = Literal["smallest_first", "largest_relief", "keep_top_n"]
 
 SIZE_STEPS = 20
+WEIGHED_MAX = 20
+"""Targets whose relief is found out for one choice."""
 _DIGITS = Context(prec=8, rounding=ROUND_CEILING)
 
 Assess = Callable[[Book], AccountFigures]
@@ -48,7 +50,10 @@ def in_order(targets: Sequence[Target], policy: LiquidationPolicy, relief: Calla
     margin. Ties go by id, so that two workers choose alike.
     """
     if policy == "largest_relief":
-        return sorted(targets, key=lambda t: (-relief(t), t.item.id))
+        # of the largest only: each relief assesses the whole book
+        largest = sorted(targets, key=lambda t: (-t.notional, t.item.id))
+        weighed = sorted(largest[:WEIGHED_MAX], key=lambda t: (-relief(t), t.item.id))
+        return weighed + largest[WEIGHED_MAX:]
     return sorted(targets, key=lambda t: (t.notional, t.item.id))
 
 
@@ -73,3 +78,19 @@ def next_slice(
             break
         low, high = (low, middle) if enough(assess(reduce(book, target, middle))) else (middle, high)
     return Slice(target, high)
+
+
+def fewest(least: int, most: int, enough: Callable[[int], bool]) -> int:
+    """Return a count from least to most that is enough while one less is not (or is least); most + 1: none is.
+
+    It takes some log2 of the range of tries, where more may be less only by chance: hedges that are closed in part.
+    """
+    if enough(least):
+        return least
+    if most <= least or not enough(most):
+        return most + 1
+    low, high = least, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -15,6 +15,7 @@ from app.domain.book import AccountSettings
 from app.domain.gates import TOLERANCE
 from app.domain.health import Health
 from app.domain.parameters import HealthPolicy
+from app.domain.watch import HYSTERESIS
 
 State = Literal["noticed", "open", "expired", "liquidating", "lapsed", "cured", "completed"]
 Cause = Literal["utilization", "maintenance", "isolated"]
@@ -41,17 +42,34 @@ class Call:
     slices: int = 0
     attempts: int = 0
     respond_by: datetime | None = None
+    cause: Cause = "utilization"
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether it was made for isolated positions alone: the pool is neither judged by it nor closed for it."""
+        return self.cause == "isolated"
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a call is judged on. `cause` is None where nothing is breached; `waiting`: orders are out at a venue."""
+    """What a call is judged on. `pool` is what is breached of the pooled book, None where nothing is.
 
-    cause: Cause | None
+    `isolated`: an isolated position is past saving. `is_clear`: the pool is below the breach level by more than a
+    tremble. `anything_left`: something may be closed for this call. `waiting`: orders are out at a venue.
+    """
+
+    pool: Cause | None
+    isolated: bool
+    is_clear: bool
     is_cured: bool
     may_stop: bool
     anything_left: bool
     waiting: bool = False
+
+    @property
+    def cause(self) -> Cause | None:
+        """What a call is made for: the pool's breach goes before that of isolated positions."""
+        return self.pool or ("isolated" if self.isolated else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +123,35 @@ Step = Notice | Open | Remind | Wait | Become | Liquidate | Request
 
 
 def situation(
-    health: Health, policy: HealthPolicy, *, isolated_breached: bool, anything_left: bool, waiting: bool = False
+    health: Health,
+    policy: HealthPolicy,
+    *,
+    leveraged: bool = True,
+    isolated_breached: bool,
+    anything_left: bool,
+    waiting: bool = False,
 ) -> Situation:
     """Return what a call is judged on, from an account's health and whether an isolated position is past saving.
 
-    Breach: utilization at the level, or equity below maintenance. Cured and stopped: utilization at their levels or
-    below, and maintenance met. Source: README, "Margin calls".
+    Breach: utilization at the level, or equity below maintenance; never where nothing is `leveraged`, since all that
+    is free may then be reserved. Cured and stopped: utilization at their levels or below, maintenance and isolated
+    positions met. Source: README, "Margin calls".
     """
-    short = health.insolvent or health.equity < health.required_maintenance
+    at_stake = leveraged and health.required_initial > 0.0
+    short = at_stake and (health.insolvent or health.equity < health.required_maintenance)
     used = float("inf") if health.utilization is None else health.utilization
-    cause: Cause | None = None
-    if short and health.required_initial > 0.0:
-        cause = "maintenance"
-    elif isolated_breached:
-        cause = "isolated"
-    elif used >= policy.breach_utilization and health.required_initial > 0.0:
-        cause = "utilization"
-    sound = not short and not isolated_breached
+    pool: Cause | None = None
+    if short:
+        pool = "maintenance"
+    elif at_stake and used >= policy.breach_utilization:
+        pool = "utilization"
+    sound = not health.insolvent and not short and not isolated_breached
     return Situation(
-        cause=cause,
-        is_cured=sound and used <= policy.cure_utilization * (1.0 + TOLERANCE),
-        may_stop=sound and used <= policy.stop_utilization * (1.0 + TOLERANCE),
+        pool=pool,
+        isolated=isolated_breached,
+        is_clear=sound and (not at_stake or used < policy.breach_utilization - HYSTERESIS),
+        is_cured=sound and (not at_stake or used <= policy.cure_utilization * (1.0 + TOLERANCE)),
+        may_stop=sound and (not at_stake or used <= policy.stop_utilization * (1.0 + TOLERANCE)),
         anything_left=anything_left,
         waiting=waiting,
     )
@@ -134,41 +160,57 @@ def situation(
 def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: datetime) -> Step | None:
     """Return the next step of an account's call, None where there is nothing to do.
 
-    Raises ValueError for a call that is over.
+    A call that was made for isolated positions ends with them: a breach of the pool has a call of its own, unless it
+    comes while the owner still has time. Raises ValueError for a call that is over.
     """
     if call is None:
-        return None if now_is.cause is None else _begin(now_is.cause, settings, now)
+        return None if now_is.cause is None else _begin(now_is, settings, now)
     if call.state == "noticed":
         return _while_noticed(call, now_is, settings, now)
     if call.state == "open":
-        return _while_open(call, now_is, now)
+        return _while_open(call, now_is, settings, now)
     if call.state == "expired":
-        return _while_expired(now_is, settings)
+        return _while_expired(call, now_is, settings)
     if call.state == "liquidating":
         return _while_liquidating(call, now_is, now)
     raise ValueError(f"a call that is {call.state} takes no step")
 
 
-def _begin(cause: Cause, settings: AccountSettings, now: datetime) -> Step:
-    # equity below maintenance skips the notice delay, not the grace
-    if cause == "utilization" and settings.notice_delay_seconds > 0:
+def _may_wait(now_is: Situation) -> bool:
+    """Whether the notice delay holds: equity below maintenance skips it, as an isolated position past saving does."""
+    return now_is.pool != "maintenance" and not now_is.isolated
+
+
+def _begin(now_is: Situation, settings: AccountSettings, now: datetime) -> Step:
+    if _may_wait(now_is) and settings.notice_delay_seconds > 0:
         return Notice(now + timedelta(seconds=settings.notice_delay_seconds))
+    return _opened(settings, now)
+
+
+def _opened(settings: AccountSettings, now: datetime) -> Open:
     return Open(now + timedelta(seconds=settings.grace_period_seconds))
 
 
 def _while_noticed(call: Call, now_is: Situation, settings: AccountSettings, now: datetime) -> Step:
-    if now_is.cause is None:
+    if now_is.is_clear:
         return Become("lapsed")
     due = call.noticed_at + timedelta(seconds=settings.notice_delay_seconds)
-    if now_is.cause == "utilization" and now < due:
-        return Wait(due)
-    return Open(now + timedelta(seconds=settings.grace_period_seconds))
+    if _may_wait(now_is) and now < due:
+        return Wait(due)  # also where it trembles on the level: it would be noticed again at once
+    return Become("lapsed") if now_is.cause is None else _opened(settings, now)
 
 
-def _while_open(call: Call, now_is: Situation, now: datetime) -> Step:
+def _is_cured(call: Call, now_is: Situation) -> bool:
+    """Whether what the call was made for is over: of an isolated position, that it is met or closed."""
+    return now_is.cause is None if call.is_isolated else now_is.is_cured
+
+
+def _while_open(call: Call, now_is: Situation, settings: AccountSettings, now: datetime) -> Step:
     if call.opened_at is None or call.deadline_at is None:
         raise ValueError("an open call has a deadline")
-    if now_is.is_cured:
+    if call.is_isolated and now_is.pool is not None:
+        return _opened(settings, now)  # it is the pool's call from now on, with the pool's own time
+    if _is_cured(call, now_is):
         return Become("cured")
     if now >= call.deadline_at:
         return Become("expired")
@@ -182,16 +224,16 @@ def _while_open(call: Call, now_is: Situation, now: datetime) -> Step:
     return Remind(call.reminders + passed)
 
 
-def _while_expired(now_is: Situation, settings: AccountSettings) -> Step:
-    if now_is.is_cured:
+def _while_expired(call: Call, now_is: Situation, settings: AccountSettings) -> Step:
+    if _is_cured(call, now_is):
         return Become("cured")
     return Become("liquidating") if settings.auto_liquidate else Wait(None)
 
 
 def _while_liquidating(call: Call, now_is: Situation, now: datetime) -> Step:
-    if now_is.waiting and call.slices == 0 and now_is.is_cured:
+    if now_is.waiting and call.slices == 0 and _is_cured(call, now_is):
         return Become("cured")  # nothing was sold yet: it is the owner's cure that came first
-    if now_is.may_stop:
+    if not now_is.isolated if call.is_isolated else now_is.may_stop:
         return Become("completed")
     if now_is.waiting:
         if call.respond_by is not None and now < call.respond_by:

@@ -22,6 +22,7 @@ EVENT_TYPES = frozenset(
         "liquidation.requested",
         "liquidation.executed",
         "liquidation.completed",
+        "liquidation.exhausted",
         "zone.changed",
         "trailing_stop.breached",
         "drawdown.changed",

@@ -8,12 +8,15 @@ from typing import Any
 
 from app.db.session import Tx
 from app.domain.book import THRESHOLDS, AccountSettings, Book
-from app.errors import FieldError, InvalidError, conflict
+from app.errors import ConflictError, FieldError, InvalidError, conflict
 from app.services import accounts, audit, market_rules, watch
 from app.services.margin import Scene, refusal_error
 
 _POINTERS = {name: f"/thresholds/{name}" for name in THRESHOLDS} | {"target_utilization": "/target_utilization"}
 """Where a level stands in what a caller sends."""
+
+_EASED_BY_MORE = ("notice_delay_seconds", "grace_period_seconds", *(t for t in THRESHOLDS if t != "target_utilization"))
+"""Settings of which more (of a level: none of its own) gives an account more time or slack."""
 
 
 async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[str, Any]) -> Book:
@@ -30,6 +33,7 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
         detail = f"{len(before.pending)} orders wait for fills of the venue: cancel them first"
         raise conflict("/execution", "orders_pending", detail)
     after = replace(before, settings=settings)
+    _check_call(before, changed)
     _check_levels(scene, settings)
     if "margin_mode" in changed:
         _check_mode(scene, before, after)
@@ -38,6 +42,22 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
         await watch.start_fall(tx, before.agent_id)
     await audit.record(tx, "account.settings", before.agent_id, before.agent_id, **changed)
     return after
+
+
+def _check_call(before: Book, changed: Mapping[str, Any]) -> None:
+    """Refuse to gain time or slack while a margin call lives; stricter is always allowed."""
+    if before.live_call is None:
+        return
+    for name in _EASED_BY_MORE:
+        now, then = getattr(before.settings, name), changed.get(name)
+        if name in changed and (then is None or (now is not None and then > now)):
+            raise _under_call(_POINTERS.get(name, f"/{name}"))
+    if changed.get("auto_liquidate") is False:
+        raise _under_call("/auto_liquidate")
+
+
+def _under_call(pointer: str) -> ConflictError:
+    return conflict(pointer, "call_is_live", "a margin call lives: until it is over this only becomes stricter")
 
 
 def _check_levels(scene: Scene, settings: AccountSettings) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
+from typing import Any, cast
 
 from app.db.session import Tx
 from app.domain import liquidate
@@ -24,7 +24,9 @@ from app.services.margin import Scene, by_mark, forced_price
 from app.services.orders import Labels
 from app.services.wallet import Names
 
-ORDERS_SHOWN_MAX = 50
+ORDERS_SHOWN_MAX = 200
+CURE_POSITIONS_MAX = 300
+"""Larger books are told what to deposit, and no orders: each try assesses the whole book."""
 _CENT = Decimal("0.01")
 
 
@@ -61,23 +63,36 @@ def breached_isolated(held: Book, figures: AccountFigures) -> list[OpenPosition]
     ]
 
 
-def targets(held: Book, figures: AccountFigures) -> list[Target]:
-    """Return what may be closed: reducible positions of the pool, reducible reservations, isolated ones past saving."""
+def targets(
+    held: Book, figures: AccountFigures, *, isolated_alone: bool = False, stale: Collection[str] = ()
+) -> list[Target]:
+    """Return what may be closed: reducible positions of the pool, reducible reservations, isolated ones past saving.
+
+    The latter alone, where a call is for them alone; and nothing of which the price is stale.
+    """
     doomed = _ids(breached_isolated(held, figures))
     found: list[Target] = []
-    for position, notional in zip(held.positions, figures.portfolio.notional.tolist(), strict=True):
-        if position.reducible and (position.margin_mode == "pooled" or position.id in doomed):
+    table = figures.portfolio
+    underlyings = [table.underlyings.names[j] for j in table.underlying.tolist()]
+    for position, notional, underlying in zip(held.positions, table.notional.tolist(), underlyings, strict=True):
+        eligible = position.id in doomed or (position.margin_mode == "pooled" and not isolated_alone)
+        if eligible and position.reducible and mark_symbol(figures, position.symbol, underlying) not in stale:
             found.append(Target(position, position.size, notional))
     prices = figures.prices
-    for reservation in held.reservations:
-        if reservation.reducible:
+    for reservation in held.reservations if not isolated_alone else ():
+        if reservation.reducible and reservation.asset not in stale:
             price = prices[reservation.asset].value if reservation.asset in prices else 1.0
             found.append(Target(reservation, reservation.remaining, to_float(reservation.remaining) * price))
     return found
 
 
-def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules) -> Slice:
-    """Return what is closed next, down to the account's stop level. There is at least one target."""
+def mark_symbol(figures: AccountFigures, symbol: str, underlying: str) -> str:
+    """Return under which name the price stands that marks a position."""
+    return symbol if symbol in figures.prices else underlying
+
+
+def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules, eligible: Sequence[Target]) -> Slice:
+    """Return what of the eligible is closed next, at least one, down to the account's stop level."""
     doomed = _ids(breached_isolated(held, figures))
     stop = held.settings.policy(scene.market.parameters.policy).stop_utilization
 
@@ -85,7 +100,7 @@ def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules) 
         after = scene.figures(_reduced(scene, held, target, target.size, rules.slippage))
         return figures.health.required_initial - after.health.required_initial
 
-    ordered = liquidate.in_order(targets(held, figures), rules.policy, relief)
+    ordered = liquidate.in_order(eligible, rules.policy, relief)
     # an isolated position past saving is closed whole and first: it fails alone
     past_saving = [t for t in ordered if t.item.id in doomed]
     if past_saving:
@@ -246,25 +261,45 @@ def _restored(held: Book, amounts: Mapping[str, Decimal]) -> Book:
 
 
 def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, Any]:
+    """Return what to close and release: as few as will do, smallest first, the last of them in part.
+
+    Isolated positions past saving go whole and first, as their liquidation would. `complete`: it is enough, and all of
+    it is listed.
+    """
     level = held.settings.policy(scene.market.parameters.policy).cure_utilization
-    orders: list[dict[str, Any]] = []
-    releases: list[dict[str, Any]] = []
     doomed = _ids(breached_isolated(held, figures))
     ordered = liquidate.in_order(targets(held, figures), "smallest_first", lambda _: 0.0)
-    # an isolated position past saving is closed whole and first, as its liquidation would
-    for target in sorted(ordered, key=lambda t: t.item.id not in doomed)[:ORDERS_SHOWN_MAX]:
-        is_doomed = target.item.id in doomed
-        if not is_doomed and _is_at(scene.figures(held), level):
-            break
-        chosen = Slice(target, target.size) if is_doomed else _part(held, scene, target, level, ZERO)
-        held = _reduced(scene, held, target, chosen.size, ZERO)
-        size = plain(chosen.size)
-        if isinstance(target.item, OpenPosition):
-            closing = _closing(target.item, chosen.size)
-            orders.append({"symbol": closing.symbol, "side": closing.side, "size": size, "reduce_only": True})
-        else:
-            releases.append({"reservation_id": target.item.id, "asset": target.item.asset, "amount": size})
-    return {"orders": orders, "releases": releases}
+    ordered.sort(key=lambda t: t.item.id not in doomed)
+    if len(held.positions) > CURE_POSITIONS_MAX:
+        return {"orders": [], "releases": [], "complete": False}
+
+    def after(count: int) -> Book:
+        left = held
+        for target in ordered[:count]:
+            left = _reduced(scene, left, target, target.size, ZERO)
+        return left
+
+    count = liquidate.fewest(len(doomed), len(ordered), lambda k: _is_at(scene.figures(after(k)), level))
+    enough = count <= len(ordered)
+    chosen = [Slice(target, target.size) for target in ordered[:count]]
+    if enough and count > len(doomed):
+        chosen[-1] = _part(after(count - 1), scene, ordered[count - 1], level, ZERO)
+    shown = chosen[:ORDERS_SHOWN_MAX]
+    return {
+        "orders": [_order_shown(part) for part in shown if isinstance(part.target.item, OpenPosition)],
+        "releases": [_release_shown(part) for part in shown if isinstance(part.target.item, OpenReservation)],
+        "complete": enough and len(shown) == len(chosen),
+    }
+
+
+def _order_shown(part: Slice) -> dict[str, Any]:
+    closing = _closing(cast("OpenPosition", part.target.item), part.size)
+    return {"symbol": closing.symbol, "side": closing.side, "size": plain(part.size), "reduce_only": True}
+
+
+def _release_shown(part: Slice) -> dict[str, Any]:
+    reservation = cast("OpenReservation", part.target.item)
+    return {"reservation_id": reservation.id, "asset": reservation.asset, "amount": plain(part.size)}
 
 
 def _cents(amount: float) -> Decimal:

@@ -7,6 +7,7 @@ tell of it in one transaction. Asking twice, late or for nothing does no harm.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,20 +21,24 @@ from app.db.session import Tx
 from app.db.tables import margin_calls
 from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
 from app.domain.gates import stale_symbols
+from app.domain.health import Health
+from app.domain.liquidate import Slice, Target
 from app.domain.margin_calls import (
     LIVE_STATES,
     Become,
     Call,
+    Liquidate,
     Notice,
     Open,
     Remind,
     Request,
     Situation,
+    Step,
     Wait,
     situation,
     step,
 )
-from app.domain.money import plain, to_decimal
+from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
@@ -48,6 +53,9 @@ from app.services.wallet import Names
 CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
 """Changes of state in one decision: more than the longest way through a life."""
+STEP_SHARE_MIN = 0.005
+"""A step of liquidation closes at least this share of what may be closed, however small the positions are."""
+SLICES_A_STEP_MAX = 200
 RETRY_STALE = timedelta(seconds=1)
 
 
@@ -85,6 +93,7 @@ class StoredCall:
             self.slices,
             self.attempts,
             self.respond_by,
+            self.cause,  # type: ignore[arg-type]
         )
 
 
@@ -114,15 +123,22 @@ class _Case:
     scene: Scene
     figures: AccountFigures
     call: StoredCall | None
+    stale: frozenset[str] = frozenset()
     told: tuple[str, ...] = ()
     escalated: bool = False
+
+    @property
+    def targets(self) -> list[Target]:
+        """What may be closed for the call."""
+        alone = self.call is not None and self.call.cause == "isolated"
+        return liquidation.targets(self.held, self.figures, isolated_alone=alone, stale=self.stale)
 
 
 async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided:
     """Move an account's call on as far as it goes now, and tell what has changed of its levels.
 
-    At most one position is closed; where more are to follow the call is due again at once. On stale or missing prices
-    nothing is opened and nothing liquidated.
+    One position is closed, or as many small ones as make STEP_SHARE_MIN of the book; where more are to follow the call
+    is due again at once. Where the breach hangs on a stale price, or a price is missing, nothing is decided.
     """
     held = await book.hold(tx, agent_id)
     scene = await scenes.at(tx)
@@ -131,12 +147,13 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
         figures = scene.figures(held)
     except InvalidError:
         return Decided(await _postpone(tx, call, scene.now))
-    if stale_symbols(figures, scene.now, scene.price_age_max.total_seconds()):
+    case = _Case(held, scene, figures, call, frozenset(_stale(scene, figures)))
+    if case.stale and _situation(case, _at_best(case)).pool is None:
         seen = await watch.look(tx, scene, held, figures)
         policy = held.settings.policy(scene.market.parameters.policy)
         band = watch.band_of(held, seen, policy)
         return Decided(await _postpone(tx, call, scene.now), (), seen.levels, band, waits=True)
-    case = await _without_moot(tx, _Case(held, scene, figures, call))
+    case = await _without_moot(tx, case)
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
         if settled:
@@ -151,9 +168,10 @@ async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
     held, scene = case.held, case.scene
     policy = held.settings.policy(scene.market.parameters.policy)
     seen = await watch.look(tx, scene, held, case.figures)
-    if case.call is None or case.call.state not in ("expired", "liquidating"):
+    if not case.stale and (case.call is None or case.call.state not in ("expired", "liquidating")):
         await prevention.step_down(tx, scene, held, case.figures, seen, rules.slippage)
-    return Decided(case.call, case.told, seen.levels, watch.band_of(held, seen, policy), escalated=case.escalated)
+    band = watch.band_of(held, seen, policy)
+    return Decided(case.call, case.told, seen.levels, band, waits=bool(case.stale), escalated=case.escalated)
 
 
 async def _without_moot(tx: Tx, case: _Case) -> _Case:
@@ -165,8 +183,7 @@ async def _without_moot(tx: Tx, case: _Case) -> _Case:
 async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # noqa: PLR0911  one a kind of step
     """Take one step; return whether that is all for now."""
     call, now = case.call, case.scene.now
-    judged = _situation(case)
-    what = step(None if call is None else call.as_call(), judged, case.held.settings, now)
+    judged, what = _situation(case), _next(case)
     if what is None:
         return True, case
     if isinstance(what, Notice | Open) and call is None:
@@ -184,13 +201,25 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
             await _tell(tx, "margin_call.reminded", _figures(case), moved)
             return False, _with(case, moved, "margin_call.reminded")
         case Wait():
-            return True, replace(case, call=await _set(tx, call, next_action_at=what.until))
+            return True, await _wait(tx, case, call, what, judged)
         case Become():
             return await _become(tx, case, call, what)
         case Request():
             return True, await _ask(tx, case, call, rules, what.attempt)
         case _:
             return True, await _liquidate(tx, replace(case, call=call), call, rules)
+
+
+async def _wait(tx: Tx, case: _Case, call: StoredCall, what: Wait, judged: Situation) -> _Case:
+    """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
+    is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting
+    if not is_exhausted or call.next_action_at is None:
+        return replace(case, call=await _set(tx, call, next_action_at=what.until))
+    deficit = call.deficit + _uncovered(case.figures)
+    moved = await _set(tx, call, next_action_at=what.until, deficit=deficit, figures=_figures(case))
+    await _tell(tx, "liquidation.exhausted", _figures(case), moved, deficit=plain(deficit))
+    await audit.record(tx, "margin_call.exhausted", moved.id, moved.agent_id, deficit=str(deficit))
+    return _with(case, moved, "liquidation.exhausted")
 
 
 async def _begin(tx: Tx, case: _Case, judged: Situation) -> StoredCall:
@@ -215,12 +244,13 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
         "opened_at": case.scene.now,
         "deadline_at": what.deadline,
         "next_action_at": what.deadline,
+        "reminders": 0,
         "figures": _figures(case),
     }
     moved = await _set(tx, call, **changed)
-    await _tell(
-        tx, "margin_call.opened", _figures(case), moved, cure=liquidation.cures(case.held, case.scene, case.figures)
-    )
+    # in a thread: it assesses the book some thirty times, and the process may have requests to answer
+    cure = await asyncio.to_thread(liquidation.cures, case.held, case.scene, case.figures)
+    await _tell(tx, "margin_call.opened", _figures(case), moved, cure=cure)
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
     return moved
 
@@ -238,7 +268,9 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
             return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
         case "completed":
             case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
-            moved = await _end(tx, call, "completed", now, deficit=call.deficit + _uncovered(case.figures))
+            # what was told as exhausted has its deficit already
+            uncovered = ZERO if call.next_action_at is None else _uncovered(case.figures)
+            moved = await _end(tx, call, "completed", now, deficit=call.deficit + uncovered)
             told = {"deficit": plain(moved.deficit), "slices": moved.slices, "cancelled_orders": cancelled}
             await _tell(tx, "liquidation.completed", _figures(case), moved, **told)
         case "cured":
@@ -270,31 +302,89 @@ async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: An
     return await _set(tx, call, state=state, ended_at=now, next_action_at=None, **values)
 
 
-def _situation(case: _Case) -> Situation:
+def _situation(case: _Case, health: Health | None = None) -> Situation:
     policy = case.held.settings.policy(case.scene.market.parameters.policy)
     return situation(
-        case.figures.health,
+        health or case.figures.health,
         policy,
+        leveraged=case.held.is_leveraged,
         isolated_breached=bool(liquidation.breached_isolated(case.held, case.figures)),
-        anything_left=bool(liquidation.targets(case.held, case.figures)),
+        anything_left=bool(case.targets),
         waiting=case.call is not None and bool(case.held.requested(case.call.id)),
     )
 
 
+def _stale(scene: Scene, figures: AccountFigures) -> list[str]:
+    return stale_symbols(figures, scene.now, scene.price_age_max.total_seconds())
+
+
+def _at_best(case: _Case) -> Health:
+    """Return the account's health if each stale price had moved in its favour by the range that the risk core scans.
+
+    Stale collateral counts without haircut besides, and a position on a stale mark needs no margin: a breach that
+    stands even so does not hang on what is stale, be it a grain of a coin whose feed has ended.
+    """
+    figures, parameters = case.figures, case.scene.market.parameters
+    table, health = figures.portfolio, figures.health
+    more, less = 0.0, 0.0
+    for asset, holding in case.held.holdings.items():
+        if asset in case.stale:
+            terms, price = parameters.asset(asset), figures.prices[asset].value
+            more += to_float(holding.held) * price * (terms.haircut + terms.price_range)
+            more += to_float(holding.owed) * price * terms.price_range
+    columns = (table.underlying, table.notional, table.initial_rate)
+    for position, j, notional, rate in zip(case.held.positions, *(c.tolist() for c in columns), strict=True):
+        if liquidation.mark_symbol(figures, position.symbol, table.underlyings.names[j]) in case.stale:
+            more += notional * float(table.underlyings.price_range[j])
+            less += notional * rate
+    equity = health.equity + more
+    initial = max(0.0, health.required_initial - less)
+    maintenance = max(0.0, health.required_maintenance - less)
+    insolvent = equity < 0.0 or (equity == 0.0 and initial > 0.0)
+    used = None if insolvent else initial / equity if initial else 0.0
+    return replace(
+        health,
+        equity=equity,
+        required_initial=initial,
+        required_maintenance=maintenance,
+        utilization=used,
+        insolvent=insolvent,
+    )
+
+
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
-    """Close the next position, or the part of it that is enough, and look again at once; or ask the venue for that."""
+    """Close what is next, and look again at once; or ask the venue for it.
+
+    Where it is a small part of the book, what comes after it as well: dust would hold up the rest.
+    """
     await accounts.lock_account(tx, case.held.agent_id)
-    chosen = liquidation.next_slice(case.held, case.scene, case.figures, rules)
-    target = chosen.target.item
-    if case.held.settings.execution == "venue" and isinstance(target, OpenPosition):
-        held, cancelled = await liquidation.request(tx, case.held, chosen, target, call.id)
-        return await _ask(tx, replace(case, held=held), call, rules, 1, cancelled)
+    least = STEP_SHARE_MIN * sum(target.notional for target in case.targets)
+    closed = 0.0
+    for _ in range(SLICES_A_STEP_MAX):
+        chosen = liquidation.next_slice(case.held, case.scene, case.figures, rules, case.targets)
+        target = chosen.target.item
+        if case.held.settings.execution == "venue" and isinstance(target, OpenPosition):
+            held, cancelled = await liquidation.request(tx, case.held, chosen, target, call.id)
+            return await _ask(tx, replace(case, held=held), call, rules, 1, cancelled)
+        case, call = await _close(tx, case, call, chosen, rules)
+        closed += chosen.target.notional
+        if closed >= least or not chosen.is_whole or not isinstance(_next(case), Liquidate):
+            break
+    return case
+
+
+async def _close(tx: Tx, case: _Case, call: StoredCall, chosen: Slice, rules: Rules) -> tuple[_Case, StoredCall]:
     closed = await liquidation.close(tx, case.scene, case.held, chosen, rules, call.id)
     after = replace(case, held=closed.book, figures=case.scene.figures(closed.book))
     changed = {"slices": call.slices + 1, "deficit": call.deficit + closed.deficit, "figures": _figures(after)}
     moved = await _set(tx, call, next_action_at=case.scene.now, **changed)
     await _tell(tx, "liquidation.executed", _figures(after), moved, **closed.told)
-    return _with(after, moved, "liquidation.executed")
+    return _with(after, moved, "liquidation.executed"), moved
+
+
+def _next(case: _Case) -> Step | None:
+    call = None if case.call is None else case.call.as_call()
+    return step(call, _situation(case), case.held.settings, case.scene.now)
 
 
 async def _ask(

@@ -51,6 +51,7 @@ _ZERO_OR_MORE = Range(0, 1e15, low_open=False, high_open=True)
 _FRACTION = Range(0, 1, low_open=False)
 _FRACTION_ABOVE_0 = Range(0, 1)
 _MOVE = Range(0, 1, high_open=True)
+_LEVEL = Range(0.05, 1, low_open=False)
 _MARGIN_RATE = Range(0, 10)
 _VOLATILITY = Range(0, 100)
 CORRELATION = Range(-1, 1, low_open=False)
@@ -84,12 +85,12 @@ _MODEL_RANGES = {
     "span_tail_weight": _FRACTION,
     "span_initial_factor": Range(1, 1e15, low_open=False),
     "recall_haircut": _MOVE,
-    "target_utilization": _FRACTION_ABOVE_0,
-    "gate_utilization": _FRACTION_ABOVE_0,
-    "breach_utilization": _FRACTION_ABOVE_0,
-    "cure_utilization": _FRACTION_ABOVE_0,
-    "stop_utilization": _FRACTION_ABOVE_0,
-    "shortfall_utilization": _FRACTION_ABOVE_0,
+    "target_utilization": _LEVEL,
+    "gate_utilization": _LEVEL,
+    "breach_utilization": _LEVEL,
+    "cure_utilization": _LEVEL,
+    "stop_utilization": _LEVEL,
+    "shortfall_utilization": _LEVEL,
     "survival_move": _MOVE,
     "stable_share_min": _FRACTION,
     "asset_share_max": _FRACTION,

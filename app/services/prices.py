@@ -129,4 +129,4 @@ def _checked_moment(tx: Tx, as_of: datetime | None, skew: timedelta) -> datetime
         raise invalid("/as_of", "in_the_past", f"as_of is before {PRICE_MOMENT_MIN:%Y-%m-%d}.")
     if as_of > tx.now + skew:
         raise invalid("/as_of", "in_the_future", f"as_of is over {skew.total_seconds():g} s ahead of now.")
-    return as_of
+    return min(as_of, tx.now)  # a clock that is ahead must not keep later prices out

@@ -92,6 +92,8 @@ async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named
     _check_service(asked.service)
     market_rules.check_symbol("/asset", asked.asset)
     amount = checked_amount("/amount", asked.amount)
+    if held.opens_nothing is not None:
+        raise conflict("/amount", "reduce_only", held.opens_nothing)
     _check_free(held, asked.asset, amount)
     new = OpenReservation(
         id=f"res_{secrets.token_hex(10)}",

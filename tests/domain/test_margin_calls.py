@@ -40,12 +40,13 @@ from tests.domain.test_gates import NOW, book, scene
 START = datetime(2026, 1, 1, tzinfo=UTC)
 POLICY = HealthPolicy()
 
-SAFE = Situation(cause=None, is_cured=True, may_stop=True, anything_left=True)
+SAFE = Situation(pool=None, isolated=False, is_clear=True, is_cured=True, may_stop=True, anything_left=True)
 CURED = replace(SAFE, may_stop=False)  # .75 < utilization <= .80
-NEAR = replace(CURED, is_cured=False)  # .80 < utilization < .85
-BREACH = replace(NEAR, cause="utilization")
-SHORT = replace(NEAR, cause="maintenance")
-ISOLATED = replace(NEAR, cause="isolated")
+NEAR = replace(CURED, is_cured=False)  # .80 < utilization < .83
+TREMBLES = replace(NEAR, is_clear=False)  # .83 <= utilization < .85
+BREACH = replace(TREMBLES, pool="utilization")
+SHORT = replace(TREMBLES, pool="maintenance")
+ISOLATED = replace(TREMBLES, isolated=True)  # and the pool as it is
 EMPTY = replace(SHORT, anything_left=False)
 WAITING = replace(BREACH, waiting=True)
 
@@ -64,6 +65,9 @@ def opened(grace: float = 300, reminded: int = 0, seconds: float = 0) -> Call:
 
 NOTICED = Call("noticed", at(0))
 EXPIRED = replace(opened(), state="expired")
+ALONE = replace(opened(), cause="isolated")
+ALONE_EXPIRED = replace(ALONE, state="expired")
+ALONE_LIQUIDATING = replace(ALONE, state="liquidating")
 LIQUIDATING = replace(opened(), state="liquidating")
 ASKED = replace(LIQUIDATING, attempts=1, respond_by=at(330))
 SOLD = replace(ASKED, slices=1)
@@ -85,6 +89,9 @@ SOLD = replace(ASKED, slices=1)
         (NOTICED, BREACH, own(notice=600), 60, Wait(at(600))),  # the delay is the account's of now
         (NOTICED, NEAR, own(notice=60), 10, Become("lapsed")),
         (NOTICED, CURED, own(notice=60), 60, Become("lapsed")),
+        # where it trembles on the level no second call is noticed; one that is below it in the end has lapsed
+        (NOTICED, TREMBLES, own(notice=60), 10, Wait(at(60))),
+        (NOTICED, TREMBLES, own(notice=60), 60, Become("lapsed")),
         # maintenance skips the notice, not the grace
         (None, SHORT, own(notice=60), 0, Open(at(300))),
         (None, ISOLATED, own(notice=60), 0, Open(at(300))),
@@ -125,8 +132,19 @@ SOLD = replace(ASKED, slices=1)
         (LIQUIDATING, CURED, own(), 300, Liquidate()),
         (LIQUIDATING, SAFE, own(), 300, Become("completed")),
         # nothing is left that may be closed: over where nothing is required either, else the call lives on
-        (LIQUIDATING, replace(EMPTY, cause=None), own(), 300, Become("completed")),
+        (LIQUIDATING, replace(EMPTY, pool=None), own(), 300, Become("completed")),
         (LIQUIDATING, EMPTY, own(), 300, Wait(None)),
+        # a call for isolated positions neither judges the pool nor closes it
+        (ALONE, ISOLATED, own(), 0, Wait(at(150))),
+        (ALONE, NEAR, own(), 0, Become("cured")),  # closed or met, whatever the pool's utilization below its breach
+        (ALONE, BREACH, own(), 100, Open(at(400))),  # the pool's call from now on, with the pool's own time
+        (ALONE, replace(SHORT, isolated=True), own(), 299, Open(at(599))),
+        (ALONE_EXPIRED, ISOLATED, own(), 300, Become("liquidating")),
+        (ALONE_EXPIRED, NEAR, own(), 300, Become("cured")),
+        (ALONE_LIQUIDATING, ISOLATED, own(), 300, Liquidate()),
+        (ALONE_LIQUIDATING, NEAR, own(), 300, Become("completed")),
+        (ALONE_LIQUIDATING, SHORT, own(), 300, Become("completed")),  # the pool has a call of its own next
+        (opened(), ISOLATED, own(), 10, Wait(at(150))),  # and that of the pool waits for both
         # what has begun is finished
         (LIQUIDATING, BREACH, own(auto=False), 300, Liquidate()),
         # a venue was asked: its time, then again; what was filled or taken back leads to the next slice
