@@ -53,6 +53,8 @@ _FAULTS = {
     "XX002": "an index of it is damaged",
 }
 """The server answers, and an operator must see to it."""
+_CLIENT_ERRORS = asyncpg.InterfaceError, asyncpg.InternalClientError
+"""The driver's own; the latter where a server is killed in the middle of a greeting."""
 _FAULT_LOG_SECONDS = 60.0
 """How often the same fault is logged: it comes back with every request."""
 
@@ -285,8 +287,8 @@ def _outages_named() -> Iterator[None]:
         yield
     except (OSError, PoolTimeoutError) as error:  # a transaction does no other I/O (house rule 2)
         raise _away() from error
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # of the driver's own pool
-        named = _outage(getattr(error, "sqlstate", None) or "", gone=isinstance(error, asyncpg.InterfaceError))
+    except (asyncpg.PostgresError, *_CLIENT_ERRORS) as error:  # of the driver's own pool
+        named = _outage(getattr(error, "sqlstate", None) or "", gone=isinstance(error, _CLIENT_ERRORS))
         if named is None:
             raise
         raise named from error
@@ -330,7 +332,8 @@ def _sqlstate(error: BaseException) -> str:
 
 def _is_closed(error: DBAPIError) -> bool:
     """Tell whether the driver refused because the connection is gone, for which it has no SQLSTATE."""
-    return "connection is closed" in str(error.orig) or "connection was closed" in str(error.orig)
+    said = str(error.orig)
+    return any(words in said for words in ("connection is closed", "connection was closed", "cannot switch to state"))
 
 
 def _shown(url: URL) -> str:

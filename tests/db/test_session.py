@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
@@ -85,6 +86,13 @@ async def test_a_connection_killed_before_the_commit_is_an_outage(database: Data
     with pytest.raises(DatabaseUnavailableError):
         await _be_killed(database)
     assert await _count(database) == 0
+
+
+async def test_a_driver_that_is_confused_by_a_killed_server_is_an_outage(database: Database) -> None:
+    """As it was where Postgres was killed while it greeted a connection."""
+    with pytest.raises(DatabaseUnavailableError, match="does not answer"):
+        async with database.transaction("test"):
+            raise asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress")
 
 
 async def test_connections_killed_in_the_pool_go_unnoticed(database: Database, database_url: URL) -> None:
