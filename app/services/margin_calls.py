@@ -148,7 +148,7 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     except InvalidError:
         return Decided(await _postpone(tx, call, scene.now))
     case = _Case(held, scene, figures, call, frozenset(_stale(scene, figures)))
-    if case.stale and _situation(case, _at_best(case)).pool is None:
+    if case.stale and _hangs_on_stale(case):
         seen = await watch.look(tx, scene, held, figures)
         policy = held.settings.policy(scene.market.parameters.policy)
         band = watch.band_of(held, seen, policy)
@@ -302,16 +302,29 @@ async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: An
     return await _set(tx, call, state=state, ended_at=now, next_action_at=None, **values)
 
 
-def _situation(case: _Case, health: Health | None = None) -> Situation:
-    policy = case.held.settings.policy(case.scene.market.parameters.policy)
+def _situation(case: _Case) -> Situation:
+    """Return what the call is judged on. Of the pool nothing is breached that a stale price might make good."""
+    judged = _judged(case, case.figures.health)
+    return replace(judged, pool=_judged(case, _at_best(case)).pool) if case.stale else judged
+
+
+def _judged(case: _Case, health: Health) -> Situation:
+    held, figures = case.held, case.figures
+    doomed = liquidation.targets(held, figures, isolated_alone=True, stale=case.stale)
     return situation(
-        health or case.figures.health,
-        policy,
-        leveraged=case.held.is_leveraged,
-        isolated_breached=bool(liquidation.breached_isolated(case.held, case.figures)),
+        health,
+        held.settings.policy(case.scene.market.parameters.policy),
+        leveraged=held.is_leveraged,
+        isolated_breached=bool(doomed),
         anything_left=bool(case.targets),
-        waiting=case.call is not None and bool(case.held.requested(case.call.id)),
+        waiting=case.call is not None and bool(held.requested(case.call.id)),
     )
+
+
+def _hangs_on_stale(case: _Case) -> bool:
+    """Whether there is nothing to do that does not depend on a stale price: no breach, and no call to end."""
+    nothing_at_stake = case.call is not None and case.figures.health.required_initial == 0.0
+    return _situation(case).cause is None and not nothing_at_stake
 
 
 def _stale(scene: Scene, figures: AccountFigures) -> list[str]:

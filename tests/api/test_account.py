@@ -198,8 +198,8 @@ async def test_a_mode_that_the_book_can_not_carry_is_refused(service: Service, a
 async def test_settings_at_first(agent: Agent) -> None:
     assert await agent.get(SETTINGS) == {
         "agent_id": agent.id, "margin_mode": "cross", "execution": "book", "auto_liquidate": True,
-        "notice_delay_seconds": 0, "grace_period_seconds": 300, "trailing_stop": None, "target_utilization": None,
-        "thresholds": EMPTY_LEVELS,
+        "notice_delay_seconds": 0, "grace_period_seconds": 300, "trailing_stop": None, "drawdown_ladder": "off",
+        "target_utilization": None, "thresholds": EMPTY_LEVELS,
         "effective": {
             "target_utilization": Decimal("0.6"), "gate_utilization": Decimal("0.8"),
             "breach_utilization": Decimal("0.85"), "cure_utilization": Decimal("0.8"),

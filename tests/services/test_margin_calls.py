@@ -601,7 +601,7 @@ async def test_an_open_call_does_not_refuse_what_the_gates_allow(calls: Calls) -
     await calls.desk.order(agent_id, "buy", "0.001", "SOL-PERP")
 
 
-async def test_a_reservation_that_may_not_be_touched_keeps_one_call_alive(calls: Calls) -> None:
+async def test_a_reservation_that_may_not_be_touched_is_no_breach_once_nothing_is_leveraged(calls: Calls) -> None:
     agent_id = await calls.desk.agent("20000", grace_period_seconds=0)
     await calls.desk.order(agent_id, "buy", "0.3", leverage=3)
     await calls.desk.reserve(agent_id, "8000", reducible=False)
@@ -609,4 +609,21 @@ async def test_a_reservation_that_may_not_be_touched_keeps_one_call_alive(calls:
     for _ in range(6):
         await calls.decide(agent_id)
     call = await calls.only(agent_id)
-    assert (call.state, call.slices, call.ended_at is None) == ("liquidating", 1, True)
+    assert (call.state, call.slices, call.deficit) == ("completed", 1, Decimal(0))
+
+
+async def test_where_nothing_is_left_to_close_the_call_lives_and_its_deficit_is_told_once(calls: Calls) -> None:
+    """The reservation stays, what the loss could not be paid from is owed, and equity is 700 below zero."""
+    agent_id = await calls.desk.agent("17000", grace_period_seconds=0)
+    await calls.desk.order(agent_id, "buy", "0.3", leverage=5)
+    await calls.desk.reserve(agent_id, "5000", reducible=False)
+    await calls.desk.prices({"BTC": "1000"})
+    for _ in range(6):
+        await calls.decide(agent_id)
+    call = await calls.only(agent_id)
+    assert (call.state, call.deficit, call.next_action_at) == ("liquidating", Decimal(700), None)
+    assert (await calls.told(agent_id))[-2:] == ["liquidation.executed", "liquidation.exhausted"]
+    await calls.desk.deposit(agent_id, "USDC", 9_000)
+    await calls.decide(agent_id)
+    call = await calls.only(agent_id)
+    assert (call.state, call.deficit) == ("completed", Decimal(700))
