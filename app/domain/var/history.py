@@ -121,8 +121,7 @@ def ewma_variance(returns: Floats, decay: float, first: Floats | float) -> Float
     variance[0] = first
     fresh = (1.0 - decay) * returns**2
     for t, squared in enumerate(fresh):
-        np.multiply(variance[t], decay, out=variance[t + 1])
-        variance[t + 1] += squared
+        variance[t + 1] = decay * variance[t] + squared
     return variance
 
 

@@ -17,6 +17,8 @@ from app.domain.var.tail import YEAR_DAYS, checked_confidences, checked_horizon
 from app.errors import invalid
 
 CONFIDENCES = (0.95, 0.99)
+TAIL_END = -10.0
+"""Where a tail is taken to end, in deviations: one day in 10²³."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +163,11 @@ def _shortfall_factor(c: float, moments: Moments) -> float:
 
 
 def is_monotone(c: float, moments: Moments) -> bool:
-    """Return whether the Cornish-Fisher quantile rises everywhere below c: az² + bz + d > 0 for z <= c.
+    """Return whether the Cornish-Fisher quantile rises over the tail, az² + bz + d > 0 from z = -10 to c.
 
     a = K/8 - S²/6, b = S/3, d = 1 - K/8 + 5S²/36: the slope of the expansion. Source: Maillard 2012, section 3.
     """
     s, k = moments.skew, moments.excess_kurtosis
     a, b, d = k / 8.0 - s * s / 6.0, s / 3.0, 1.0 - k / 8.0 + 5.0 * s * s / 36.0
-    if a <= 0.0:
-        falls_far_out = a < 0.0 or b > 0.0
-        return not falls_far_out and b * c + d > 0.0
-    lowest = min(c, -b / (2.0 * a))
-    return a * lowest * lowest + b * lowest + d > 0.0
+    turns = (TAIL_END, c) if a <= 0.0 else (min(c, max(TAIL_END, -b / (2.0 * a))),)
+    return all((a * z + b) * z + d > 0.0 for z in turns)
