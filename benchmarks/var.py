@@ -6,6 +6,8 @@ Run with `python -m benchmarks.var`.
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
@@ -99,13 +101,13 @@ def measure_monte_carlo(table: Table) -> None:
 
     ours = monte_carlo(portfolio, covariance, terms).tails[0]
     assert abs(ours.value_at_risk / plain(2_500)[0] - 1.0) < 0.03
-    seconds = best_seconds(
-        {
-            "ours": lambda: monte_carlo(portfolio, covariance, terms),
-            **{f"{rows:,} rows at once": functools.partial(plain, rows) for rows in (625, 2_500, 10_000, 50_000)},
-        }
-    )
-    _row(table, f"Monte Carlo, {PATHS:,} paths x {ASSETS} assets, VaR + ES", seconds, "<= 1.3x")
+    rivals: dict[str, Callable[[], object]] = {
+        "ours": lambda: monte_carlo(portfolio, covariance, terms),
+        **{f"{rows:,} rows at once": functools.partial(plain, rows) for rows in (2_500, 50_000)},
+    }
+    name = f"Monte Carlo, {PATHS:,} paths x {ASSETS} assets, VaR + ES"
+    _row(table, name, best_seconds(rivals, rounds=15), "<= 1.3x")
+    _row(table, "the same: processor time of both threads", best_seconds(rivals, 15, time.process_time), "<= 1.3x")
 
 
 def measure_historical(table: Table) -> None:
@@ -157,6 +159,7 @@ def main() -> None:
         with console.status(f"{measure.__name__} …"):
             measure(table)
     console.print(table)
+    console.print("Where other work shares the cores, two threads wait for them by luck; processor time does not.")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,12 @@ def test_singular_covariances_can_be_drawn() -> None:
     assert still.tails[0].expected_shortfall == 0.0
 
 
+def test_what_is_left_out_is_said() -> None:
+    terms = MonteCarloTerms(1, 1_000)
+    assert simulated(terms).not_modelled == ()
+    assert monte_carlo(portfolio(*CURVED), TWO, terms).not_modelled == ("implied_volatility_moves", "passage_of_time")
+
+
 # parts
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from app.domain.black76 import Floats
 from app.domain.portfolio import Portfolio, Rows
 from app.domain.var.historical import HistoricalRisk
-from app.domain.var.monte_carlo import MonteCarloRisk, MonteCarloTerms, moves_of
+from app.domain.var.monte_carlo import MonteCarloRisk, MonteCarloTerms, SimulatedTail, moves_of
 from app.domain.var.parametric import NormalTail, sigma_of
 from app.domain.var.revalue import mixed_losses
 from app.domain.var.tail import YEAR_DAYS, SampleTail
@@ -172,17 +172,16 @@ def monte_carlo_components(
         return tuple(elliptical(parts, t.confidence, t.value_at_risk, t.expected_shortfall) for t in risk.tails)
     found = []
     for tail in risk.tails:
-        var_mix, es_mix = tail.kernel, tail.sample.es_mix
-        moves = moves_of(covariance, np.concatenate([var_mix.rows, es_mix.rows]), terms)
-        around, beyond = moves[: len(var_mix.rows)], moves[len(var_mix.rows) :]
-        by_var = mixed_losses(portfolio, around, var_mix.weights)
-        by_es = mixed_losses(portfolio, beyond, es_mix.weights)
-        found.append(_components(portfolio, tail.sample, "kernel", by_var, by_es))
+        count = len(tail.around.rows)
+        moves = moves_of(covariance, np.concatenate([tail.around.rows, tail.beyond.rows]), terms)
+        by_var = mixed_losses(portfolio, moves[:count], tail.around.weights)
+        by_es = mixed_losses(portfolio, moves[count:], tail.beyond.weights)
+        found.append(_components(portfolio, tail, "kernel", by_var, by_es))
     return tuple(found)
 
 
 def _components(
-    portfolio: Portfolio, tail: SampleTail, rule: ComponentRule, by_var: Floats, by_es: Floats
+    portfolio: Portfolio, tail: SampleTail | SimulatedTail, rule: ComponentRule, by_var: Floats, by_es: Floats
 ) -> Components:
     by_var = _summing_to(tail.value_at_risk, by_var)
     by_es = _summing_to(tail.expected_shortfall, by_es)

@@ -12,7 +12,7 @@ from app.domain.black76 import Floats
 from app.domain.portfolio import Portfolio
 from app.domain.scenarios import floored
 from app.domain.var.history import HISTORY_DAYS_MIN, History, missing_history, rescaled
-from app.domain.var.revalue import losses_at
+from app.domain.var.revalue import losses_at, not_modelled
 from app.domain.var.tail import (
     SampleTail,
     age_weights,
@@ -60,6 +60,7 @@ class HistoricalRisk:
     horizon_rule: HorizonRule
     scale: float
     decay: float | None
+    not_modelled: tuple[str, ...]
 
     @property
     def days(self) -> int:
@@ -99,6 +100,7 @@ def historical(portfolio: Portfolio, history: History, terms: HistoricalTerms) -
         horizon_rule="one_day" if horizon == 1.0 else "square_root_of_time",
         scale=scale,
         decay=decay,
+        not_modelled=not_modelled(portfolio),
     )
 
 

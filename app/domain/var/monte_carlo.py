@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from app.domain.black76 import Floats
 from app.domain.portfolio import Portfolio, Rows
 from app.domain.var.parametric import checked_covariance
-from app.domain.var.revalue import losses_at
+from app.domain.var.revalue import losses_at, not_modelled
 from app.domain.var.tail import (
     YEAR_DAYS,
     Mix,
@@ -58,15 +58,18 @@ class MonteCarloTerms:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTail:
-    """One confidence's figures, USD, with their standard errors; `kernel` are the paths within one of VaR's rank."""
+    """One confidence's figures, USD, with their standard errors.
+
+    `around` are the paths whose losses lie within one standard error of VaR's rank, `beyond` those ES is the mean of.
+    """
 
     confidence: float
     value_at_risk: float
     expected_shortfall: float
     var_standard_error: float
     es_standard_error: float
-    sample: SampleTail
-    kernel: Mix
+    around: Mix
+    beyond: Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class MonteCarloRisk:
     horizon_days: float
     tails: tuple[SimulatedTail, ...]
     losses: NDArray[np.floating]
+    not_modelled: tuple[str, ...]
 
 
 def monte_carlo(portfolio: Portfolio, covariance: Floats, terms: MonteCarloTerms) -> MonteCarloRisk:
@@ -103,6 +107,7 @@ def monte_carlo(portfolio: Portfolio, covariance: Floats, terms: MonteCarloTerms
         horizon_days=float(terms.horizon_days),
         tails=simulated_tails(losses, terms.confidences),
         losses=losses,
+        not_modelled=not_modelled(portfolio),
     )
 
 
@@ -161,14 +166,15 @@ class _Blocks:
         return cast("Floats32", np.sqrt(np.float32(half - 1.0) / np.maximum(chi, np.float32(1e-30))))
 
     def run(self, work: Callable[[int, Floats32], None]) -> None:
-        """Call `work` for each block, with a buffer of the thread's own."""
-        threads = max(1, min(self.terms.threads, THREADS_MAX, len(self)))
+        """Call `work` for each block, with a buffer of the thread's own; a thread takes the next when it is done."""
+        waiting = iter(range(len(self)))
 
-        def share(first: int) -> None:
+        def share(_: int) -> None:
             buffer = np.empty((self.size, self.columns), dtype=np.float32)
-            for block in range(first, len(self), threads):
+            for block in waiting:
                 work(block, buffer)
 
+        threads = max(1, min(self.terms.threads, THREADS_MAX, len(self)))
         if threads == 1:
             share(0)
             return
@@ -260,9 +266,8 @@ def _simulated(tail: SampleTail, count: int, order: Rows, worst: Floats) -> Simu
     width = math.ceil(_deviation(count, tail.confidence))
     first, last = max(0, rank - width), min(rank + width, len(worst) - 1)
     around = order[first : last + 1]
-    beyond = worst[: rank + 1]
     excess = tail.expected_shortfall - tail.value_at_risk
-    variance = float(beyond.var()) + tail.confidence * excess**2
+    variance = float(worst[: rank + 1].var()) + tail.confidence * excess**2
     return SimulatedTail(
         confidence=tail.confidence,
         value_at_risk=tail.value_at_risk,
@@ -271,6 +276,6 @@ def _simulated(tail: SampleTail, count: int, order: Rows, worst: Floats) -> Simu
         * _deviation(count, tail.confidence)
         / max(1, last - first),
         es_standard_error=math.sqrt(variance / (count * (1.0 - tail.confidence))),
-        sample=tail,
-        kernel=Mix(around, np.full(len(around), 1.0 / len(around))),
+        around=Mix(around, np.full(len(around), 1.0 / len(around))),
+        beyond=tail.es_mix,
     )

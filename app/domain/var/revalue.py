@@ -9,9 +9,6 @@ from app.domain.portfolio import Portfolio
 from app.domain.revalue import option_pnl, pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, floored
 
-NOT_MODELLED = ("implied volatility moves", "passage of time")
-"""What a revaluation at moves of prices leaves out; nothing where a book has neither options nor Greeks."""
-
 OPTION_CELLS_MAX = 1_000_000
 """Option x scenario values held at once."""
 
@@ -38,6 +35,13 @@ def mixed_losses(portfolio: Portfolio, moves: Floats, weights: Floats) -> Floats
         chosen = np.broadcast_to(weights[part], grid.moves.shape)
         total -= position_pnl(portfolio, grid, option_pnl(portfolio.options, grid), chosen)
     return total
+
+
+def not_modelled(portfolio: Portfolio) -> tuple[str, ...]:
+    """Return what a revaluation at moves of prices leaves out: nothing of a book without options and Greeks."""
+    if len(portfolio.options) or portfolio.any_gamma or portfolio.any_vega:
+        return ("implied_volatility_moves", "passage_of_time")
+    return ()
 
 
 def _parts(portfolio: Portfolio, count: int) -> list[slice]:
