@@ -21,8 +21,9 @@ from app.domain.var.monte_carlo import (
     simulated_tails,
 )
 from app.domain.var.parametric import parametric
+from app.domain.var.revalue import mixed_losses
 from app.errors import InvalidError
-from tests.domain.book import NOW, Book, linear, option
+from tests.domain.book import NOW, PRICES, Book, linear, option
 from tests.domain.reference import Reference
 from tests.domain.var_books import CURVED, DRAWN, NAMES, drawn_covariance, exposed, exposures, portfolio, seeds
 
@@ -104,6 +105,23 @@ def test_every_path_is_a_full_revaluation(distribution: Distribution) -> None:
         by_asset = dict(zip(("BTC", "ETH"), move, strict=True))
         expected = -sum(leg.change(by_asset[leg.underlying], 0.0) for leg in legs)
         assert risk.losses[path] == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_many_options_are_revalued_in_parts() -> None:
+    rows = tuple(
+        option(name, "put", "short", 1.0, strike=PRICES[name] * (0.8 + i / 50), days=5 + i, iv=0.7)
+        for i in range(20)
+        for name in ("BTC", "ETH")
+    )
+    book, legs, terms = portfolio(*rows), Reference(Book(rows=rows), NOW).whole, MonteCarloTerms(9, 60_000)
+    risk, moves = monte_carlo(book, TWO, terms), moves_of(TWO, np.arange(60_000), terms)
+    for path in range(0, 60_000, 2_999):
+        by_asset = dict(zip(("BTC", "ETH"), moves[path], strict=True))
+        expected = -sum(leg.change(by_asset[leg.underlying], 0.0) for leg in legs)
+        assert risk.losses[path] == pytest.approx(expected, rel=1e-9, abs=1e-6)
+    weights = np.linspace(0.0, 1.0, 60_000)
+    parts = [mixed_losses(book, moves[i : i + 6_000], weights[i : i + 6_000]) for i in range(0, 60_000, 6_000)]
+    assert mixed_losses(book, moves, weights) == pytest.approx(sum(parts), rel=1e-9)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

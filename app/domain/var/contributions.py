@@ -174,7 +174,7 @@ def monte_carlo_components(
     for tail in risk.tails:
         count = len(tail.around.rows)
         moves = moves_of(covariance, np.concatenate([tail.around.rows, tail.beyond.rows]), terms)
-        by_var = mixed_losses(portfolio, moves[:count], tail.around.weights)
+        by_var = _summing_to(tail.value_at_risk, mixed_losses(portfolio, moves[:count], tail.around.weights))
         by_es = mixed_losses(portfolio, moves[count:], tail.beyond.weights)
         found.append(_components(portfolio, tail, "kernel", by_var, by_es))
     return tuple(found)
@@ -183,8 +183,6 @@ def monte_carlo_components(
 def _components(
     portfolio: Portfolio, tail: SampleTail | SimulatedTail, rule: ComponentRule, by_var: Floats, by_es: Floats
 ) -> Components:
-    by_var = _summing_to(tail.value_at_risk, by_var)
-    by_es = _summing_to(tail.expected_shortfall, by_es)
     return Components(
         tail.confidence, rule, by_var, by_es, portfolio.by_underlying(by_var), portfolio.by_underlying(by_es)
     )
