@@ -33,6 +33,7 @@ lint: $(INSTALLED_DEV)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quote
+	$(BIN)/python -m benchmarks.var
 	$(BIN)/python -m benchmarks.http
 	$(BIN)/python -m benchmarks.account
 	$(BIN)/python -m benchmarks.screen --load
