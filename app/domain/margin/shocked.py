@@ -58,6 +58,17 @@ def requirements(
     return initial, maintenance
 
 
+def net_exposures(book: Portfolio, grid: ScenarioGrid) -> Floats:
+    """Return the signed exposures by underlying after each shock, USD (J, S)."""
+    moves = grid.moves.T
+    net = _straight(book, moves)
+    if len(book.options):
+        options = _shocked_options(book.options, moves, grid.vol_moves.T)
+        lanes, starts = np.unique(book.options.underlying, return_index=True)
+        net[:, lanes] += np.add.reduceat(options.dollar_delta().reshape(len(moves), -1), starts, axis=1)
+    return net.T
+
+
 def _by_risk(book: Portfolio, grid: ScenarioGrid, terms: MarginTerms) -> Requirements:
     check_priced(book)
     count = grid.moves.shape[1]
@@ -99,7 +110,7 @@ class _Shocked:
 def _shocked(book: Portfolio, moves: Floats, vol_moves: Floats, terms: MarginTerms) -> _Shocked:
     """Return the book marked at moves (B, J); a greeks position keeps its parabola, as in `curves.moved`."""
     grid, factor = cells(book.underlyings, terms.parameters.models), 1.0 + moves
-    net = (book.taylor_delta + book.taylor_gamma * moves) * factor
+    net = _straight(book, moves)
     pnl = net[:, :, None] * grid.moves
     if book.has_gamma:
         pnl += (0.5 * book.taylor_gamma * factor * factor)[:, :, None] * grid.moves * grid.moves
@@ -119,6 +130,11 @@ def _shocked(book: Portfolio, moves: Floats, vol_moves: Floats, terms: MarginTer
         worth = options.value.reshape(across).sum(axis=1)
     pnl *= grid.weights
     return _Shocked(pnl, net, gross, worth)
+
+
+def _straight(book: Portfolio, moves: Floats) -> Floats:
+    """Return the signed exposures of linear and greeks positions after moves (B, J), USD."""
+    return (book.taylor_delta + book.taylor_gamma * moves) * (1.0 + moves)
 
 
 def _gross(book: Portfolio, moves: Floats) -> Floats:
