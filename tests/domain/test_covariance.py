@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from types import MappingProxyType
 
@@ -118,8 +119,6 @@ def test_ewma_decay_is_a_parameter() -> None:
 
 
 def _with_decay(decay: float) -> MarketParameters:
-    from dataclasses import replace
-
     return replace(PARAMETERS, models=replace(PARAMETERS.models, covariance_decay=decay))
 
 
@@ -157,8 +156,6 @@ def test_ledoit_wolf_names_the_missing_history() -> None:
 def test_assets_without_history_take_the_stated_defaults_and_are_named(method: Estimator) -> None:
     names = ("BTC", "SOL", "DOGE", "USDC")
     assets = dict(PARAMETERS.assets)
-    from dataclasses import replace
-
     assets["DOGE"] = replace(PARAMETERS.default_asset, asset="DOGE", volatility=1.5)
     parameters = replace(PARAMETERS, assets=assets)
     returns = drawn(120, assets=2)
@@ -216,8 +213,6 @@ def test_a_panel_with_any_gaps_ends_semidefinite(gaps: Floats, method: Estimator
     returns[gaps.astype(bool)] = np.nan
     names = ("BTC", "ETH", "SOL", "X", "Y")
     vols = {n: 0.5 for n in names}
-    from dataclasses import replace
-
     assets = {n: replace(PARAMETERS.asset(n), asset=n, volatility=v) for n, v in vols.items()}
     found = estimate(panel(returns, names), names, replace(PARAMETERS, assets=assets), method, days_min=5)
     assert np.linalg.eigvalsh(found.correlation).min() > -1e-9
@@ -232,9 +227,7 @@ def test_pairs_that_contradict_each_other_are_repaired_and_said_so() -> None:
     parts = [np.array([a, a, np.full(100, np.nan)]), np.array([np.full(100, np.nan), b, b]), np.array([b, 0 * b, -b])]
     parts[2][1] = np.nan
     returns = np.concatenate([part.T for part in parts])
-    from dataclasses import replace
-
-    found = estimate(panel(returns), NAMES, replace(PARAMETERS))
+    found = estimate(panel(returns), NAMES, PARAMETERS)
     assert found.repair_distance == pytest.approx(np.linalg.norm(found.correlation - [[1, 1, -1], [1, 1, 1], [-1, 1, 1]]))
     assert found.repair_distance > 0.5
     assert np.linalg.eigvalsh(found.correlation).min() > -1e-12
