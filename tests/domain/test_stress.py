@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from app.domain.collateral import CollateralTerms
 from app.domain.margin.result import MarginTerms
-from app.domain.parameters import REGIMES, MarginMode
+from app.domain.parameters import REGIMES, CorrelationTable, MarginMode, Regime
 from app.domain.quote import QuoteTerms, account_figures
 from app.domain.scenarios import NAMED, Scenario
-from app.domain.stress import TWENTY_PERCENT, StressAccount, market_shocks, stress, stress_account
+from app.domain.stress import TWENTY_PERCENT, StressAccount, market_shocks, price_shocks, stress, stress_account
+from app.errors import InvalidError
 from tests.domain.book import NOW, PRICES, STABLES, Book, Holding, book, columns, greeks, is_option, linear, option, underlying_of
 from tests.domain.drawn import between, books
 
@@ -113,3 +115,195 @@ SCENARIOS = st.lists(
 @given(whole=books(), scenarios=SCENARIOS)
 def test_every_shock_is_the_account_at_its_market(whole: Book, scenarios: list[Scenario]) -> None:
     check(whole, scenarios)
+
+
+BOOKS = {
+    "linear": book(
+        linear("BTC-PERP", "long", 2.0, entry_price=58_000.0, leverage=4.0),
+        linear("ETH-PERP", "short", 20.0),
+        held={"USDC": 40_000.0, "SOL": 50.0},
+        prices=P,
+    ),
+    "options": book(
+        option("BTC", "call", "short", 1.0, 60_000.0, 14, 0.6),
+        option("BTC", "put", "long", 2.0, 50_000.0, 90, 0.7),
+        option("ETH", "put", "short", 10.0, 2_800.0, 30, 0.8),
+        held={"USDC": 80_000.0, "BTC": 0.3},
+        prices=P,
+    ),
+    "greeks": book(
+        greeks("BTC", 100_000.0, 0.4, gamma=-3.0, vega=-500.0),
+        greeks("BTC", 50_000.0, -0.9, gamma=2.0),
+        greeks("ETH", 9_000.0, -0.8, gamma=0.5, vega=700.0),
+        held={"USDC": 30_000.0},
+        prices=P,
+    ),
+    "isolated beside pooled": book(
+        linear("BTC-PERP", "long", 1.0, margin_mode="isolated", leverage=5.0),
+        option("BTC", "put", "short", 1.0, 50_000.0, 30, 0.6, margin_mode="isolated", allocated_collateral=15_000.0),
+        linear("ETH-PERP", "long", 5.0),
+        held={"USDC": 60_000.0, "BTC": 0.2},
+        prices=P,
+    ),
+    "long options alone": book(option("BTC", "call", "long", 1.0, 60_000.0, 30, 0.5), held={"USDC": 900.0}, prices=P),
+    "a coin lent and one owed": Book(
+        rows=(linear("SOL-PERP", "short", 100.0),),
+        held=(Holding("USDC", 50_000.0), Holding("ETH", 4.0, lent=3.0)),
+        owed=(Holding("BTC", 0.2),),
+        prices=P,
+    ),
+    "flat": book(linear("BTC-PERP", "long", 0.0), held={"BTC": 1.0}, prices=P),
+    "nothing": Book(prices=P),
+    "limits": book(
+        linear("BTC-PERP", "long", 2.0),
+        greeks("SOL", 90_000.0, 0.5, gamma=1.0),
+        held={"USDC": 90_000.0},
+        assets={"BTC": {"concentration_limit": 0.5}, "SOL": {"concentration_limit": 100.0}},
+        prices=P,
+    ),
+}
+WILD = (
+    *NAMED["moderate"],
+    *NAMED["wide"],
+    *TWENTY_PERCENT,
+    Scenario(-0.9, 2.0, {"BTC": -0.99, "SOL": 4.0}),
+    Scenario(0.0, -0.999),
+    Scenario(-1.0, 0.0),
+    Scenario(0.0, 0.0, {"USDC": -0.12}),
+    Scenario(-0.1, 0.3, {"ETH": 0.0, "USDC": 0.01}),
+)
+
+
+@pytest.mark.parametrize("mode", ["cross", "isolated", "portfolio"])
+@pytest.mark.parametrize("name", BOOKS)
+def test_sets_extremes_and_depegs(name: str, mode: MarginMode) -> None:
+    check(replace(BOOKS[name], mode=mode), WILD)
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_a_set_whose_matrix_needs_a_repair(name: str) -> None:
+    pairs = {("BTC", "ETH"): 1.0, ("ETH", "SOL"): 1.0, ("BTC", "SOL"): 0.0}
+    broken = CorrelationTable(MappingProxyType(pairs), 0.8)
+    check(replace(BOOKS[name], mode="portfolio", stress=broken), WILD)
+
+
+def test_blocks_of_scenarios_are_the_scenarios_one_by_one() -> None:
+    rows = tuple(option("BTC", "call", "short", 0.01 * k, 40_000.0 + 400 * k, 10 + k, 0.6) for k in range(1, 121))
+    rng = np.random.default_rng(3)
+    scenarios = [Scenario(float(m), float(v)) for m, v in rng.uniform(-0.5, 0.5, (400, 2))]
+    for mode in ("cross", "portfolio"):
+        account = account_of(book(*rows, linear("ETH-PERP", "long", 3.0), held={"USDC": 9e5}, mode=mode, prices=P))
+        found = stress(account, market_shocks(scenarios, account))
+        for s in (0, 1, 199, 272, 273, 399):
+            alone = stress(account, market_shocks(scenarios[s : s + 1], account))
+            assert found.equity[s] == pytest.approx(alone.equity[0], rel=1e-12)
+            assert found.required_initial[s] == pytest.approx(alone.required_initial[0], rel=1e-12)
+
+
+def test_the_named_set_of_section_two() -> None:
+    whole = book(greeks("BTC", 10_000.0, 1.0, gamma=0.001), greeks("ETH", 8_000.0, -0.8, gamma=0.001), prices=P)
+    account = account_of(whole)
+    found = stress(account, market_shocks(NAMED["moderate"], account))
+    assert found.pnl[4] == pytest.approx(-539.7975)
+    assert found.worst == 4
+
+
+def test_span_moves_are_multiples_of_each_assets_range_taken_whole() -> None:
+    account = account_of(book(linear("BTC-PERP", "long", 1.0), held={"SOL": 10.0, "USDC": 1.0}, prices=P))
+    found = stress(account, market_shocks(NAMED["span16"], account))
+    assert found.pnl[15] == pytest.approx(-60_000 * 0.30)
+    assert found.collateral_change[15] == pytest.approx(-10 * 150 * 0.85 * 0.40)
+
+
+@pytest.mark.parametrize("mode", ["cross", "isolated", "portfolio"])
+@pytest.mark.parametrize("name", [name for name in BOOKS if name not in ("flat", "nothing")])
+def test_the_lesser_survival_of_twenty_percent_is_healths(name: str, mode: MarginMode) -> None:
+    account = account_of(pinned(replace(BOOKS[name], mode=mode)))
+    found = stress(account, market_shocks(TWENTY_PERCENT, account))
+    health = account_figures(terms_of(replace(BOOKS[name], mode=mode)), {}, NOW).health
+    assert float(np.nanmin(found.survival)) == pytest.approx(health.stress_survival)
+
+
+def test_stablecoins_stand_still_unless_named() -> None:
+    account = account_of(book(held={"USDC": 100.0, "USDT": 50.0, "BTC": 1.0}, prices=P))
+    scenarios = [Scenario(-0.5, 0.0), Scenario(-0.5, 0.0, {"USDT": -0.2}), Scenario(0.0, 0.0, {"USDC": -2.0})]
+    found = stress(account, market_shocks(scenarios, account))
+    assert found.collateral_change == pytest.approx([-27_000, -27_010, -100 * (1 - 1e-6)])
+
+
+def test_reservations_in_a_coin_move_with_it() -> None:
+    whole = book(linear("ETH-PERP", "long", 1.0), held={"BTC": 1.0, "USDC": 5e4}, reserved=10_000.0, prices=P)
+    account = stress_account(terms_of(whole), {}, NOW, {"BTC": 6_000.0, "XRP": 1_000.0})
+    grid = market_shocks([Scenario(0.0, 0.0, {"BTC": -0.5}), Scenario(0.0, 0.0, {"XRP": 1.0})], account)
+    fixed = stress(account_of(whole), market_shocks([Scenario(0.0, 0.0)] * 2, account_of(whole)))
+    found = stress(account, grid)
+    assert found.required_initial - fixed.required_initial == pytest.approx([-3_000, 1_000])
+    assert found.required_maintenance - fixed.required_maintenance == pytest.approx([-3_000, 1_000])
+
+
+def test_isolated_positions_are_liquidated_on_their_own() -> None:
+    whole = BOOKS["isolated beside pooled"]
+    quote = pinned(whole).quote(models=())
+    prices = [60_000 * (1 + m) for m in quote.liquidation_move[:2].tolist()]
+    account = account_of(whole)
+    moves = [p / 60_000 - 1 for price in prices for p in (price * 0.999, price * 1.001)]
+    found = stress(account, market_shocks([Scenario(0.0, 0.0, {"BTC": m}) for m in moves], account))
+    assert found.isolated == tuple(quote.portfolio.symbols[:2])
+    assert found.isolated_liquidated[0, :2].tolist() == [True, False]
+    assert found.isolated_liquidated[1, 2:].tolist() == [True, False]
+
+
+def test_breach_is_utilization_at_the_level_or_equity_below_maintenance() -> None:
+    # the worked account of section 1 breaches at 37,812.79 and is liquidated at 30,769.23
+    whole = book(
+        linear("BTC-PERP", "long", 1.0, entry_price=60_000.0, leverage=3.0),
+        held={"USDC": 20_000.0, "BTC": 0.5},
+        prices={**P, "BTC": 61_000.0},
+    )
+    account = account_of(whole)
+    at = [37_812.80, 37_812.78, 30_769.24, 30_769.22]
+    found = stress(account, market_shocks([Scenario(price / 61_000 - 1, 0.0) for price in at], account))
+    assert found.breached.tolist() == [False, True, True, True]
+    assert [s.status == "LIQUIDATION" for s in found.scales] == [False, False, False, True]
+    assert found.scales[0].zone == "ORANGE"
+    assert found.scales[1].zone == "RED"
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_regime_multiplies_portfolio_margin_alone(regime: Regime) -> None:
+    multiplier = {"normal": 1.0, "sideways": 0.85, "sell_off": 1.5, "liquidity_crisis": 2.0}[regime]
+    for mode, factor in (("portfolio", multiplier), ("cross", 1.0)):
+        account = account_of(replace(BOOKS["linear"], mode=mode))  # type: ignore[arg-type]
+        grid = market_shocks(NAMED["moderate"], account)
+        found, normal = stress(account.under(regime), grid), stress(account, grid)
+        assert found.required_initial == pytest.approx(normal.required_initial * factor)
+        assert found.equity == pytest.approx(normal.equity)
+
+
+def test_profit_by_asset_adds_up() -> None:
+    account = account_of(BOOKS["isolated beside pooled"])
+    found = stress(account, market_shocks(WILD, account))
+    assert found.names == ("BTC", "ETH", "USDC")
+    assert found.pnl_by_asset.sum(axis=0) == pytest.approx(found.pnl)
+    assert found.collateral_by_asset.sum(axis=0) == pytest.approx(found.collateral_change)
+    assert found.pnl_by_asset[1] == pytest.approx([15_000 * grid for grid in market_shocks(WILD, account).moves[1]])
+
+
+def test_own_moves_of_prices_are_floored() -> None:
+    account = account_of(book(linear("BTC-PERP", "long", 1.0), held={"USDC": 1.0}, prices=P))
+    found = stress(account, price_shocks(np.array([[-3.0, 0.5], [0.0, 0.0]])))
+    assert found.pnl == pytest.approx([-60_000 * (1 - 1e-6), 30_000])
+
+
+def test_a_limit_in_units_needs_a_price() -> None:
+    whole = Book(
+        rows=(greeks("SOL", 1_000.0, 1.0),),
+        held=(Holding("USDC", 9_000.0),),
+        assets={"SOL": {"concentration_limit": 1.0}},
+        prices={},
+        mode="portfolio",
+    )
+    account = account_of(whole)
+    with pytest.raises(InvalidError) as error:
+        stress(account, market_shocks(TWENTY_PERCENT, account))
+    assert error.value.code == "missing_price"
