@@ -240,7 +240,7 @@ class _Loop:
             positions=float(book.unrealized_pnl.sum() + pnl.sum()) + book.options_value,
             initial=float(initial[0]),
             maintenance=float(maintenance[0]),
-            exposure=net_exposures(book, shock)[:, 0],
+            exposure=net_exposures(book, shock, pool.terms)[:, 0],
             coins=state.left * self.coins.worth * (1.0 + state.moves),
         )
 

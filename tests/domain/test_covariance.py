@@ -112,9 +112,7 @@ def test_ewma_is_the_recursion_in_plain_python() -> None:
 def test_ewma_decay_is_a_parameter() -> None:
     returns = drawn(100)
     returns[-1] = 0.5
-    slow, quick = (
-        estimate(panel(returns), NAMES, _with_decay(decay), "ewma").volatility for decay in (0.99, 0.80)
-    )
+    slow, quick = (estimate(panel(returns), NAMES, _with_decay(decay), "ewma").volatility for decay in (0.99, 0.80))
     assert (quick > slow).all()
 
 
@@ -212,8 +210,7 @@ def test_a_panel_with_any_gaps_ends_semidefinite(gaps: Floats, method: Estimator
     returns = drawn(90, seed=seed, assets=5)
     returns[gaps.astype(bool)] = np.nan
     names = ("BTC", "ETH", "SOL", "X", "Y")
-    vols = {n: 0.5 for n in names}
-    assets = {n: replace(PARAMETERS.asset(n), asset=n, volatility=v) for n, v in vols.items()}
+    assets = {n: replace(PARAMETERS.asset(n), asset=n, volatility=0.5) for n in names}
     found = estimate(panel(returns, names), names, replace(PARAMETERS, assets=assets), method, days_min=5)
     assert np.linalg.eigvalsh(found.correlation).min() > -1e-9
     assert np.diag(found.correlation).tolist() == [1.0] * 5
@@ -228,7 +225,9 @@ def test_pairs_that_contradict_each_other_are_repaired_and_said_so() -> None:
     parts[2][1] = np.nan
     returns = np.concatenate([part.T for part in parts])
     found = estimate(panel(returns), NAMES, PARAMETERS)
-    assert found.repair_distance == pytest.approx(np.linalg.norm(found.correlation - [[1, 1, -1], [1, 1, 1], [-1, 1, 1]]))
+    assert found.repair_distance == pytest.approx(
+        np.linalg.norm(found.correlation - [[1, 1, -1], [1, 1, 1], [-1, 1, 1]])
+    )
     assert found.repair_distance > 0.5
     assert np.linalg.eigvalsh(found.correlation).min() > -1e-12
 
@@ -245,7 +244,9 @@ def test_a_repair_leaves_no_negative_eigenvalue(size: int) -> None:
 
 def test_closes_become_returns_and_a_gap_has_none_on_either_side() -> None:
     day = [FIRST + timedelta(days=t) for t in range(5)]
-    made = panel_of_closes({"BTC": dict(zip(day, (100.0, 110.0, 99.0, 99.0, 120.0), strict=True)), "NEW": {day[4]: 5.0}})
+    made = panel_of_closes(
+        {"BTC": dict(zip(day, (100.0, 110.0, 99.0, 99.0, 120.0), strict=True)), "NEW": {day[4]: 5.0}}
+    )
     assert made.days == tuple(day[1:])
     assert made.of(("BTC",))[:, 0] == pytest.approx([0.1, -0.1, 0.0, 120 / 99 - 1])
     holed = panel_of_closes({"BTC": {day[0]: 1.0, day[1]: 2.0, day[3]: 3.0, day[4]: 6.0}})

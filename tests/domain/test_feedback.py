@@ -90,9 +90,7 @@ def plain_loop(size: float, coins: float, cash: float, price: float, move: float
 def test_the_loop_is_the_plain_one(
     size: float, coins: float, cash: float, move: float, adv: float, outcome: str, count: int
 ) -> None:
-    whole = book(
-        linear("BTC-PERP", "long", size, entry_price=60_000.0), held={"BTC": coins, "USDC": cash}, prices=P
-    )
+    whole = book(linear("BTC-PERP", "long", size, entry_price=60_000.0), held={"BTC": coins, "USDC": cash}, prices=P)
     found = run(whole, move, {"BTC": adv})
     expected = plain_loop(size, coins, cash, 60_000.0, move, adv)
     assert found.outcome == outcome
@@ -126,7 +124,10 @@ def test_an_asset_without_a_volume_is_named() -> None:
     with pytest.raises(InvalidError) as error:
         run(whole, -0.1, {"BTC": 1e6, "SOL": 0.0})
     assert error.value.code == "missing_adv"
-    assert [(e.pointer, e.code) for e in error.value.errors] == [("/adv/ETH", "missing_adv"), ("/adv/SOL", "missing_adv")]
+    assert [(e.pointer, e.code) for e in error.value.errors] == [
+        ("/adv/ETH", "missing_adv"),
+        ("/adv/SOL", "missing_adv"),
+    ]
 
 
 def test_what_is_reserved_can_outlast_all_there_is_to_sell() -> None:

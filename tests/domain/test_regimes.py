@@ -42,7 +42,9 @@ def test_a_regime_lists_its_pairs_and_caps_the_others_at_its_largest(regime: Reg
 
 
 def test_a_request_may_bring_its_own_regime() -> None:
-    parameters = replace(PARAMETERS, regimes={**PARAMETERS.regimes, "sideways": {("BTC", "ETH"): -0.5, ("ETH", "SOL"): 0.2}})
+    parameters = replace(
+        PARAMETERS, regimes={**PARAMETERS.regimes, "sideways": {("BTC", "ETH"): -0.5, ("ETH", "SOL"): 0.2}}
+    )
     table = regime_table("sideways", NAMES, parameters)
     assert [table.between(*p) for p in (("BTC", "ETH"), ("ETH", "SOL"), ("BTC", "SOL"), ("BNB", "DOGE"))] == [
         -0.5,
@@ -67,7 +69,10 @@ def test_a_stored_account_is_never_asked_less_than_normal() -> None:
 def test_drift_by_hand() -> None:
     names = ("BTC", "ETH", "SOL")
     recent = covariance_of(
-        names, VOLS, CorrelationTable({("BTC", "ETH"): 0.93, ("BTC", "SOL"): 0.88, ("ETH", "SOL"): 0.91}, 0.8), PARAMETERS
+        names,
+        VOLS,
+        CorrelationTable({("BTC", "ETH"): 0.93, ("BTC", "SOL"): 0.88, ("ETH", "SOL"): 0.91}, 0.8),
+        PARAMETERS,
     )
     x = np.array([10_000.0, -4_000.0, 2_000.0])
 
@@ -80,7 +85,11 @@ def test_drift_by_hand() -> None:
     assert found.distances["normal"] == found.distance
     assert found.distances["sell_off"] == pytest.approx((2 * (0.005**2 + 0.02**2 + 0.01**2)) ** 0.5)
     variance = sum(
-        x[i] * x[j] * VOLS[a] * VOLS[b] * (1.0 if a == b else {("BTC", "ETH"): 0.8, ("BTC", "SOL"): 0.7, ("ETH", "SOL"): 0.75}[min(a, b), max(a, b)])
+        x[i]
+        * x[j]
+        * VOLS[a]
+        * VOLS[b]
+        * (1.0 if a == b else {("BTC", "ETH"): 0.8, ("BTC", "SOL"): 0.7, ("ETH", "SOL"): 0.75}[min(a, b), max(a, b)])
         for i, a in enumerate(names)
         for j, b in enumerate(names)
     )

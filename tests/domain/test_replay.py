@@ -95,7 +95,8 @@ def test_no_history_at_all_is_an_error_that_names_the_assets(rows: list[list[flo
 @pytest.mark.skipif(not CLOSES.exists(), reason=f"no closes at {CLOSES}")
 @pytest.mark.parametrize("window", [1, 7])
 @pytest.mark.parametrize(
-    "exposures", [{"BTC": 1e5}, {"SOL": -1e4}, {"BTC": 1e4, "ETH": -8e3}, {"BTC": 1e4, "ETH": 1e4, "SOL": 1e4, "BNB": 1e4}]
+    "exposures",
+    [{"BTC": 1e5}, {"SOL": -1e4}, {"BTC": 1e4, "ETH": -8e3}, {"BTC": 1e4, "ETH": 1e4, "SOL": 1e4, "BNB": 1e4}],
 )
 def test_the_worst_of_real_history(exposures: dict[str, float], window: int) -> None:
     with CLOSES.open() as lines:

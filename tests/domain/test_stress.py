@@ -19,7 +19,19 @@ from app.domain.quote import QuoteTerms, account_figures
 from app.domain.scenarios import NAMED, Scenario
 from app.domain.stress import TWENTY_PERCENT, StressAccount, market_shocks, price_shocks, stress, stress_account
 from app.errors import InvalidError
-from tests.domain.book import NOW, PRICES, STABLES, Book, Holding, book, columns, greeks, is_option, linear, option, underlying_of
+from tests.domain.book import (
+    NOW,
+    PRICES,
+    STABLES,
+    Book,
+    Holding,
+    book,
+    columns,
+    greeks,
+    is_option,
+    linear,
+    option,
+)
 from tests.domain.drawn import between, books
 
 DRAWN = settings(
@@ -89,7 +101,9 @@ def check(whole: Book, scenarios: Sequence[Scenario]) -> None:
     before = account_figures(terms_of(whole), {}, NOW)
     for s, scenario in enumerate(scenarios):
         after = account_figures(terms_of(shocked(whole, scenario)), {}, NOW)
-        scale = 1e-9 * (1 + after.gross_notional + before.gross_notional + sum(h.amount * PRICES[h.asset] for h in whole.held))
+        scale = 1e-9 * (
+            1 + after.gross_notional + before.gross_notional + sum(h.amount * PRICES[h.asset] for h in whole.held)
+        )
         health, got = after.health, found.scales[s]
         assert found.equity[s] == pytest.approx(after.equity, abs=scale)
         assert found.pool_equity[s] == pytest.approx(health.equity, abs=scale)

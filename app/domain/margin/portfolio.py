@@ -36,6 +36,7 @@ _THIRDS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
 _PRICES = np.array([-1.0, *(price for price in _THIRDS for _ in range(3)), 1.0])
 _VOLS = np.array([1.0, *(vol for _ in _THIRDS for vol in (-1.0, 0.0, 1.0)), 1.0])
 _TAIL = np.array([True, *[False] * 21, True])
+CELLS = len(_PRICES)
 # in the order of the price, so that each side is a slice; both hold the cells where only volatility moves
 DOWN_CELLS = slice(0, 13)
 UP_CELLS = slice(10, 23)

@@ -7,7 +7,7 @@ quadratic form for all scenarios whose losses have the same signs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from app.domain.black76 import VOLATILITY_MIN, Floats
 from app.domain.curves import option_margins, rated, weights
 from app.domain.margin.portfolio import (
+    CELLS,
     DOWN_CELLS,
     UP_CELLS,
     cells,
@@ -26,13 +27,13 @@ from app.domain.margin.portfolio import (
     sound_correlation,
 )
 from app.domain.margin.result import MarginTerms
-from app.domain.parameters import MarginMode
-from app.domain.portfolio import Options, Portfolio, Underlyings
+from app.domain.parameters import MarginMode, ModelParameters
+from app.domain.portfolio import Options, Portfolio, Rows, Underlyings
 from app.domain.revalue import option_pnl
 from app.domain.scenarios import ScenarioGrid
 
-FIGURES_AT_ONCE = 400_000
-"""Cells of profit and loss that are laid out at once: scenarios x (underlyings + options) x 23."""
+CELLS_AT_ONCE = 400_000
+"""Cells of profit and loss that are laid out at once: scenarios x underlyings, or markets x options, x 23."""
 
 Requirements = tuple[Floats, Floats]
 """Initial and maintenance margin, USD (S,)."""
@@ -58,39 +59,35 @@ def requirements(
     return initial, maintenance
 
 
-def net_exposures(book: Portfolio, grid: ScenarioGrid) -> Floats:
+def net_exposures(book: Portfolio, grid: ScenarioGrid, terms: MarginTerms) -> Floats:
     """Return the signed exposures by underlying after each shock, USD (J, S)."""
-    moves = grid.moves.T
-    net = _straight(book, moves)
-    if len(book.options):
-        options = _shocked_options(book.options, moves, grid.vol_moves.T)
-        lanes, starts = np.unique(book.options.underlying, return_index=True)
-        net[:, lanes] += np.add.reduceat(options.dollar_delta().reshape(len(moves), -1), starts, axis=1)
+    net = _straight(book, grid.moves.T)
+    for lane in _option_lanes(book, grid, terms.parameters.models):
+        net[:, lane.underlying] += lane.net[lane.at]
     return net.T
 
 
 def _by_risk(book: Portfolio, grid: ScenarioGrid, terms: MarginTerms) -> Requirements:
     check_priced(book)
-    count = grid.moves.shape[1]
-    lanes = len(book.prices) + len(book.options)
-    block = max(1, FIGURES_AT_ONCE // (len(cells(book.underlyings, terms.parameters.models).weights) * max(1, lanes)))
+    models = terms.parameters.models
+    count, optioned = grid.moves.shape[1], _option_lanes(book, grid, models)
+    block = max(1, CELLS_AT_ONCE // (CELLS * max(1, len(book.prices))))
     initial = np.empty(count)
     for start in range(0, count, block):
         part = slice(start, start + block)
-        initial[part] = _initial(book, grid.moves[:, part].T, grid.vol_moves[:, part].T, terms)
-    return initial, terms.parameters.models.maintenance_fraction * initial
+        shocked = _shocked(book, grid.moves[:, part].T, [lane.part(part) for lane in optioned], models)
+        initial[part] = _initial(book, shocked, terms)
+    return initial, models.maintenance_fraction * initial
 
 
-def _initial(book: Portfolio, moves: Floats, vol_moves: Floats, terms: MarginTerms) -> Floats:
-    """Return initial margin (B,) after moves (B, J)."""
+def _initial(book: Portfolio, shocked: _Shocked, terms: MarginTerms) -> Floats:
+    """Return initial margin (B,) of a book in each of B markets."""
     models, table = terms.parameters.models, book.underlyings
-    shocked = _shocked(book, moves, vol_moves, terms)
     total = shocked.pnl.sum(axis=1)
     parallel = np.maximum(0.0, -total.min(axis=1))
-    joint = _joint(shocked.pnl, table)
-    risk = np.maximum(joint, parallel) * models.regime_multiplier(terms.regime)
+    risk = np.maximum(_joint(shocked.pnl, table), parallel) * models.regime_multiplier(terms.regime)
     floor = floor_by_underlying(shocked.gross, shocked.net, models).sum(axis=1)
-    add_on = concentration(shocked.gross, book.prices * (1.0 + moves), table, models.concentration_rate).sum(axis=1)
+    add_on = concentration(shocked.gross, shocked.prices, table, models.concentration_rate).sum(axis=1)
     initial: Floats = models.portfolio_factor * np.maximum(risk, floor) + add_on
     if long_option_cap(book) < np.inf:
         return np.fmin(initial, shocked.options_value)
@@ -99,37 +96,82 @@ def _initial(book: Portfolio, moves: Floats, vol_moves: Floats, terms: MarginTer
 
 @dataclass(frozen=True, slots=True)
 class _Shocked:
-    """A book in each of B markets: weighted profit and loss by cell (B, J, 23), exposures (B, J), USD."""
+    """A book in each of B markets: weighted profit and loss by cell (B, J, 23); exposures and prices (B, J), USD."""
 
     pnl: Floats
     net: Floats
     gross: Floats
+    prices: Floats
     options_value: Floats
 
 
-def _shocked(book: Portfolio, moves: Floats, vol_moves: Floats, terms: MarginTerms) -> _Shocked:
+def _shocked(book: Portfolio, moves: Floats, optioned: Sequence[_OptionLane], models: ModelParameters) -> _Shocked:
     """Return the book marked at moves (B, J); a greeks position keeps its parabola, as in `curves.moved`."""
-    grid, factor = cells(book.underlyings, terms.parameters.models), 1.0 + moves
+    grid, factor = cells(book.underlyings, models), 1.0 + moves
     net = _straight(book, moves)
     pnl = net[:, :, None] * grid.moves
     if book.has_gamma:
         pnl += (0.5 * book.taylor_gamma * factor * factor)[:, :, None] * grid.moves * grid.moves
     if book.has_vega:
         pnl += book.taylor_vega[:, None] * grid.vol_moves
-    gross = _gross(book, moves)
-    worth = np.zeros(len(moves))
-    if len(book.options):
-        options = _shocked_options(book.options, moves, vol_moves)
-        across = len(moves), len(book.options)
-        pnl_each = option_pnl(options, grid).reshape(*across, -1)
-        dollars = options.dollar_delta().reshape(across)
-        lanes, starts = np.unique(book.options.underlying, return_index=True)
-        pnl[:, lanes] += np.add.reduceat(pnl_each, starts, axis=1)
-        net[:, lanes] += np.add.reduceat(dollars, starts, axis=1)
-        gross[:, lanes] += np.add.reduceat(np.abs(dollars), starts, axis=1)
-        worth = options.value.reshape(across).sum(axis=1)
+    gross, worth = _gross(book, moves), np.zeros(len(moves))
+    for lane in optioned:
+        j, at = lane.underlying, lane.at
+        pnl[:, j] += lane.pnl[at]
+        net[:, j] += lane.net[at]
+        gross[:, j] += lane.gross[at]
+        worth += lane.value[at]
     pnl *= grid.weights
-    return _Shocked(pnl, net, gross, worth)
+    return _Shocked(pnl, net, gross, book.prices * factor, worth)
+
+
+@dataclass(frozen=True, slots=True)
+class _OptionLane:
+    """The options on one underlying in each of its U distinct markets: profit and loss by cell (U, 23), and USD (U,).
+
+    `at` (S,) is the market of each scenario.
+    """
+
+    underlying: int
+    at: Rows
+    pnl: Floats
+    net: Floats
+    gross: Floats
+    value: Floats
+
+    def part(self, scenarios: slice) -> _OptionLane:
+        """Return the lane for some of the scenarios."""
+        return replace(self, at=self.at[scenarios])
+
+
+def _option_lanes(book: Portfolio, grid: ScenarioGrid, models: ModelParameters) -> list[_OptionLane]:
+    """Return the lanes that hold options, each revalued once where scenarios do the same to its underlying."""
+    return [_option_lane(book, j, grid, models) for j in np.unique(book.options.underlying).tolist()]
+
+
+def _option_lane(book: Portfolio, underlying: int, grid: ScenarioGrid, models: ModelParameters) -> _OptionLane:
+    options = book.options.take(book.options.underlying == underlying)
+    shocks = np.stack([grid.moves[underlying], grid.vol_moves[underlying]], axis=1)
+    markets, at = np.unique(shocks, axis=0, return_inverse=True)
+    scan = cells(book.underlyings, models)
+    pnl, sums = np.empty((len(markets), CELLS)), np.empty((3, len(markets)))
+    block = max(1, CELLS_AT_ONCE // (CELLS * len(options)))
+    for start in range(0, len(markets), block):
+        part = slice(start, start + block)
+        shocked = _shocked_options(options, markets[part])
+        across = len(markets[part]), len(options)
+        pnl[part] = option_pnl(shocked, scan).reshape(*across, CELLS).sum(axis=1)
+        dollars = shocked.dollar_delta().reshape(across)
+        sums[:, part] = dollars.sum(axis=1), np.abs(dollars).sum(axis=1), shocked.value.reshape(across).sum(axis=1)
+    return _OptionLane(underlying, at.reshape(-1), pnl, *sums)
+
+
+def _shocked_options(options: Options, markets: Floats) -> Options:
+    """Return the options of one underlying in each of B markets (B, 2), price and volatility move, (B·O,)."""
+    tiled = options.take(np.tile(np.arange(len(options)), len(markets)))
+    factor = np.repeat(1.0 + markets, len(options), axis=0)
+    tiled = replace(tiled, forward=tiled.forward * factor[:, 0], iv=np.maximum(tiled.iv * factor[:, 1], VOLATILITY_MIN))
+    return replace(tiled, value=tiled.values(np.zeros(1))[:, 0])
 
 
 def _straight(book: Portfolio, moves: Floats) -> Floats:
@@ -151,17 +193,6 @@ def _gross(book: Portfolio, moves: Floats) -> Floats:
         each = np.abs(book.delta[rows] + book.gamma[rows] * m) * book.notional[rows] * (1.0 + m)
         gross[:, lanes] += np.add.reduceat(each, starts, axis=1)
     return gross
-
-
-def _shocked_options(options: Options, moves: Floats, vol_moves: Floats) -> Options:
-    """Return the options in each of B markets, one market after the other, (B·O,)."""
-    count = len(moves)
-    under = options.underlying
-    tiled = options.take(np.tile(np.arange(len(options)), count))
-    iv = np.maximum(options.iv * (1.0 + vol_moves[:, under]), VOLATILITY_MIN)
-    forward = options.forward * (1.0 + moves[:, under])
-    tiled = replace(tiled, forward=forward.reshape(-1), iv=iv.reshape(-1))
-    return replace(tiled, value=tiled.values(np.zeros(1))[:, 0])
 
 
 def _joint(pnl: Floats, table: Underlyings) -> Floats:
