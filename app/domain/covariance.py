@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal, cast
 
 import numpy as np
@@ -94,8 +95,9 @@ def estimate(
     parameters: MarketParameters,
     method: Estimator = "sample",
     days_min: int = HISTORY_DAYS_MIN,
+    volatilities: Mapping[str, float] = MappingProxyType({}),
 ) -> Covariance:
-    """Return the covariance of the panel's returns.
+    """Return the covariance of the panel's returns; a volatility that is given goes before what they show.
 
     Volatilities are of each asset's own days, correlations of the days that both assets of a pair have, so that a young
     asset shortens nobody else's history; Ledoit-Wolf needs a whole matrix and takes the days common to all assets that
@@ -106,6 +108,7 @@ def estimate(
     """
     found = _ESTIMATORS[method](panel.of(names), names, parameters.models.covariance_decay, days_min)
     known = {n: float(np.sqrt(found.variance[j] * YEAR_DAYS)) for j, n in enumerate(names) if found.enough[j]}
+    known |= volatilities
     mended = _completed(names, found, parameters.stress)
     row = {name: j for j, name in enumerate(names)}
     return Covariance(

@@ -195,6 +195,15 @@ def test_given_volatilities_go_before_the_parameters() -> None:
     assert set(found.defaulted_pairs) == {("BTC", "PEPE"), ("ETH", "PEPE")}
 
 
+def test_a_given_volatility_goes_before_what_the_panel_shows() -> None:
+    returns = drawn(100)
+    returns[:50, 2] = np.nan
+    shown, found = (estimate(panel(returns), NAMES, PARAMETERS, volatilities=v) for v in ({}, {"BTC": 0.4, "SOL": 3.0}))
+    assert found.volatility.tolist() == [0.4, shown.volatility[1], 3.0]
+    assert (shown.defaulted_volatilities, found.defaulted_volatilities) == (("SOL",), ())
+    assert found.correlation.tolist() == shown.correlation.tolist()
+
+
 def test_a_price_that_stands_still_goes_with_nothing() -> None:
     returns = drawn(100)
     returns[:, 2] = 0.0
