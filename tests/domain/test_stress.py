@@ -160,6 +160,12 @@ BOOKS = {
         prices=P,
     ),
     "long options alone": book(option("BTC", "call", "long", 1.0, 60_000.0, 30, 0.5), held={"USDC": 900.0}, prices=P),
+    "options that nearly offset": book(
+        option("BTC", "call", "long", 3.0, 60_000.0, 30, 0.5),
+        option("BTC", "call", "short", 3.0, 60_010.0, 30, 0.5),
+        held={"USDC": 90_000.0},
+        prices=P,
+    ),
     "a coin lent and one owed": Book(
         rows=(linear("SOL-PERP", "short", 100.0),),
         held=(Holding("USDC", 50_000.0), Holding("ETH", 4.0, lent=3.0)),
