@@ -17,7 +17,7 @@ from app.domain.quote import account_figures
 from app.domain.scenarios import Scenario
 from app.domain.stress import market_shocks
 from app.errors import InvalidError
-from tests.domain.book import NOW, PRICES, Book, Holding, book, linear, option
+from tests.domain.book import NOW, PRICES, Book, Holding, book, greeks, linear, option
 from tests.domain.drawn import between, books
 from tests.domain.test_stress import P, account_of, pinned, terms_of
 
@@ -176,6 +176,7 @@ def test_a_sale_without_impact_ends_at_the_stop(mode: MarginMode) -> None:
         linear("BTC-PERP", "long", 1.0, entry_price=58_000.0),
         linear("ETH-PERP", "short", 10.0),
         option("BTC", "put", "short", 0.5, 55_000.0, 30, 0.6),
+        greeks("SOL", 9_000.0, 0.3, gamma=1.5, vega=-4_000.0),
     )
     cash = {"cross": 14_000.0, "isolated": 28_000.0, "portfolio": 5_000.0}[mode]
     whole = book(*rows, held={"USDC": cash, "SOL": 100.0}, reserved=500.0, mode=mode, prices=P)
