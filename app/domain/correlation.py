@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from app.domain.parameters import CorrelationTable
 
 REPAIR_SIZE_MAX = 40
 """Largest matrix that is repaired: the eigendecompositions grow with its cube."""
+_ROUNDS, _ROUNDS_LARGE = 500, 20
 
 
 def correlation_matrix(names: Sequence[str], table: CorrelationTable) -> Floats:
@@ -34,7 +36,7 @@ def is_positive_semidefinite(matrix: Floats, tolerance: float = 1e-10) -> bool:
     return bool(failed_at == 0)
 
 
-def nearest_correlation(matrix: Floats, tolerance: float = 1e-12, rounds_max: int = 500) -> Floats:
+def nearest_correlation(matrix: Floats, tolerance: float = 1e-12, rounds_max: int = _ROUNDS) -> Floats:
     """Return the correlation matrix nearest in the Frobenius norm, (J, J).
 
     Higham 2002, "Computing the nearest correlation matrix": alternating projections on the semidefinite cone
@@ -52,6 +54,30 @@ def nearest_correlation(matrix: Floats, tolerance: float = 1e-12, rounds_max: in
         if moved <= tolerance * np.linalg.norm(current):
             break
     return current
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """A correlation matrix (J, J) and its Frobenius distance from the one that was asked for, 0 where that was one."""
+
+    matrix: Floats
+    distance: float
+
+
+def repaired(matrix: Floats) -> Repaired:
+    """Return the matrix (J, J), unit diagonal, or where it is not positive semidefinite the nearest that is.
+
+    Past REPAIR_SIZE_MAX it is a near one: a few rounds of the same projections. No eigenvalue of the result is negative
+    but for rounding, since the last step scales a semidefinite matrix to a unit diagonal.
+    """
+    if is_positive_semidefinite(matrix):
+        return Repaired(matrix, 0.0)
+    rounds = _ROUNDS if len(matrix) <= REPAIR_SIZE_MAX else _ROUNDS_LARGE
+    cone = _semidefinite_part(nearest_correlation(matrix, rounds_max=rounds))
+    scale = 1.0 / np.sqrt(np.diag(cone))
+    found = cone * scale[:, None] * scale
+    np.fill_diagonal(found, 1.0)
+    return Repaired(found, float(np.linalg.norm(found - matrix)))
 
 
 def _semidefinite_part(matrix: Floats) -> Floats:

@@ -90,6 +90,41 @@ class Pool:
         return AdditiveCurve.of(self)
 
 
+def weights(book: Portfolio, mode: MarginMode) -> tuple[Floats, Floats]:
+    """Return what initial and maintenance margin weigh `rated` with, (J,): rates in cross mode, else Σ rate x notional.
+
+    Options aside.
+    """
+    if mode == "cross":
+        return book.highest_rates
+    notional = np.where(book.is_option, 0.0, book.notional)
+    return book.by_underlying(book.initial_rate * notional), book.by_underlying(book.maintenance_rate * notional)
+
+
+def rated(book: Portfolio, mode: MarginMode, moves: Floats) -> Floats:
+    """Return what `weights` apply to after moves (K,) or (J, K): |net exposure| in cross mode, else 1 + m."""
+    factor: Floats = 1.0 + moves
+    if mode != "cross":
+        return factor
+    return np.abs((book.taylor_delta[:, None] + book.taylor_gamma[:, None] * moves) * factor)
+
+
+def option_margins(book: Portfolio, moves: Floats, value: Floats) -> tuple[Floats, Floats]:
+    """Return initial and maintenance margin (J, K) of options worth `value` (O, K) after their moves (K,) or (O, K)."""
+    options = book.options
+    short = (options.quantity < 0.0)[:, None]
+    underlying = book.notional[options.row][:, None] * (1.0 + moves)
+    initial, maintenance = (
+        sum_by_underlying(
+            options,
+            np.where(short, rate[options.row][:, None] * underlying - value, value),
+            len(book.underlyings.names),
+        )
+        for rate in (book.initial_rate, book.maintenance_rate)
+    )
+    return initial, maintenance
+
+
 @dataclass(frozen=True, eq=False)
 class AdditiveCurve:
     """Cross and isolated margin add up over underlyings, so each is a lane of its own; arrays (J,)."""
@@ -107,45 +142,24 @@ class AdditiveCurve:
     @classmethod
     def of(cls, pool: Pool) -> AdditiveCurve:
         """Return the curve: rates by underlying in cross mode, Σ rate x notional in isolated mode."""
-        book = pool.portfolio
-        if pool.mode == "cross":
-            return cls(pool, *book.highest_rates)
-        notional = np.where(book.is_option, 0.0, book.notional)
-        return cls(
-            pool,
-            book.by_underlying(book.initial_rate * notional),
-            book.by_underlying(book.maintenance_rate * notional),
-        )
+        return cls(pool, *weights(pool.portfolio, pool.mode))
 
     def lanes(self, moves: Floats) -> Figures:
         """Return the parts (J, K) that each underlying adds to the figures when it makes the moves (K,)."""
         book, factor = self.pool.portfolio, 1.0 + moves
         delta, gamma = book.taylor_delta[:, None], book.taylor_gamma[:, None]
         equity = self.pool.backing.on_underlying[:, None] * factor + delta * moves
-        base: Floats = factor
         if book.has_gamma:
             equity = equity + 0.5 * gamma * moves * moves
-        if self.pool.mode == "cross":
-            base = np.abs((delta + gamma * moves) * factor)
+        base = rated(book, self.pool.mode, moves)
         initial, maintenance = self.initial_weight[:, None] * base, self.maintenance_weight[:, None] * base
         if len(book.options):
-            value, opening, keeping = self._options(moves)
-            equity, initial, maintenance = equity + value, initial + opening, maintenance + keeping
+            options = book.options
+            value = options.values(moves)
+            opening, keeping = option_margins(book, moves, value)
+            held = sum_by_underlying(options, value, len(book.underlyings.names))
+            equity, initial, maintenance = equity + held, initial + opening, maintenance + keeping
         return Figures(equity, initial, maintenance)
-
-    def _options(self, moves: Floats) -> tuple[Floats, Floats, Floats]:
-        """Return value, initial and maintenance margin (J, K) of the options at the moves."""
-        book, options = self.pool.portfolio, self.pool.portfolio.options
-        value = options.values(moves)
-        short = (options.quantity < 0.0)[:, None]
-        underlying = book.notional[options.row][:, None] * (1.0 + moves)
-
-        def total(each: Floats) -> Floats:
-            return sum_by_underlying(options, each, len(book.underlyings.names))
-
-        rates = (r[options.row][:, None] for r in (book.initial_rate, book.maintenance_rate))
-        opening, keeping = (total(np.where(short, rate * underlying - value, value)) for rate in rates)
-        return total(value), opening, keeping
 
     @cached_property
     def lines(self) -> tuple[Figures, Figures]:

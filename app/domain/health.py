@@ -78,12 +78,38 @@ class Standing:
     gross_exposure: float
 
 
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """The two ratios of an account, None where equity leaves them undefined, and its place on the three scales."""
+
+    utilization: float | None
+    margin_ratio: float | None
+    insolvent: bool
+    zone: str
+    alert_level: str
+    status: str
+
+
+def scales(equity: float, initial: float, maintenance: float, policy: HealthPolicy) -> Scales:
+    """Return where equity and the required margins, USD, stand."""
+    insolvent = equity < 0.0 or (equity == 0.0 and initial > 0.0)
+    utilization = _ratio(initial, equity, insolvent)
+    margin_ratio = _ratio(maintenance, equity, insolvent)
+    return Scales(
+        utilization=utilization,
+        margin_ratio=margin_ratio,
+        insolvent=insolvent,
+        zone=_zone(utilization, policy),
+        alert_level=_alert_level(margin_ratio, policy),
+        status=_status(utilization, margin_ratio, policy),
+    )
+
+
 def assess(standing: Standing, curve: AccountCurve, policy: HealthPolicy) -> Health:
     """Return the health of a standing; `curve` gives the figures after the survival moves."""
     equity, initial = standing.equity, standing.required_initial
-    insolvent = equity < 0.0 or (equity == 0.0 and initial > 0.0)
-    utilization = _ratio(initial, equity, insolvent)
-    margin_ratio = _ratio(standing.required_maintenance, equity, insolvent)
+    found = scales(equity, initial, standing.required_maintenance, policy)
+    insolvent, utilization, margin_ratio = found.insolvent, found.utilization, found.margin_ratio
     # one division, not 1 - margin_ratio: at a ratio of .80 the buffer is .20 to the last bit
     spare = equity - standing.required_maintenance
     buffer = None if insolvent else 1.0 if standing.required_maintenance == 0.0 else spare / equity
@@ -106,9 +132,9 @@ def assess(standing: Standing, curve: AccountCurve, policy: HealthPolicy) -> Hea
         shortfall=max(0.0, initial / policy.shortfall_utilization - equity),
         health_score=0.0 if margin_ratio is None else 100.0 * min(max(1.0 - margin_ratio, 0.0), 1.0),
         insolvent=insolvent,
-        zone=_zone(utilization, policy),
-        alert_level=_alert_level(margin_ratio, policy),
-        status=_status(utilization, margin_ratio, policy),
+        zone=found.zone,
+        alert_level=found.alert_level,
+        status=found.status,
         bands=_bands(utilization, margin_ratio, buffer, net, survival, policy, insolvent=insolvent),
     )
 

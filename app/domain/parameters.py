@@ -15,6 +15,11 @@ InstrumentKind = Literal["spot", "perpetual", "future"]
 Regime = Literal["normal", "sideways", "sell_off", "liquidity_crisis"]
 MarginMode = Literal["cross", "isolated", "portfolio"]
 
+Pairs = Mapping[tuple[str, str], float]
+"""Correlations by sorted pair of assets."""
+
+REGIMES: tuple[Regime, ...] = ("normal", "sideways", "sell_off", "liquidity_crisis")
+
 T = TypeVar("T")
 
 DEFAULT_ASSET = "default"
@@ -69,7 +74,7 @@ class MarketFigures:
 class CorrelationTable:
     """Pairwise correlations; a pair that is not listed takes `other`. Keys are sorted pairs."""
 
-    pairs: Mapping[tuple[str, str], float]
+    pairs: Pairs
     other: float
 
     def between(self, a: str, b: str) -> float:
@@ -103,6 +108,9 @@ class ModelParameters:
     regime_sideways: float = 0.85
     regime_sell_off: float = 1.5
     regime_liquidity_crisis: float = 2.0
+    covariance_decay: float = 0.94
+    impact_coefficient: float = 0.10
+    forced_sale_slippage: float = 0.03
 
     def regime_multiplier(self, regime: Regime) -> float:
         """Return the margin multiplier of a regime."""
@@ -173,6 +181,21 @@ HEDGE_CORRELATIONS = CorrelationTable(
     MappingProxyType({("BTC", "ETH"): 0.60, ("BTC", "SOL"): 0.50, ("ETH", "SOL"): 0.55}), other=0.40
 )
 
+
+def _regime(btc_eth: float, btc_sol: float, eth_sol: float) -> Pairs:
+    return MappingProxyType({("BTC", "ETH"): btc_eth, ("BTC", "SOL"): btc_sol, ("ETH", "SOL"): eth_sol})
+
+
+REGIME_CORRELATIONS: Mapping[Regime, Pairs] = MappingProxyType(
+    {
+        "normal": _regime(0.80, 0.70, 0.75),
+        "sideways": _regime(0.675, 0.575, 0.625),
+        "sell_off": _regime(0.935, 0.90, 0.92),
+        "liquidity_crisis": _regime(0.97, 0.95, 0.965),
+    }
+)
+"""By regime the pairs of its own; any other pair has what `app/domain/regimes.py` makes of the stress table."""
+
 _ASSETS = (
     AssetParameters("BTC", haircut=0.10, price_range=0.15, volatility=0.65),
     AssetParameters("ETH", haircut=0.12, price_range=0.15, volatility=0.80),
@@ -199,6 +222,7 @@ class MarketParameters:
     )
     stress: CorrelationTable = STRESS_CORRELATIONS
     hedge: CorrelationTable = HEDGE_CORRELATIONS
+    regimes: Mapping[Regime, Pairs] = field(default_factory=lambda: REGIME_CORRELATIONS)
     models: ModelParameters = field(default_factory=ModelParameters)
     policy: HealthPolicy = field(default_factory=HealthPolicy)
     _memo: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)

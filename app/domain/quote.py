@@ -107,6 +107,26 @@ def account_figures(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: d
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """What an account holds at its prices: positions, isolated ones with their allocations, and collateral."""
+
+    portfolio: Portfolio
+    collateral: Collateral
+    prices: Mapping[str, Price]
+
+
+def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> Account:
+    """Return the account of the terms at the stored and given prices. Raises InvalidError for a missing price."""
+    parameters = terms.margin.parameters
+    finder = PriceFinder(parameters, _requested(terms), stored)
+    portfolio = build_portfolio(terms.positions, parameters, finder, now)
+    if portfolio.any_isolated:
+        portfolio = replace(portfolio, allocated=_allocations(portfolio))
+    collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
+    return Account(portfolio, collateral, finder.used)
+
+
+@dataclass(frozen=True, slots=True)
 class _Assessed:
     """The common part of a quote and of an account's figures."""
 
@@ -121,15 +141,11 @@ class _Assessed:
 
 
 def _assess(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime, models: Sequence[str]) -> _Assessed:
-    parameters = terms.margin.parameters
-    finder = PriceFinder(parameters, _requested(terms), stored)
-    portfolio = build_portfolio(terms.positions, parameters, finder, now)
-    if portfolio.any_isolated:
-        portfolio = replace(portfolio, allocated=_allocations(portfolio))
-    collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
+    account = read_account(terms, stored, now)
+    portfolio, collateral = account.portfolio, account.collateral
     wanted = dict.fromkeys([*models, "isolated"])
     results = {name: MODELS[name](portfolio, terms.margin) for name in wanted}
-    pool = _pool(portfolio, collateral, terms)
+    pool = pool_of(portfolio, collateral, terms)
     unrealized = float(portfolio.unrealized_pnl.sum())
     return _Assessed(
         portfolio=portfolio,
@@ -139,7 +155,7 @@ def _assess(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime,
         standing=_standing(pool, results, portfolio),
         unrealized_pnl=unrealized,
         equity=collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value,
-        prices=finder.used,
+        prices=account.prices,
     )
 
 
@@ -214,7 +230,8 @@ def _allocations(portfolio: Portfolio) -> Floats:
     return np.where(portfolio.isolated, given, 0.0)
 
 
-def _pool(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> Pool:
+def pool_of(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> Pool:
+    """Return the pooled positions with what backs them: collateral less what isolated positions have allocated."""
     split = collateral.split(portfolio.underlyings)
     if portfolio.any_isolated:
         split = replace(split, stable=split.stable - _allocated(portfolio))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from types import MappingProxyType
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from app.domain.black76 import Floats
-from app.domain.correlation import correlation_matrix, is_positive_semidefinite, nearest_correlation
+from app.domain.correlation import correlation_matrix, is_positive_semidefinite, nearest_correlation, repaired
 from app.domain.parameters import CorrelationTable, MarketParameters
 from tests.domain.book import Book, linear
 from tests.domain.reference import HEDGE, STRESS, correlation
@@ -54,6 +55,19 @@ def test_nearest_is_a_correlation_and_none_is_nearer(matrix: Floats) -> None:
         assert np.linalg.norm(other - matrix) >= distance - 1e-9
         # a projection on a convex set: no way into the set makes an acute angle with what was cut off
         assert float(((matrix - nearest) * (other - nearest)).sum()) <= 1e-6
+
+
+@pytest.mark.parametrize("matrix", [HIGHAM, *invalid_matrices()])
+def test_statsmodels_finds_none_nearer(matrix: Floats) -> None:
+    tools = pytest.importorskip("statsmodels.stats.correlation_tools")
+    with warnings.catch_warnings():
+        # it says that its rounds are used up
+        warnings.simplefilter("ignore")
+        theirs = tools.corr_nearest(matrix, threshold=0.0, n_fact=1_000)
+    nearest = nearest_correlation(matrix)
+    assert np.linalg.norm(nearest - matrix) <= np.linalg.norm(theirs - matrix) + 1e-9
+    assert nearest == pytest.approx(theirs, abs=2e-3)
+    assert repaired(matrix).matrix == pytest.approx(nearest, abs=1e-6)
 
 
 @pytest.mark.parametrize("matrix", list(correlations(5, 5, seed=3)))

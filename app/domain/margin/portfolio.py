@@ -36,9 +36,10 @@ _THIRDS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
 _PRICES = np.array([-1.0, *(price for price in _THIRDS for _ in range(3)), 1.0])
 _VOLS = np.array([1.0, *(vol for _ in _THIRDS for vol in (-1.0, 0.0, 1.0)), 1.0])
 _TAIL = np.array([True, *[False] * 21, True])
+CELLS = len(_PRICES)
 # in the order of the price, so that each side is a slice; both hold the cells where only volatility moves
-_DOWN = slice(0, 13)
-_UP = slice(10, 23)
+DOWN_CELLS = slice(0, 13)
+UP_CELLS = slice(10, 23)
 
 
 def cells(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
@@ -74,8 +75,8 @@ class Sides:
 
 def sides(pnl: Floats) -> Sides:
     """Return the two-sided losses of weighted profit and loss by cell, (J, 23)."""
-    down_cell = pnl[:, _DOWN].argmin(axis=1)
-    up_cell = pnl[:, _UP].argmin(axis=1) + _UP.start
+    down_cell = pnl[:, DOWN_CELLS].argmin(axis=1)
+    up_cell = pnl[:, UP_CELLS].argmin(axis=1) + UP_CELLS.start
     lanes = np.arange(len(pnl))
     return Sides(
         down=np.maximum(0.0, -pnl[lanes, down_cell]),
@@ -117,7 +118,7 @@ def _norm(vector: Floats, matrix: Floats, table: Underlyings) -> tuple[float, Fl
     if not live.size:
         return 0.0, gradient, 0.0
     x = vector[live]
-    part, distance = _repaired(matrix if live.size == vector.size else matrix[np.ix_(live, live)], table)
+    part, distance = sound_correlation(matrix if live.size == vector.size else matrix[np.ix_(live, live)], table)
     product = part @ x
     norm = float(np.sqrt(max(0.0, float(x @ product))))
     if norm > 0.0:
@@ -125,7 +126,8 @@ def _norm(vector: Floats, matrix: Floats, table: Underlyings) -> tuple[float, Fl
     return norm, gradient, distance
 
 
-def _repaired(matrix: Floats, table: Underlyings) -> tuple[Floats, float]:
+def sound_correlation(matrix: Floats, table: Underlyings) -> tuple[Floats, float]:
+    """Return the matrix, or the nearest correlation matrix, and their distance. Raises InvalidError past its limit."""
     if is_positive_semidefinite(matrix):
         return matrix, 0.0
     if len(matrix) > REPAIR_SIZE_MAX:
@@ -157,7 +159,8 @@ def concentration(gross: Floats, prices: Floats, table: Underlyings, rate: float
     return rate * table.price_range * gross * (np.sqrt(ratio) - 1.0)
 
 
-def _check_priced(portfolio: Portfolio) -> None:
+def check_priced(portfolio: Portfolio) -> None:
+    """Refuse an underlying with a concentration limit in units and no price. Raises InvalidError `missing_price`."""
     table = portfolio.underlyings
     if not table.any_limit:
         return
@@ -247,7 +250,7 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     risk = max(joint, parallel) x regime multiplier. A position's share is its marginal contribution (Euler): the
     shares sum to the requirement, a hedge's is negative. Raises InvalidError for a matrix past repair.
     """
-    _check_priced(portfolio)
+    check_priced(portfolio)
     models = terms.parameters.models
     scan = _scan(portfolio, models)
     required = _require(portfolio, scan, terms)
