@@ -14,7 +14,7 @@ from app.domain.money import to_decimal
 from app.domain.parameters import MarketParameters
 from app.domain.prices import StoredPrice
 from app.domain.quote import AccountFigures, account_figures
-from app.domain.trade import Contract, Order, plan
+from app.domain.trade import Contract, Order, OrderSide, plan
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PRICES = {"BTC": 50_000.0, "ETH": 2_500.0, "SOL": 100.0, "BNB": 500.0, "USDC": 1.0}
@@ -38,7 +38,7 @@ class Floor:
     def reduce(self, held: Book, target: Target, size: Decimal) -> Book:
         assert isinstance(target.item, OpenPosition)
         position = target.item
-        side = "sell" if position.side == "long" else "buy"
+        side: OrderSide = "sell" if position.side == "long" else "buy"
         market = self.parameters.market(position.symbol, self.parameters.underlying_of(position.symbol))
         contract = Contract(to_decimal(market.contract_size), to_decimal(market.initial_margin_rate))
         mark = self.prices[self.parameters.underlying_of(position.symbol)]
