@@ -67,7 +67,8 @@ def _scipy(covariance: Floats) -> Floats:
 
     found = minimize(barrier, np.zeros(len(covariance)), jac=True, method="L-BFGS-B", tol=1e-16)
     weights: Floats = np.exp(found.x) / scale
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def _gap(weights: Floats, covariance: Floats, budgets: Floats | None) -> float:

@@ -149,8 +149,8 @@ class Panel:
         if len(self.days) < 2:
             return Returns(self.assets, (), np.empty((0, len(self.assets))), 0)
         values = self.closes[1:] / self.closes[:-1] - 1.0
-        whole = ~np.isnan(values).any(axis=1)
-        days = tuple(day for day, kept in zip(self.days[1:], whole.tolist(), strict=True) if kept)
+        whole = np.flatnonzero(~np.isnan(values).any(axis=1))
+        days = tuple(self.days[k + 1] for k in whole.tolist())
         return Returns(self.assets, days, values[whole], len(values) - len(days))
 
 

@@ -20,8 +20,9 @@ DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
 LATER = NOW + timedelta(hours=6)
 
 
-def planned(held: Book, **terms: Any) -> EventBuffer:
-    return plan_event_buffer(held, FLOOR.assess, FLOOR.reduce, EventTerms(NOW, LATER, **terms))
+def planned(held: Book, **terms: Any) -> Any:
+    plan: EventBuffer = plan_event_buffer(held, FLOOR.assess, FLOOR.reduce, EventTerms(NOW, LATER, **terms))
+    return plan
 
 
 PAIR = (position("BTC-PERP", 20_000, 1), position("ETH-PERP", -10_000, 2))
