@@ -30,6 +30,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.http
 	$(BIN)/python -m benchmarks.account
 	$(BIN)/python -m benchmarks.screen --load
+	$(BIN)/python -m benchmarks.sizing
 
 lock: $(INSTALLED)
 	@$(PIP) install uv
