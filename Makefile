@@ -38,6 +38,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.account
 	$(BIN)/python -m benchmarks.screen --load
 	$(BIN)/python -m benchmarks.stress
+	$(BIN)/python -m benchmarks.sizing
 
 lock: $(INSTALLED)
 	@$(PIP) install uv

@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, agent, key, revoke, settings, quote, demo."""
+"""The command line: serve, migrate, agent, key, revoke, settings, quote, history import, demo."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     help="Margin and risk for AI trading agents.",
 )
+
+history_cli = typer.Typer(no_args_is_help=True, help="Daily closes, the history that risk is estimated from.")
+cli.add_typer(history_cli, name="history")
 
 Host = Annotated[str | None, typer.Option(help="address to listen on [PRIMERISK_HOST]")]
 Port = Annotated[int | None, typer.Option(help="port to listen on [PRIMERISK_PORT]")]
@@ -130,6 +133,25 @@ def revoke(key_id: Annotated[str, typer.Argument(help="what stands between pr_ a
     with server.running_database(read_settings()) as settings:
         asyncio.run(server.revoke_key(settings, key_id))
     typer.echo(f"the key {key_id} is revoked")
+
+
+@history_cli.command("import")
+def import_history(
+    file: Annotated[Path, typer.Argument(help="CSV: a column date and one an asset, or asset, date, close")],
+    confirm: Annotated[bool, typer.Option("--confirm", help="store what is flagged as well")] = False,
+) -> None:
+    """Store the daily closes of a file, all or none; what looks wrong is named, and waits for --confirm."""
+    import asyncio  # noqa: PLC0415
+
+    from app import history, server  # noqa: PLC0415
+
+    found = history.read_closes(file)
+    with server.running_database(read_settings()) as settings:
+        tally = asyncio.run(server.import_history(settings, found, confirm=confirm))
+    kept = confirm or not tally.flagged
+    history.print_tally(tally, kept=kept)
+    if not kept:
+        raise StartupError(f"nothing is stored: {len(tally.flagged)} closes are flagged; look at them, then --confirm")
 
 
 @cli.command()

@@ -12,7 +12,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -23,13 +23,16 @@ from prometheus_client import start_http_server
 from pydantic import SecretStr
 from sqlalchemy import URL
 
+from app import history
 from app.api import workshop
 from app.api.deps import Parts
 from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.api.streams import Streams
 from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
+from app.domain.closes import Close
 from app.errors import StartupError
+from app.history import Tally
 from app.main import create_app
 from app.services import accounts
 from app.settings import Settings
@@ -311,6 +314,22 @@ async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:
     """Return a new key of the service. Raises InvalidError for an unknown scope."""
     async with _prepared(settings) as database, database.transaction("command-line") as tx:
         return (await accounts.create_key(tx, None, cast("list[accounts.Scope]", scopes), name)).text
+
+
+async def import_history(settings: Settings, found: Sequence[Close], *, confirm: bool) -> Tally:
+    """Store daily closes, all of them or none: none where some are flagged, unless they are confirmed.
+
+    Raises InvalidError for what is no close.
+    """
+    async with _prepared(settings) as database, database.transaction("command-line") as tx:
+        with history.progress() as bar:
+            task = bar.add_task("closes", total=len(found))
+            tally = await history.import_closes(
+                tx, found, settings.close_deviations_max, lambda done: bar.advance(task, done)
+            )
+        if tally.flagged and not confirm:
+            await tx.connection.rollback()
+        return tally
 
 
 async def make_agent(settings: Settings, name: str) -> tuple[str, str]:

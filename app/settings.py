@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     ] = True
     price_history_days: Annotated[int, Field(ge=1, le=3_650, description="how long bars of prices are kept")] = 30
     event_days: Annotated[int, Field(ge=7, le=3_650, description="how long events and deliveries are kept")] = 90
+    close_deviations_max: Annotated[
+        float, Field(gt=0, description="robust deviations past which a daily close asks for confirmation")
+    ] = 12.0
     price_skew_seconds_max: Annotated[
         float, Field(ge=0, description="how far in the future a posted price may be dated")
     ] = 5.0

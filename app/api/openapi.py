@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
+from app.api.history import HistoryPost
 from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
 from app.api.prices import PricesPost
@@ -27,6 +28,7 @@ BODIES = (
     InstrumentPut,
     InstrumentsPut,
     PricesPost,
+    HistoryPost,
     ParametersPut,
     CorrelationPut,
     AccountSettingsIn,

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     ForeignKey,
     Identity,
@@ -39,6 +40,7 @@ SERVICE_PATTERN = "[a-z][a-z0-9_]{0,31}"
 
 PARAMETERS = "parameters"
 PRICES = "prices"
+HISTORY = "history"
 
 metadata = MetaData(
     naming_convention={
@@ -115,14 +117,14 @@ api_keys = Table(
     info={"owner": "accounts"},
 )
 
-# Its two rows serialise writers: whoever holds a row's lock has the next version, and nobody sees that
+# Its rows serialise writers: whoever holds a row's lock has the next version, and nobody sees that
 # version before everything under it is committed. Versions are thus monotone in commit order.
 market_state = Table(
     "market_state",
     metadata,
     _key("name"),
     Column("version", BigInteger, nullable=False),
-    _check("name", "name IN ('parameters', 'prices')"),
+    _check("name", "name IN ('parameters', 'prices', 'history')"),
     _check("version", "version >= 0"),
     info={"owner": "market"},
 )
@@ -244,6 +246,21 @@ price_bars = Table(
     _check("prices", "low > 0 AND low <= open AND low <= close AND open <= high AND close <= high AND high < 1e15"),
     _check("times", "minute <= opened_at AND opened_at <= closed_at"),
     info={"owner": "price_history"},
+)
+
+# The last price of an asset on a UTC day; another one for the day takes its place, under a later version.
+daily_closes = Table(
+    "daily_closes",
+    metadata,
+    _key("asset"),
+    Column("day", Date, primary_key=True),
+    _number("close"),
+    Column("version", BigInteger, nullable=False),  # of market_state 'history'
+    _moment("stored_at"),
+    _symbol("asset"),
+    _check("day", "day >= '1970-01-01'"),
+    _check("close", "close > 0 AND close < 1e15 AND scale(close) <= 18"),
+    info={"owner": "closes"},
 )
 
 # The row of an agent's book that whoever changes the book locks first; `version` counts the changes.

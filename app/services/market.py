@@ -349,6 +349,13 @@ async def bump_version(tx: Tx, name: str) -> int:
     return version
 
 
+async def hold_version(tx: Tx, name: str) -> int:
+    """Return the version of one side of the market, which nobody else changes until the transaction ends."""
+    query = select(market_state.c.version).where(market_state.c.name == name).with_for_update()
+    version: int = (await tx.connection.execute(query)).scalar_one()
+    return version
+
+
 def _check_many(entries: Mapping[str, object]) -> None:
     if len(entries) > ENTRIES_A_PUT_MAX:
         raise invalid("", "too_many", f"At most {ENTRIES_A_PUT_MAX} entries a request.")

@@ -181,15 +181,13 @@ def check_models(models: ModelParameters, policy: HealthPolicy) -> None:
 def check_prices(prices: Mapping[str, Decimal]) -> None:
     """Refuse names and prices that the table would not take."""
     refuse(_symbol_errors("/prices/{}", prices))
-    refuse(
-        FieldError(
-            pointer_to("prices", symbol),
-            "out_of_range",
-            f"A price is > 0, < {AMOUNT_MAX:.0e} and has at most {DECIMALS_MAX} decimals.",
-        )
-        for symbol, price in prices.items()
-        if not _is_price(price)
-    )
+    refuse(_no_price(pointer_to("prices", symbol)) for symbol, price in prices.items() if not _is_price(price))
+
+
+def check_close(pointer: str, close: Decimal) -> None:
+    """Refuse a close that the table would not take."""
+    if not _is_price(close):
+        refuse((_no_price(pointer),))
 
 
 def refuse(errors: Iterable[FieldError]) -> None:
@@ -204,6 +202,11 @@ def _symbol_errors(pointer: str, symbols: Iterable[str]) -> Iterator[FieldError]
         if not _SYMBOL.fullmatch(symbol):
             detail = "A symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit."
             yield FieldError(pointer.format(pointer_to(symbol)[1:]), "invalid_symbol", detail)
+
+
+def _no_price(pointer: str) -> FieldError:
+    detail = f"A price is > 0, < {AMOUNT_MAX:.0e} and has at most {DECIMALS_MAX} decimals."
+    return FieldError(pointer, "out_of_range", detail)
 
 
 def _is_price(price: Decimal) -> bool:

@@ -36,6 +36,8 @@ NEEDS = {
     "GET /api/market/prices": ANY,
     "GET /api/market/prices/{symbol}": ANY,
     "GET /api/market/prices/{symbol}/history": ANY,
+    "POST /api/market/history": MARKET,
+    "GET /api/market/history": ANY,
     "GET /api/market/parameters": ANY,
     "PUT /api/market/parameters": ADMIN,
     "PUT /api/market/correlations": ADMIN,
