@@ -17,6 +17,7 @@ from aiohttp import web
 from standardwebhooks import Webhook
 
 from app.db.session import Database
+from app.domain.dispatch import AN_ENDPOINT_MAX
 from app.errors import DatabaseUnavailableError
 from app.services import outbox, webhooks
 from app.services.delivery import POLL_SECONDS
@@ -271,7 +272,7 @@ async def test_one_slow_endpoint_does_not_hold_the_others(hooks: Hooks, receiver
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert max(waits) < 0.7
-    assert len(slow.received) <= 2 * outbox.AN_ENDPOINT_MAX * 4
+    assert len(slow.received) <= 2 * AN_ENDPOINT_MAX * 4
 
 
 async def test_two_workers_deliver_everything_and_rarely_twice(hooks: Hooks, receiver: Receiver) -> None:
@@ -311,7 +312,7 @@ async def test_what_a_dead_worker_held_is_sent_by_another_after_the_lease(hooks:
     await hooks.endpoint(receiver.url)
     event_id = await hooks.emit()
     async with hooks.database.transaction("dead") as tx:
-        (claimed,) = await outbox.claim(tx, "dead", 10, lease_seconds=0.5)
+        (claimed,) = await outbox.claim(tx, "dead", lease_seconds=0.5)
     assert await hooks.deliver("other") == 0
     await asyncio.sleep(0.6)
     assert await hooks.deliver("other") == 1
