@@ -51,6 +51,9 @@ RECOVERED_MAX = 10_000
 ENDED_AT_ONCE_MAX = 5_000
 """Deliveries that `end_abandoned` ends in one transaction: well within the time limit of a statement."""
 
+_FEW = 1_000
+"""Due deliveries that a claim looks at one by one; where there are more it goes from lane to lane."""
+
 _LANES_MAX = 640
 """Lanes that a claim looks at, of endpoints that are well and of those that fail. What is under way at once blocks
 fewer than 500, its agents' own: the others are not hidden behind them."""
@@ -184,64 +187,75 @@ async def enqueue_test(tx: Tx, event: int, endpoint_id: str) -> int:
 
 # --- out of it
 
-_WAITING = """
-    WITH RECURSIVE waiting AS (
-        (SELECT d.endpoint_id FROM webhook_deliveries d WHERE d.state = 'pending' {gate}
-         ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT 1)
-        UNION ALL
-        SELECT (SELECT d.endpoint_id FROM webhook_deliveries d
-                WHERE d.state = 'pending' AND d.endpoint_id > w.endpoint_id
-                ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT 1)
-        FROM waiting w WHERE w.endpoint_id IS NOT NULL
-    )
+_COUNT_DUE = text(
     """
-"""The endpoints for which something waits, one step of an index each, however much waits for one."""
-
-_ANY_DUE = """
-    AND EXISTS (
+    SELECT count(*) FROM (
         SELECT FROM webhook_deliveries
         WHERE state = 'pending' AND next_attempt_at <= :now AND (lease_until IS NULL OR lease_until <= :now)
+        ORDER BY next_attempt_at LIMIT :most
+    ) AS due
+    """
+).bindparams(bindparam("now", type_=_MOMENT), bindparam("most", type_=Integer))
+
+_HEADS_OF_FEW = """
+    WITH heads AS (
+        SELECT endpoint_id, priority, min(next_attempt_at) AS first, count(*) AS due_count
+        FROM webhook_deliveries
+        WHERE state = 'pending' AND next_attempt_at <= :now AND (lease_until IS NULL OR lease_until <= :now)
+        GROUP BY endpoint_id, priority
     )
     """
 
-
-def _by_endpoint(rest: str, gate: str = "") -> TextClause:
-    return text(_WAITING.format(gate=gate) + rest)
-
-
-_DUE = _by_endpoint(
+_HEADS_OF_MANY = """
+    WITH RECURSIVE lanes AS (
+        (SELECT endpoint_id, priority, next_attempt_at FROM webhook_deliveries
+         WHERE state = 'pending' ORDER BY endpoint_id, priority, next_attempt_at LIMIT 1)
+        UNION ALL
+        SELECT following.* FROM lanes l CROSS JOIN LATERAL (
+            SELECT d.endpoint_id, d.priority, d.next_attempt_at FROM webhook_deliveries d
+            WHERE d.state = 'pending' AND (d.endpoint_id, d.priority) > (l.endpoint_id, l.priority)
+            ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT 1
+        ) AS following
+    ), heads AS (
+        SELECT l.endpoint_id, l.priority, head.first, head.due_count
+        FROM lanes l CROSS JOIN LATERAL (
+            SELECT min(due.next_attempt_at) AS first, count(*) AS due_count FROM (
+                SELECT d.next_attempt_at FROM webhook_deliveries d
+                WHERE d.state = 'pending' AND (d.lease_until IS NULL OR d.lease_until <= :now)
+                    AND (d.endpoint_id, d.priority, d.next_attempt_at) >= (l.endpoint_id, l.priority, l.next_attempt_at)
+                    AND (d.endpoint_id, d.priority, d.next_attempt_at) <= (l.endpoint_id, l.priority, :now)
+                ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT :an_endpoint
+            ) AS due
+        ) AS head
+        WHERE l.next_attempt_at <= :now AND head.due_count > 0
+    )
     """
-    , due AS (
-        SELECT e.id, e.agent_id, e.failing_since IS NOT NULL AS failing, p.priority, lane.due_count, lane.first
-        FROM waiting w JOIN webhook_endpoints e ON e.id = w.endpoint_id AND e.status = 'enabled'
-            CROSS JOIN generate_series(0, 2) AS p (priority)
-            CROSS JOIN LATERAL (
-                SELECT count(*) AS due_count, min(head.next_attempt_at) AS first
-                FROM (
-                    SELECT d.next_attempt_at FROM webhook_deliveries d
-                    WHERE d.endpoint_id = e.id AND d.priority = p.priority AND d.state = 'pending'
-                        AND d.next_attempt_at <= :now AND (d.lease_until IS NULL OR d.lease_until <= :now)
-                    ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT :an_endpoint
-                ) AS head
-                HAVING count(*) > 0
-            ) AS lane
-    ), placed AS (
-        SELECT due.*, row_number() OVER (PARTITION BY agent_id, failing ORDER BY priority, first) AS place FROM due
+"""One step of an index from each lane to the next, however much waits in it. Rows are compared rather than each
+column, so that no other index will do: along the one by time it would walk all that waits."""
+
+_LANES = """
+    , placed AS (
+        SELECT e.id, e.agent_id, e.failing_since IS NOT NULL AS failing, h.priority, h.due_count, h.first,
+            row_number() OVER (
+                PARTITION BY e.agent_id, e.failing_since IS NOT NULL ORDER BY h.priority, h.first
+            ) AS place
+        FROM heads h JOIN webhook_endpoints e ON e.id = h.endpoint_id AND e.status = 'enabled'
     ), ranked AS (
         SELECT placed.*, row_number() OVER (PARTITION BY failing ORDER BY priority, first) AS rank
         FROM placed WHERE place <= :an_agent
     )
     SELECT id, agent_id, failing, priority, due_count
     FROM ranked WHERE rank <= :most ORDER BY priority, failing, first
-    """,
-    _ANY_DUE,
-).bindparams(
-    bindparam("now", type_=_MOMENT),
-    bindparam("an_endpoint", type_=Integer),
-    bindparam("an_agent", type_=Integer),
-    bindparam("most", type_=Integer),
-)
-"""What is due of each endpoint and priority. Where nothing is, it is one look at an index."""
+    """
+
+
+def _lanes(heads: str) -> TextClause:
+    most = [bindparam(name, type_=Integer) for name in ("an_agent", "most")]
+    return text(heads + _LANES).bindparams(bindparam("now", type_=_MOMENT), *most)
+
+
+_LANES_OF_FEW = _lanes(_HEADS_OF_FEW)
+_LANES_OF_MANY = _lanes(_HEADS_OF_MANY).bindparams(bindparam("an_endpoint", type_=Integer))
 
 _LEASE = text(
     """
@@ -249,15 +263,18 @@ _LEASE = text(
         SELECT d.id
         FROM unnest(:endpoints, :priorities, :counts) AS share (endpoint_id, priority, count) CROSS JOIN LATERAL (
             SELECT d.id FROM webhook_deliveries d
-            WHERE d.endpoint_id = share.endpoint_id AND d.priority = share.priority AND d.state = 'pending'
-                AND d.next_attempt_at <= :now AND (d.lease_until IS NULL OR d.lease_until <= :now)
+            WHERE d.state = 'pending' AND (d.lease_until IS NULL OR d.lease_until <= :now)
+                AND (d.endpoint_id, d.priority, d.next_attempt_at)
+                    >= (share.endpoint_id, share.priority, CAST('-infinity' AS timestamptz))
+                AND (d.endpoint_id, d.priority, d.next_attempt_at) <= (share.endpoint_id, share.priority, :now)
             ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT share.count
             FOR UPDATE SKIP LOCKED
         ) AS d
     )
     UPDATE webhook_deliveries d SET lease_until = :until, lease_token = :token
-    FROM taken, webhook_endpoints e, events v
-    WHERE d.id = taken.id AND e.id = d.endpoint_id AND v.id = d.event AND e.status = 'enabled'
+    FROM webhook_endpoints e, events v
+    WHERE d.id = ANY (ARRAY(SELECT id FROM taken))
+        AND e.id = d.endpoint_id AND v.id = d.event AND e.status = 'enabled'
     RETURNING d.id, d.lease_token AS token, d.endpoint_id, e.agent_id, e.url, e.secret,
         CASE WHEN e.secret_before_until > :now THEN e.secret_before END AS secret_before,
         v.event_id, v.type, v.timestamp, v.data::text AS data, d.attempts, d.slow_retries, d.urgent_until,
@@ -278,14 +295,24 @@ async def claim(tx: Tx, worker: str, lease_seconds: float, under_way: Collection
 
     Urgent ones and those to endpoints that are well come first; `domain.dispatch` says how many each may have.
     """
-    bounds = {"an_endpoint": AN_ENDPOINT_MAX, "an_agent": AN_AGENT_MAX, "most": _LANES_MAX}
-    due = await tx.connection.execute(_DUE, {"now": tx.now} | bounds)
-    lanes = [
-        Lane(Kind(row.id, row.agent_id, row.priority == URGENT, row.failing), row.priority, row.due_count)
-        for row in due
-    ]
+    due = (await tx.connection.execute(_COUNT_DUE, {"now": tx.now, "most": _FEW})).scalar_one()
+    if not due:
+        return []
+    lanes = await _due_lanes(tx, few=due < _FEW)
     shares = share_out(lanes, [claimed.kind for claimed in under_way])
     return await _lease(tx, worker, shares, lease_seconds) if shares else []
+
+
+async def _due_lanes(tx: Tx, *, few: bool) -> list[Lane]:
+    values = {"now": tx.now, "an_agent": AN_AGENT_MAX, "most": _LANES_MAX}
+    if few:
+        found = await tx.connection.execute(_LANES_OF_FEW, values)
+    else:
+        found = await tx.connection.execute(_LANES_OF_MANY, values | {"an_endpoint": AN_ENDPOINT_MAX})
+    return [
+        Lane(Kind(row.id, row.agent_id, row.priority == URGENT, row.failing), row.priority, row.due_count)
+        for row in found
+    ]
 
 
 async def _lease(tx: Tx, worker: str, shares: Sequence[Share], lease_seconds: float) -> list[Claim]:
@@ -366,22 +393,31 @@ def _retry(outcome: Outcome, now: datetime, draw: float) -> Retry | None:
     )
 
 
-_END_ABANDONED = _by_endpoint(
+_END_ABANDONED = text(
     """
-    , abandoned AS (
-        SELECT d.id, e.status
-        FROM waiting w JOIN webhook_endpoints e ON e.id = w.endpoint_id AND e.status <> 'enabled' CROSS JOIN LATERAL (
-            SELECT id FROM webhook_deliveries
-            WHERE endpoint_id = e.id AND state = 'pending' AND (lease_until IS NULL OR lease_until <= :now)
-            ORDER BY endpoint_id, priority, next_attempt_at LIMIT :most
-            FOR UPDATE SKIP LOCKED
-        ) AS d
+    WITH RECURSIVE waiting AS (
+        (SELECT endpoint_id FROM webhook_deliveries WHERE state = 'pending'
+         ORDER BY endpoint_id, priority, next_attempt_at LIMIT 1)
+        UNION ALL
+        SELECT following.* FROM waiting w CROSS JOIN LATERAL (
+            SELECT d.endpoint_id FROM webhook_deliveries d WHERE d.state = 'pending' AND d.endpoint_id > w.endpoint_id
+            ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT 1
+        ) AS following
+    ), abandoned AS (
+        SELECT d.id FROM waiting w JOIN webhook_endpoints e ON e.id = w.endpoint_id AND e.status <> 'enabled'
+            CROSS JOIN LATERAL (
+                SELECT id FROM webhook_deliveries
+                WHERE endpoint_id = e.id AND state = 'pending' AND (lease_until IS NULL OR lease_until <= :now)
+                ORDER BY endpoint_id, priority, next_attempt_at LIMIT :most
+                FOR UPDATE SKIP LOCKED
+            ) AS d
         LIMIT :most
     )
     UPDATE webhook_deliveries d
     SET state = 'failed', next_attempt_at = NULL, lease_until = NULL, lease_token = NULL,
-        last_error = 'the webhook was ' || abandoned.status
-    FROM abandoned WHERE d.id = abandoned.id
+        last_error = 'the webhook was ' || e.status
+    FROM webhook_endpoints e
+    WHERE d.id = ANY (ARRAY(SELECT id FROM abandoned)) AND e.id = d.endpoint_id
     """
 ).bindparams(bindparam("now", type_=_MOMENT), bindparam("most", type_=Integer))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, func, insert, select, update
+from sqlalchemy import ColumnElement, func, insert, select, text, update
 
 from app.db.event_tables import webhook_endpoints
 from app.db.session import Tx
@@ -185,12 +185,17 @@ async def _require_enabled(tx: Tx, agent_id: str | None, endpoint_id: str) -> En
 # --- what a worker found
 
 
+_WAIT_BRIEFLY = text("SET LOCAL lock_timeout = '1s'")
+"""An endpoint that somebody holds for longer holds up the others that are recorded with it."""
+
+
 async def record(tx: Tx, outcomes: Sequence[Outcome], draw: Callable[[], float]) -> int:
     """Write what attempts came to: deliveries done, to be tried again or failed; endpoints failing or disabled.
 
     What was leased to another worker meanwhile only goes into the log. `draw` gives numbers in [0, 1). Return how
     many endpoints were disabled.
     """
+    await tx.connection.execute(_WAIT_BRIEFLY)
     locked = await _lock_touched(tx, outcomes)
     held = await outbox.settle(tx, outcomes, draw)
     counted = [outcome for outcome in outcomes if outcome.claim.id in held]

@@ -24,6 +24,7 @@ TYPES = {
     "primerisk_margin_events": "counter",
     "primerisk_decision_seconds": "histogram",
     "primerisk_webhook_attempts": "counter",
+    "primerisk_webhook_faults": "counter",
     "primerisk_webhook_oldest_undelivered_seconds": "gauge",
     "primerisk_webhook_lag_seconds": "gauge",
     "primerisk_event_streams": "gauge",
