@@ -198,12 +198,19 @@ class _Desk:
                 task.cancel()
             await asyncio.wait(self._sending)
             self._collect()
-        if self._recording is not None:
-            await asyncio.wait([self._recording])
-        if self._ended:
-            await self._record()
+        rest = asyncio.create_task(self._record_rest())
+        await asyncio.wait([rest], timeout=seconds)
+        if not rest.done():
+            rest.cancel()
+            await asyncio.wait([rest])
         if self._ended:
             log.warning("%s webhooks are sent again later", len(self._ended))
+
+    async def _record_rest(self) -> None:
+        if self._recording is not None:
+            await self._recording  # cancelled with this
+        if self._ended:
+            await self._record()
 
     # --- what nobody waits for
 

@@ -195,14 +195,14 @@ class Stream:
 
     def __init__(self, reply: httpx.Response) -> None:
         self.reply = reply
-        self._lines = reply.aiter_lines()
+        self.lines = reply.aiter_lines()
 
     async def read(self, count: int) -> list[dict[str, str]]:
         """Return the next events, each as its fields."""
         found: list[dict[str, str]] = []
         fields: dict[str, str] = {}
         async with asyncio.timeout(5):
-            async for line in self._lines:
+            async for line in self.lines:
                 name, _, value = line.partition(": ")
                 if line and name:
                     fields[name] = value
@@ -295,7 +295,7 @@ async def test_a_busy_stream_ends_with_its_key(database_url: URL, database: Data
         async with database.transaction("test") as tx:
             await accounts.revoke_key(tx, key.id)
         async with asyncio.timeout(8):
-            async for _ in stream.reply.aiter_lines():
+            async for _ in stream.lines:
                 pass
         assert not emitting.done()
         emitting.cancel()
