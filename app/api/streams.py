@@ -56,9 +56,6 @@ class Streams:
             detail = f"{self._streams_max} event streams are open: poll instead"
             raise OverloadedError(detail, code="overloaded", headers={"Retry-After": "5"})
 
-    def _is_full(self, agent_id: str | None) -> bool:
-        return self._open[agent_id] >= AN_AGENT_MAX or self._open.total() >= self._streams_max
-
     @contextmanager
     def _counted(self, agent_id: str | None) -> Iterator[None]:
         self._open[agent_id] += 1
@@ -74,13 +71,11 @@ class Streams:
     async def follow(self, agent_id: str | None, after: int | None, check: Check) -> AsyncIterator[bytes]:
         """Yield the events past the number `after`, or (None) past now, as they come; and comments in between.
 
-        An outage of the database is waited out. Of callers that came at once, the ones too many are let go.
+        An outage of the database is waited out.
         """
         loop = asyncio.get_running_loop()
-        yield _OPENING
-        if self._is_full(agent_id):
-            return
         with self._counted(agent_id):
+            yield _OPENING
             watch = _Watch(check, self.heartbeat_seconds, loop.time() + STREAM_SECONDS_MAX)
             beat = loop.time()
             while not self._closing.is_set() and await watch.is_open():

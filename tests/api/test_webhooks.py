@@ -320,21 +320,6 @@ async def test_a_stream_goes_on_past_events_that_are_gone(database_url: URL, dat
             assert not line.startswith("id: ")
 
 
-async def test_streams_opened_at_once_are_no_more_than_the_limit(database_url: URL) -> None:
-    async def lasts(port: int) -> bool:
-        async with _stream(port) as stream:
-            try:
-                async with asyncio.timeout(2):
-                    async for _ in stream.reply.aiter_lines():
-                        pass
-            except TimeoutError:
-                return True
-            return False
-
-    async with serving(database_url) as port:
-        assert sum(await asyncio.gather(*(lasts(port) for _ in range(12)))) == 4
-
-
 async def test_few_tests_wait(hooked: Service) -> None:
     made = await _add(hooked)
     for _ in range(5):
