@@ -139,6 +139,11 @@ class Metrics:
             ("result",),
             registry=self.registry,
         )
+        self.webhook_faults = Counter(
+            "primerisk_webhook_faults_total",
+            "Faults of the delivery itself: something was not claimed, sent, recorded or tidied up.",
+            registry=self.registry,
+        )
         self.webhook_oldest_seconds = Gauge(
             "primerisk_webhook_oldest_undelivered_seconds",
             "Age of the oldest webhook that is still to be delivered.",

@@ -23,7 +23,7 @@ STREAM_SECONDS_MAX = 900.0
 
 _POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15.0
-"""How often a quiet stream shows that it is alive, and the caller's key is looked at again."""
+"""How often a quiet stream shows that it is alive, and the key of any stream's caller is looked at again."""
 
 _OPENING = b"retry: 1000\n\n"
 _HEARTBEAT = b": nothing new\n\n"
@@ -74,43 +74,63 @@ class Streams:
         An outage of the database is waited out.
         """
         loop = asyncio.get_running_loop()
-        ends = loop.time() + STREAM_SECONDS_MAX
         with self._counted(agent_id):
             yield _OPENING
+            watch = _Watch(check, self.heartbeat_seconds, loop.time() + STREAM_SECONDS_MAX)
             beat = loop.time()
-            while not self._closing.is_set() and loop.time() < ends:
+            while not self._closing.is_set() and await watch.is_open():
+                news: list[Event] = []
                 with contextlib.suppress(DatabaseUnavailableError):
-                    last = await self._last(agent_id)
+                    last = await events.last_sequence(self._database, agent_id)
                     after = last if after is None else after
                     if last > after:
-                        for event in await self._read(agent_id, after):
-                            yield _rendered(event)
-                            after, beat = event.sequence, loop.time()
-                        continue
-                if loop.time() - beat >= self.heartbeat_seconds:
-                    if not await _is_good(check):
+                        news = await self._read(agent_id, after)
+                        after = news[-1].sequence if news else last  # what was deleted meanwhile does not come
+                for event in news:
+                    if not await watch.is_open():
                         return
+                    yield _rendered(event)
+                    beat = loop.time()
+                if news:
+                    continue
+                if loop.time() - beat >= self.heartbeat_seconds:
                     yield _HEARTBEAT
                     beat = loop.time()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), _POLL_SECONDS)
-
-    async def _last(self, agent_id: str | None) -> int:
-        return await self._database.fetch_value(events.LAST_SEQUENCE, agent_id) or 0
 
     async def _read(self, agent_id: str | None, after: int) -> list[Event]:
         async with self._database.transaction("event-stream") as tx:
             return await events.list_events(tx, agent_id, events.EVENTS_A_PAGE_MAX, after)
 
 
-async def _is_good(check: Check) -> bool:
-    try:
-        await check()
-    except UnauthorizedError:
-        return False
-    except PrimeriskError:
-        pass  # it can't be told now: the next heartbeat asks again
-    return True
+class _Watch:
+    """Whether a stream may go on: its time is not up, and its caller's key was good when it was last looked at.
+
+    The key is looked at again each period, whether the stream is busy or quiet.
+    """
+
+    def __init__(self, check: Check, seconds: float, ends: float) -> None:
+        self._check = check
+        self._seconds = seconds
+        self._ends = ends
+        self._now = asyncio.get_running_loop().time
+        self._checked = self._now()
+
+    async def is_open(self) -> bool:
+        now = self._now()
+        if now >= self._ends:
+            return False
+        if now - self._checked < self._seconds:
+            return True
+        self._checked = now
+        try:
+            await self._check()
+        except UnauthorizedError:
+            return False
+        except PrimeriskError:
+            pass  # it can't be told now: the next period asks again
+        return True
 
 
 def _rendered(event: Event) -> bytes:

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -61,6 +62,12 @@ events = Table(
     CheckConstraint("sequence > 0", name="sequence"),
     CheckConstraint("type ~ '^[a-z_]{1,32}[.][a-z_]{1,32}$'", name="type"),
     Index("events_timestamp_idx", "agent_id", "timestamp"),
+    Index(
+        "events_margin_call_idx",
+        text("(data ->> 'margin_call_id')"),
+        "sequence",
+        postgresql_where=text("(data ->> 'margin_call_id') IS NOT NULL"),
+    ),
     info={"owner": "events"},
 )
 
@@ -108,6 +115,7 @@ webhook_deliveries = Table(
     _moment("delivered_at", nullable=True),
     Column("last_status", Integer),
     Column("last_error", Text),
+    Column("priority", SmallInteger, nullable=False, server_default=text("1")),
     UniqueConstraint("endpoint_id", "event", name="webhook_deliveries_endpoint_event_key"),
     CheckConstraint("state IN ('pending', 'delivered', 'failed')", name="state"),
     CheckConstraint("attempts >= 0 AND slow_retries >= 0 AND slow_retries <= attempts", name="attempts"),
@@ -116,7 +124,15 @@ webhook_deliveries = Table(
     CheckConstraint(
         "(lease_until IS NULL) = (lease_token IS NULL) AND (state = 'pending' OR lease_token IS NULL)", name="lease"
     ),
+    CheckConstraint("priority BETWEEN 0 AND 2", name="priority"),
     Index("webhook_deliveries_due_idx", "next_attempt_at", postgresql_where=text("state = 'pending'")),
+    Index(
+        "webhook_deliveries_lanes_idx",
+        "endpoint_id",
+        "priority",
+        "next_attempt_at",
+        postgresql_where=text("state = 'pending'"),
+    ),
     Index("webhook_deliveries_endpoint_id_idx", "endpoint_id", "id"),
     Index("webhook_deliveries_event_idx", "event"),
     info={"owner": "outbox"},

@@ -33,6 +33,10 @@ EVENT_TYPES = frozenset(
 )
 EVENT_FAMILIES = frozenset(name.partition(".")[0] for name in EVENT_TYPES)
 URGENT_FAMILIES = ("margin_call", "liquidation")
+TEST_EVENT = "webhook.test"
+
+URGENT, ORDINARY, TEST = range(3)
+"""Priorities of deliveries, the first sent first."""
 
 SECRET_PREFIX = "whsec_"  # noqa: S105  what secrets begin with
 SECRET_BYTES = 32
@@ -107,6 +111,13 @@ class Retry:
 def is_urgent(event_type: str) -> bool:
     """Tell whether the event's time is short."""
     return event_type.partition(".")[0] in URGENT_FAMILIES
+
+
+def priority_of(event_type: str) -> int:
+    """Return the priority of the first delivery of an event."""
+    if event_type == TEST_EVENT:
+        return TEST
+    return URGENT if is_urgent(event_type) else ORDINARY
 
 
 def next_retry(

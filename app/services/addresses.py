@@ -62,7 +62,7 @@ def checked_url(text: str, *, allow_private: bool) -> str:
     try:
         url = URL(text)
         host, _ = url.raw_host, url.port
-    except ValueError:
+    except (ValueError, IndexError):  # of what stands before an @ the parser expects more than it checks
         raise _refused("it can't be read") from None
     if url.scheme not in ("http", "https") or not host:
         raise _refused("it begins with https:// or http:// and a host")

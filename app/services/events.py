@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import DateTime, Integer, Text, bindparam, select, text
 
 from app.db.event_tables import events
-from app.db.session import Tx
+from app.db.session import Database, Tx
 from app.domain.webhooks import EVENT_TYPES, is_urgent
 from app.services import outbox
 
@@ -122,9 +122,6 @@ async def of_call(tx: Tx, agent_id: str, call_id: str, limit: int) -> list[Event
     return [Event(**row) for row in rows.mappings()]
 
 
-LAST_SEQUENCE = "SELECT last FROM event_sequences WHERE agent_id IS NOT DISTINCT FROM $1"
-
-
 _PURGE = text(
     """
     DELETE FROM events WHERE id IN (
@@ -139,3 +136,10 @@ async def purge(tx: Tx, before: datetime, most: int = EVENTS_A_PURGE_MAX) -> boo
     """Delete older events that no delivery needs; tell whether there may be more. Numbers are not given anew."""
     done = await tx.connection.execute(_PURGE, {"before": before, "most": most})
     return done.rowcount >= most
+
+
+async def last_sequence(database: Database, agent_id: str | None) -> int:
+    """Return the number of the last event of an agent, or (None) of the service; 0 before the first."""
+    if agent_id is None:
+        return await database.fetch_value("SELECT last FROM event_sequences WHERE agent_id IS NULL") or 0
+    return await database.fetch_value("SELECT last FROM event_sequences WHERE agent_id = $1", agent_id) or 0

@@ -11,24 +11,53 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import BigInteger, DateTime, Integer, Text, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    DateTime,
+    Integer,
+    SmallInteger,
+    Text,
+    TextClause,
+    bindparam,
+    case,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.db.event_tables import events, webhook_attempts, webhook_deliveries, webhook_endpoints
 from app.db.session import Tx
-from app.domain.webhooks import Attempts, Retry, is_urgent, next_retry, patterns_of
+from app.domain.dispatch import AN_AGENT_MAX, AN_ENDPOINT_MAX, Kind, Lane, Share, share_out
+from app.domain.webhooks import (
+    ORDINARY,
+    TEST,
+    TEST_EVENT,
+    URGENT,
+    Attempts,
+    Retry,
+    is_urgent,
+    next_retry,
+    patterns_of,
+    priority_of,
+)
 from app.errors import NotFoundError
-
-AN_ENDPOINT_MAX = 4
-"""Deliveries to one endpoint in one claim: a slow one leaves room to the others."""
 
 DELIVERIES_A_PAGE_MAX = 200
 ATTEMPTS_SHOWN_MAX = 100
 RECOVERED_MAX = 10_000
 DELIVERIES_A_PURGE_MAX = 5_000
+ENDED_AT_ONCE_MAX = 5_000
+"""Deliveries that `end_abandoned` ends in one transaction: well within the time limit of a statement."""
 
-_WINDOW = 8
-"""Due rows that a claim looks at, for each that it takes: many may be of one endpoint."""
+_FEW = 1_000
+"""Due deliveries that a claim looks at one by one; where there are more it goes from lane to lane."""
+
+_LANES_MAX = 640
+"""Lanes that a claim looks at, of endpoints that are well and of those that fail. What is under way at once blocks
+fewer than 500, its agents' own: the others are not hidden behind them."""
 
 _MOMENT = DateTime(timezone=True)
 
@@ -51,6 +80,13 @@ class Claim:
     attempts: int
     slow_retries: int
     urgent_until: datetime | None
+    priority: int = ORDINARY
+    failing: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Return what its slot is counted by."""
+        return Kind(self.endpoint_id, self.agent_id, self.priority == URGENT, self.failing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,30 +140,47 @@ class Attempt:
 
 # --- into the queue
 
-_ENQUEUE = text(
+
+def _owned(statement: str) -> dict[bool, TextClause]:
+    """Return a statement for an agent (True) and for the service: IS NOT DISTINCT FROM would use no index."""
+    return {
+        True: text(statement.format(mine="agent_id = :agent_id")).bindparams(bindparam("agent_id", type_=Text)),
+        False: text(statement.format(mine="agent_id IS NULL")),
+    }
+
+
+_ENQUEUE = _owned(
     """
-    INSERT INTO webhook_deliveries (endpoint_id, event, urgent_until, created_at, next_attempt_at)
-    SELECT id, :event, :deadline, :now, :now FROM webhook_endpoints
-    WHERE agent_id IS NOT DISTINCT FROM :agent_id AND status = 'enabled' AND (filters = '{}' OR filters && :patterns)
+    INSERT INTO webhook_deliveries (endpoint_id, event, priority, urgent_until, created_at, next_attempt_at)
+    SELECT id, CAST(:event AS bigint), CAST(:priority AS smallint), CAST(:deadline AS timestamptz),
+        CAST(:now AS timestamptz), CAST(:now AS timestamptz)
+    FROM webhook_endpoints
+    WHERE {mine} AND status = 'enabled' AND (filters = '{{}}' OR filters && CAST(:patterns AS text[]))
     """
-).bindparams(
-    bindparam("event", type_=BigInteger),
-    bindparam("deadline", type_=_MOMENT),
-    bindparam("now", type_=_MOMENT),
-    bindparam("agent_id", type_=Text),
-    bindparam("patterns", type_=ARRAY(Text)),
 )
 
 
 async def enqueue(tx: Tx, event: int, event_type: str, agent_id: str | None, deadline: datetime | None) -> None:
     """Queue an event for every enabled endpoint of its agent that wants its type."""
-    values = {"event": event, "deadline": deadline, "now": tx.now, "agent_id": agent_id}
-    await tx.connection.execute(_ENQUEUE, values | {"patterns": list(patterns_of(event_type))})
+    values = {
+        "event": event,
+        "priority": priority_of(event_type),
+        "deadline": deadline,
+        "now": tx.now,
+        "patterns": list(patterns_of(event_type)),
+        **_owner(agent_id),
+    }
+    await tx.connection.execute(_ENQUEUE[agent_id is not None], values)
 
 
-async def enqueue_for(tx: Tx, event: int, endpoint_id: str) -> int:
-    """Queue an event for one endpoint, whatever its filters, and return the delivery's id."""
+def _owner(agent_id: str | None) -> dict[str, str]:
+    return {} if agent_id is None else {"agent_id": agent_id}
+
+
+async def enqueue_test(tx: Tx, event: int, endpoint_id: str) -> int:
+    """Queue a test event for one endpoint, whatever its filters, and return the delivery's id."""
     row = {"endpoint_id": endpoint_id, "event": event, "created_at": tx.now, "next_attempt_at": tx.now}
+    row["priority"] = TEST
     added = await tx.connection.execute(insert(webhook_deliveries).values(row).returning(webhook_deliveries.c.id))
     number: int = added.scalar_one()
     return number
@@ -135,51 +188,145 @@ async def enqueue_for(tx: Tx, event: int, endpoint_id: str) -> int:
 
 # --- out of it
 
-_CLAIM = text(
+_COUNT_DUE = text(
     """
-    WITH due AS (
-        SELECT d.id, d.endpoint_id, d.next_attempt_at
-        FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
-        WHERE d.state = 'pending' AND d.next_attempt_at <= :now AND (d.lease_until IS NULL OR d.lease_until <= :now)
-          AND e.status = 'enabled' AND d.endpoint_id <> ALL (:busy)
-        ORDER BY d.next_attempt_at LIMIT :looked_at
-        FOR UPDATE OF d SKIP LOCKED
-    ), placed AS (
-        SELECT id, next_attempt_at, row_number() OVER (PARTITION BY endpoint_id ORDER BY next_attempt_at, id) AS place
-        FROM due
-    ), taken AS (
-        SELECT id FROM placed WHERE place <= :an_endpoint ORDER BY next_attempt_at, id LIMIT :most
+    SELECT count(*) FROM (
+        SELECT FROM webhook_deliveries
+        WHERE state = 'pending' AND next_attempt_at <= :now AND (lease_until IS NULL OR lease_until <= :now)
+        ORDER BY next_attempt_at LIMIT :most
+    ) AS due
+    """
+).bindparams(bindparam("now", type_=_MOMENT), bindparam("most", type_=Integer))
+
+_HEADS_OF_FEW = """
+    WITH heads AS (
+        SELECT endpoint_id, priority, min(next_attempt_at) AS first, count(*) AS due_count
+        FROM webhook_deliveries
+        WHERE state = 'pending' AND next_attempt_at <= :now AND (lease_until IS NULL OR lease_until <= :now)
+        GROUP BY endpoint_id, priority
+    )
+    """
+
+_HEADS_OF_MANY = """
+    WITH RECURSIVE lanes AS (
+        (SELECT endpoint_id, priority, next_attempt_at FROM webhook_deliveries
+         WHERE state = 'pending' ORDER BY endpoint_id, priority, next_attempt_at LIMIT 1)
+        UNION ALL
+        SELECT following.* FROM lanes l CROSS JOIN LATERAL (
+            SELECT d.endpoint_id, d.priority, d.next_attempt_at FROM webhook_deliveries d
+            WHERE d.state = 'pending' AND (d.endpoint_id, d.priority) > (l.endpoint_id, l.priority)
+            ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT 1
+        ) AS following
+    ), heads AS (
+        SELECT l.endpoint_id, l.priority, head.first, head.due_count
+        FROM lanes l CROSS JOIN LATERAL (
+            SELECT min(due.next_attempt_at) AS first, count(*) AS due_count FROM (
+                SELECT d.next_attempt_at FROM webhook_deliveries d
+                WHERE d.state = 'pending' AND (d.lease_until IS NULL OR d.lease_until <= :now)
+                    AND (d.endpoint_id, d.priority, d.next_attempt_at) >= (l.endpoint_id, l.priority, l.next_attempt_at)
+                    AND (d.endpoint_id, d.priority, d.next_attempt_at) <= (l.endpoint_id, l.priority, :now)
+                ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT :an_endpoint
+            ) AS due
+        ) AS head
+        WHERE l.next_attempt_at <= :now AND head.due_count > 0
+    )
+    """
+"""One step of an index from each lane to the next, however much waits in it. Rows are compared rather than each
+column, so that no other index will do: along the one by time it would walk all that waits."""
+
+_LANES = """
+    , placed AS (
+        SELECT e.id, e.agent_id, e.failing_since IS NOT NULL AS failing, h.priority, h.due_count, h.first,
+            row_number() OVER (
+                PARTITION BY e.agent_id, e.failing_since IS NOT NULL ORDER BY h.priority, h.first
+            ) AS place
+        FROM heads h JOIN webhook_endpoints e ON e.id = h.endpoint_id AND e.status = 'enabled'
+    ), ranked AS (
+        SELECT placed.*, row_number() OVER (PARTITION BY failing ORDER BY priority, first) AS rank
+        FROM placed WHERE place <= :an_agent
+    )
+    SELECT id, agent_id, failing, priority, due_count
+    FROM ranked WHERE rank <= :most ORDER BY priority, failing, first
+    """
+
+
+def _lanes(heads: str) -> TextClause:
+    most = [bindparam(name, type_=Integer) for name in ("an_agent", "most")]
+    return text(heads + _LANES).bindparams(bindparam("now", type_=_MOMENT), *most)
+
+
+_LANES_OF_FEW = _lanes(_HEADS_OF_FEW)
+_LANES_OF_MANY = _lanes(_HEADS_OF_MANY).bindparams(bindparam("an_endpoint", type_=Integer))
+
+_LEASE = text(
+    """
+    WITH taken AS (
+        SELECT d.id
+        FROM unnest(:endpoints, :priorities, :counts) AS share (endpoint_id, priority, count) CROSS JOIN LATERAL (
+            SELECT d.id FROM webhook_deliveries d
+            WHERE d.state = 'pending' AND (d.lease_until IS NULL OR d.lease_until <= :now)
+                AND (d.endpoint_id, d.priority, d.next_attempt_at)
+                    >= (share.endpoint_id, share.priority, CAST('-infinity' AS timestamptz))
+                AND (d.endpoint_id, d.priority, d.next_attempt_at) <= (share.endpoint_id, share.priority, :now)
+            ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT share.count
+            FOR UPDATE SKIP LOCKED
+        ) AS d
     )
     UPDATE webhook_deliveries d SET lease_until = :until, lease_token = :token
-    FROM taken, webhook_endpoints e, events v
-    WHERE d.id = taken.id AND e.id = d.endpoint_id AND v.id = d.event
+    FROM webhook_endpoints e, events v
+    WHERE d.id = ANY (ARRAY(SELECT id FROM taken))
+        AND e.id = d.endpoint_id AND v.id = d.event AND e.status = 'enabled'
     RETURNING d.id, d.lease_token AS token, d.endpoint_id, e.agent_id, e.url, e.secret,
         CASE WHEN e.secret_before_until > :now THEN e.secret_before END AS secret_before,
-        v.event_id, v.type, v.timestamp, v.data::text AS data, d.attempts, d.slow_retries, d.urgent_until
+        v.event_id, v.type, v.timestamp, v.data::text AS data, d.attempts, d.slow_retries, d.urgent_until,
+        d.priority, e.failing_since IS NOT NULL AS failing
     """
 ).bindparams(
     bindparam("now", type_=_MOMENT),
     bindparam("until", type_=_MOMENT),
     bindparam("token", type_=Text),
-    bindparam("busy", type_=ARRAY(Text)),
-    bindparam("looked_at", type_=Integer),
-    bindparam("an_endpoint", type_=Integer),
-    bindparam("most", type_=Integer),
+    bindparam("endpoints", type_=ARRAY(Text)),
+    bindparam("priorities", type_=ARRAY(SmallInteger)),
+    bindparam("counts", type_=ARRAY(Integer)),
 )
 
 
-async def claim(tx: Tx, worker: str, limit: int, lease_seconds: float, busy: Collection[str] = ()) -> list[Claim]:
-    """Lease deliveries that are due, the longest due first, but none to the endpoints that are `busy`."""
+async def claim(tx: Tx, worker: str, lease_seconds: float, under_way: Collection[Claim] = ()) -> list[Claim]:
+    """Lease deliveries that are due, as many as there is room for beside those that are `under_way`.
+
+    Urgent ones and those to endpoints that are well come first; `domain.dispatch` says how many each may have.
+    """
+    due = (await tx.connection.execute(_COUNT_DUE, {"now": tx.now, "most": _FEW})).scalar_one()
+    if not due:
+        return []
+    lanes = await _due_lanes(tx, few=due < _FEW)
+    shares = share_out(lanes, [claimed.kind for claimed in under_way])
+    return await _lease(tx, worker, shares, lease_seconds) if shares else []
+
+
+async def _due_lanes(tx: Tx, *, few: bool) -> list[Lane]:
+    values = {"now": tx.now, "an_agent": AN_AGENT_MAX, "most": _LANES_MAX}
+    if few:
+        found = await tx.connection.execute(_LANES_OF_FEW, values)
+    else:
+        found = await tx.connection.execute(_LANES_OF_MANY, values | {"an_endpoint": AN_ENDPOINT_MAX})
+    return [
+        Lane(Kind(row.id, row.agent_id, row.priority == URGENT, row.failing), row.priority, row.due_count)
+        for row in found
+    ]
+
+
+async def _lease(tx: Tx, worker: str, shares: Sequence[Share], lease_seconds: float) -> list[Claim]:
     values = {
         "now": tx.now,
         "until": tx.now + timedelta(seconds=lease_seconds),
         "token": f"{worker}:{secrets.token_hex(8)}",
-        "busy": list(busy),
-        "looked_at": limit * _WINDOW,
-        "an_endpoint": AN_ENDPOINT_MAX,
-        "most": limit,
+        "endpoints": [share.endpoint_id for share in shares],
+        "priorities": [share.priority for share in shares],
+        "counts": [share.count for share in shares],
     }
-    return [Claim(**row) for row in (await tx.connection.execute(_CLAIM, values)).mappings()]
+    found = [Claim(**row) for row in (await tx.connection.execute(_LEASE, values)).mappings()]
+    return sorted(found, key=lambda claimed: (claimed.priority, claimed.id))
 
 
 _SETTLE = text(
@@ -237,9 +384,9 @@ async def settle(tx: Tx, outcomes: Sequence[Outcome], draw: Callable[[], float])
 
 
 def _retry(outcome: Outcome, now: datetime, draw: float) -> Retry | None:
-    if outcome.delivered or outcome.gone:
-        return None
     held = outcome.claim
+    if outcome.delivered or outcome.gone or held.type == TEST_EVENT:  # who asked for a test asks again
+        return None
     behind = Attempts(held.attempts + 1, held.slow_retries)
     urgent = is_urgent(held.type)
     return next_retry(
@@ -247,50 +394,88 @@ def _retry(outcome: Outcome, now: datetime, draw: float) -> Retry | None:
     )
 
 
-async def give_up(tx: Tx, endpoint_id: str, why: str) -> None:
-    """End everything that waits for an endpoint; what is being sent to it changes nothing any more."""
+_END_ABANDONED = text(
+    """
+    WITH RECURSIVE waiting AS (
+        (SELECT endpoint_id FROM webhook_deliveries WHERE state = 'pending'
+         ORDER BY endpoint_id, priority, next_attempt_at LIMIT 1)
+        UNION ALL
+        SELECT following.* FROM waiting w CROSS JOIN LATERAL (
+            SELECT d.endpoint_id FROM webhook_deliveries d WHERE d.state = 'pending' AND d.endpoint_id > w.endpoint_id
+            ORDER BY d.endpoint_id, d.priority, d.next_attempt_at LIMIT 1
+        ) AS following
+    ), abandoned AS (
+        SELECT d.id FROM waiting w JOIN webhook_endpoints e ON e.id = w.endpoint_id AND e.status <> 'enabled'
+            CROSS JOIN LATERAL (
+                SELECT id FROM webhook_deliveries
+                WHERE endpoint_id = e.id AND state = 'pending' AND (lease_until IS NULL OR lease_until <= :now)
+                ORDER BY endpoint_id, priority, next_attempt_at LIMIT :most
+                FOR UPDATE SKIP LOCKED
+            ) AS d
+        LIMIT :most
+    )
+    UPDATE webhook_deliveries d
+    SET state = 'failed', next_attempt_at = NULL, lease_until = NULL, lease_token = NULL,
+        last_error = 'the webhook was ' || e.status
+    FROM webhook_endpoints e
+    WHERE d.id = ANY (ARRAY(SELECT id FROM abandoned)) AND e.id = d.endpoint_id
+    """
+).bindparams(bindparam("now", type_=_MOMENT), bindparam("most", type_=Integer))
+
+
+async def end_abandoned(tx: Tx) -> int:
+    """End deliveries that wait for endpoints that are disabled or deleted, a limited number; return how many.
+
+    What is being sent just now is left to whoever sends it.
+    """
+    return (await tx.connection.execute(_END_ABANDONED, {"now": tx.now, "most": ENDED_AT_ONCE_MAX})).rowcount
+
+
+async def count_tests(tx: Tx, endpoint_id: str) -> int:
+    """Return how many test events wait for an endpoint."""
     columns = webhook_deliveries.c
-    waiting = update(webhook_deliveries).where(columns.endpoint_id == endpoint_id, columns.state == "pending")
-    ended = {"state": "failed", "next_attempt_at": None, "lease_until": None, "lease_token": None, "last_error": why}
-    await tx.connection.execute(waiting.values(ended))
+    query = select(func.count()).where(
+        columns.endpoint_id == endpoint_id, columns.priority == TEST, columns.state == "pending"
+    )
+    count: int = (await tx.connection.execute(query)).scalar_one()
+    return count
 
 
 # --- again
 
 
 async def rearm(tx: Tx, delivery_id: int) -> None:
-    """Send a delivery once more, now, whatever became of it; the schedule of retries begins anew."""
+    """Send a delivery once more, now, whatever became of it; the schedule of retries begins anew.
+
+    What is sent again goes after what is urgent for the first time.
+    """
     columns = webhook_deliveries.c
     values = {"state": "pending", "slow_retries": 0, "next_attempt_at": tx.now, "delivered_at": None}
+    values["priority"] = case((columns.priority == URGENT, ORDINARY), else_=columns.priority)
     await tx.connection.execute(update(webhook_deliveries).where(columns.id == delivery_id).values(values))
 
 
-_RECOVER = text(
+_RECOVER = _owned(
     """
     INSERT INTO webhook_deliveries AS d (endpoint_id, event, created_at, next_attempt_at)
-    SELECT :endpoint_id, v.id, :now, :now
+    SELECT :endpoint_id, v.id, CAST(:now AS timestamptz), CAST(:now AS timestamptz)
     FROM events v LEFT JOIN webhook_deliveries b ON b.endpoint_id = :endpoint_id AND b.event = v.id
-    WHERE v.agent_id IS NOT DISTINCT FROM :agent_id AND v.timestamp >= :since AND (b.id IS NULL OR b.state = 'failed')
-      AND v.type <> 'webhook.test'
-      AND (:filters = '{}' OR :filters && ARRAY[v.type, split_part(v.type, '.', 1) || '.*'])
-    ORDER BY v.id LIMIT :most
-    ON CONFLICT (endpoint_id, event) DO UPDATE SET state = 'pending', slow_retries = 0, next_attempt_at = :now
+    WHERE v.{mine} AND v.timestamp >= :since AND (b.id IS NULL OR b.state = 'failed') AND v.type <> 'webhook.test'
+      AND (CAST(:filters AS text[]) = '{{}}'
+           OR CAST(:filters AS text[]) && ARRAY[v.type, split_part(v.type, '.', 1) || '.*'])
+    ORDER BY v.sequence LIMIT :most
+    ON CONFLICT (endpoint_id, event) DO UPDATE
+    SET state = 'pending', priority = 1, slow_retries = 0, next_attempt_at = CAST(:now AS timestamptz)
     WHERE d.state = 'failed'
     """
-).bindparams(
-    bindparam("endpoint_id", type_=Text),
-    bindparam("agent_id", type_=Text),
-    bindparam("filters", type_=ARRAY(Text)),
-    bindparam("since", type_=_MOMENT),
-    bindparam("now", type_=_MOMENT),
-    bindparam("most", type_=Integer),
 )
 
 
 async def recover(tx: Tx, endpoint_id: str, agent_id: str | None, filters: Sequence[str], since: datetime) -> int:
     """Queue again what an endpoint has missed since a moment, the oldest first; return how many, a limited number."""
-    values = {"endpoint_id": endpoint_id, "agent_id": agent_id, "filters": list(filters), "since": since}
-    done = await tx.connection.execute(_RECOVER, values | {"now": tx.now, "most": RECOVERED_MAX})
+    values = {"endpoint_id": endpoint_id, "filters": list(filters), "since": since} | _owner(agent_id)
+    values |= {"now": tx.now, "most": RECOVERED_MAX}
+    done = await tx.connection.execute(_RECOVER[agent_id is not None], values)
     return done.rowcount
 
 

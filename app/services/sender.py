@@ -10,8 +10,10 @@ import asyncio
 import functools
 import logging
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +21,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from app.db.session import Clock
+from app.domain.dispatch import AN_AGENT_MAX, UNDER_WAY_MAX
 from app.domain.webhooks import read_retry_after, signatures
 from app.services.addresses import is_public
 from app.services.events import body_of
@@ -34,11 +37,20 @@ Resolve = Callable[[str, int], Awaitable[Sequence[tuple[Any, ...]]]]
 _KEEP_ALIVE_SECONDS = 2.0
 """Below the idle time of usual servers: a request on a connection that they have just closed counts as failed."""
 _NAMES_KEPT_SECONDS = 10
-_LOOK_UPS_MAX = 32
+_LOOK_UPS_MAX = UNDER_WAY_MAX
+_LOOK_UPS_AN_AGENT_MAX = AN_AGENT_MAX
+"""Look-ups for one agent at once. One that nobody answers outlives its request: it can't be broken off."""
+
+_sent_for: ContextVar[str | None] = ContextVar("sent_for", default=None)
+"""Whose webhook is being sent; its look-ups run in copies of its context."""
 
 
 class PrivateAddressError(OSError):
     """The address is not one of the public internet."""
+
+
+class LookUpsHangError(OSError):
+    """As many names of an agent's are being looked up as may be."""
 
 
 class Sender:
@@ -84,6 +96,7 @@ class Sender:
         loop = asyncio.get_running_loop()
         begun, at = loop.time(), self._clock.now()
         status, error, wait = None, None, None
+        _sent_for.set(claim.agent_id)
         try:
             status, wait = await self._post(claim, int(at.timestamp()))
         except (aiohttp.ClientError, OSError, ValueError) as raised:
@@ -128,6 +141,7 @@ class _Resolver(AbstractResolver):
         # not the loop's own few threads: names that nobody answers for would hold up all others
         self._threads = ThreadPoolExecutor(_LOOK_UPS_MAX, "look-up")
         self._look_up = look_up or self._ask_system
+        self._asking = Counter[str | None]()
         self._allow_private = allow_private
 
     async def resolve(
@@ -137,12 +151,25 @@ class _Resolver(AbstractResolver):
             ResolveResult(
                 hostname=host, host=where[0], port=port, family=kind, proto=protocol, flags=socket.AI_NUMERICHOST
             )
-            for kind, _, protocol, _, where in await self._look_up(host, port)
+            for kind, _, protocol, _, where in await self._asked_fairly(host, port)
             if family in (socket.AF_UNSPEC, kind)
         ]
         if not self._allow_private and not all(is_public(result["host"]) for result in found):
             raise PrivateAddressError("not a public address")
         return found
+
+    async def _asked_fairly(self, host: str, port: int) -> Sequence[tuple[Any, ...]]:
+        """Look up a name, unless look-ups for the same agent hang already: they must not take everybody's threads."""
+        agent = _sent_for.get()
+        if self._asking[agent] >= _LOOK_UPS_AN_AGENT_MAX:
+            raise LookUpsHangError("look-ups hang")
+        self._asking[agent] += 1
+        try:
+            return await self._look_up(host, port)
+        finally:
+            self._asking[agent] -= 1
+            if not self._asking[agent]:
+                del self._asking[agent]
 
     async def _ask_system(self, host: str, port: int) -> Sequence[tuple[Any, ...]]:
         ask = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
@@ -165,6 +192,7 @@ _NAMES: tuple[tuple[type[Exception], str], ...] = (
 
 def _named(error: Exception) -> str:
     """Return an error in a few words of ours: a receiver's bytes stay out of the log."""
-    if isinstance(getattr(error, "os_error", error), PrivateAddressError):
-        return "private address"
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, (PrivateAddressError, LookUpsHangError)):
+        return "private address" if isinstance(cause, PrivateAddressError) else "look-ups hang"
     return next((name for kind, name in _NAMES if isinstance(error, kind)), "not HTTP")

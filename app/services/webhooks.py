@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, func, insert, select, update
+from sqlalchemy import ColumnElement, func, insert, select, text, update
 
 from app.db.event_tables import webhook_endpoints
 from app.db.session import Tx
-from app.domain.webhooks import FAILING_DAYS_MAX, SECRET_BYTES, format_secret, is_filter
+from app.domain.webhooks import FAILING_DAYS_MAX, SECRET_BYTES, TEST_EVENT, format_secret, is_filter
 from app.errors import NotFoundError, conflict, invalid
 from app.services import audit, events, outbox
 from app.services.addresses import checked_url
@@ -22,6 +22,8 @@ ENDPOINTS_MAX = 10
 FILTERS_MAX = 50
 SECRET_OVERLAP_HOURS = 24
 RECOVER_DAYS_MAX = 30
+TESTS_MAX = 5
+"""Test events that may wait for one endpoint: each takes a slot for as long as the receiver makes it last."""
 
 _ENDPOINTS_LOCK = 7_165_002
 """Of `pg_advisory_xact_lock`, with the agent's hash: its endpoints are counted and added by one at a time."""
@@ -107,11 +109,13 @@ async def get(tx: Tx, agent_id: str | None, endpoint_id: str, *, lock: bool = Fa
 
 
 async def delete(tx: Tx, agent_id: str | None, endpoint_id: str) -> None:
-    """Delete an endpoint: its secrets go, and what waits for it; the log of what was sent stays."""
+    """Delete an endpoint and its secrets: nothing is sent to it any more; the log of what was sent stays.
+
+    What waits for it is ended by the workers, batch by batch: it may be more than one transaction can change.
+    """
     await get(tx, agent_id, endpoint_id, lock=True)
     gone = {"status": "deleted", "reason": None, "secret": None, "secret_before": None, "secret_before_until": None}
     await _update(tx, endpoint_id, **gone)
-    await outbox.give_up(tx, endpoint_id, "the webhook was deleted")
     await audit.record(tx, "webhook.deleted", endpoint_id, agent_id)
 
 
@@ -133,10 +137,15 @@ async def enable(tx: Tx, agent_id: str | None, endpoint_id: str) -> Endpoint:
 
 
 async def send_test(tx: Tx, agent_id: str | None, endpoint_id: str) -> Delivery:
-    """Queue an event `webhook.test` for this endpoint alone. Raises ConflictError where it is disabled."""
+    """Queue an event `webhook.test` for this endpoint alone, to be tried once.
+
+    Raises ConflictError where it is disabled, or as many wait as may.
+    """
     await _require_enabled(tx, agent_id, endpoint_id)
-    written = await events.write(tx, "webhook.test", agent_id, {"webhook_id": endpoint_id})
-    return await outbox.get_delivery(tx, agent_id, await outbox.enqueue_for(tx, written.number, endpoint_id))
+    if await outbox.count_tests(tx, endpoint_id) >= TESTS_MAX:
+        raise conflict("/tests", "too_many_tests", f"{TESTS_MAX} test events wait for this webhook")
+    written = await events.write(tx, TEST_EVENT, agent_id, {"webhook_id": endpoint_id})
+    return await outbox.get_delivery(tx, agent_id, await outbox.enqueue_test(tx, written.number, endpoint_id))
 
 
 async def list_deliveries(
@@ -176,44 +185,61 @@ async def _require_enabled(tx: Tx, agent_id: str | None, endpoint_id: str) -> En
 # --- what a worker found
 
 
-async def record(tx: Tx, outcomes: Sequence[Outcome], draw: Callable[[], float]) -> None:
+_WAIT_BRIEFLY = text("SET LOCAL lock_timeout = '1s'")
+"""An endpoint that somebody holds for longer holds up the others that are recorded with it."""
+
+
+async def record(tx: Tx, outcomes: Sequence[Outcome], draw: Callable[[], float]) -> int:
     """Write what attempts came to: deliveries done, to be tried again or failed; endpoints failing or disabled.
 
-    What was leased to another worker meanwhile only goes into the log. `draw` gives numbers in [0, 1).
+    What was leased to another worker meanwhile only goes into the log. `draw` gives numbers in [0, 1). Return how
+    many endpoints were disabled.
     """
-    failing = sorted({o.claim.endpoint_id for o in outcomes if not o.delivered})
-    columns = webhook_endpoints.c
-    if failing:  # in one order, before any delivery: workers that record for the same endpoints take turns
-        await tx.connection.execute(
-            select(columns.id).where(columns.id.in_(failing)).order_by(columns.id).with_for_update(key_share=True)
-        )
+    await tx.connection.execute(_WAIT_BRIEFLY)
+    locked = await _lock_touched(tx, outcomes)
     held = await outbox.settle(tx, outcomes, draw)
     counted = [outcome for outcome in outcomes if outcome.claim.id in held]
     well = {outcome.claim.endpoint_id for outcome in counted if outcome.delivered}
-    if well:
-        healed = update(webhook_endpoints).where(columns.id.in_(well), columns.failing_since.is_not(None))
+    columns = webhook_endpoints.c
+    if well & locked:
+        healed = update(webhook_endpoints).where(columns.id.in_(well & locked), columns.failing_since.is_not(None))
         await tx.connection.execute(healed.values(failing_since=None))
     ill = {o.claim.endpoint_id for o in counted if not o.delivered} - well
     if ill:
         fallen = update(webhook_endpoints).where(columns.id.in_(ill), columns.failing_since.is_(None))
         await tx.connection.execute(fallen.values(failing_since=tx.now))
     gone = {o.claim.endpoint_id for o in counted if o.gone}
-    await _disable_lost(tx, ill | gone, gone)
+    return await _disable_lost(tx, ill | gone, gone)
 
 
-async def _disable_lost(tx: Tx, suspects: set[str], gone: set[str]) -> None:
-    """Disable what answered 410, and what has failed for days, and tell their agents."""
+async def _lock_touched(tx: Tx, outcomes: Sequence[Outcome]) -> set[str]:
+    """Lock the endpoints that the outcomes may change, all at once in one order, and return them.
+
+    Workers that record for the same endpoints take turns, whichever of them fail and whichever are well again.
+    """
+    columns = webhook_endpoints.c
+    failed = {o.claim.endpoint_id for o in outcomes if not o.delivered}
+    delivered = {o.claim.endpoint_id for o in outcomes if o.delivered}
+    touched = columns.id.in_(failed) | (columns.id.in_(delivered) & columns.failing_since.is_not(None))
+    query = select(columns.id).where(touched).order_by(columns.id).with_for_update(key_share=True)
+    return set((await tx.connection.execute(query)).scalars())
+
+
+async def _disable_lost(tx: Tx, suspects: set[str], gone: set[str]) -> int:
+    """Disable what answered 410, and what has failed for days, and tell their agents; return how many."""
+    if not suspects:
+        return 0
     columns = webhook_endpoints.c
     lost = columns.id.in_(gone) | (columns.failing_since <= tx.now - timedelta(days=FAILING_DAYS_MAX))
     query = select(columns.id, columns.agent_id, columns.url, columns.failing_since)
     query = query.where(columns.id.in_(suspects), columns.status == "enabled", lost)
-    found = await tx.connection.execute(query.order_by(columns.agent_id, columns.id))
-    for row in found.all() if suspects else ():
+    found = (await tx.connection.execute(query.order_by(columns.agent_id, columns.id))).all()
+    for row in found:
         reason = "it answered 410 Gone" if row.id in gone else f"every attempt of {FAILING_DAYS_MAX} days failed"
         await _update(tx, row.id, status="disabled", reason=reason)
-        await outbox.give_up(tx, row.id, "the webhook was disabled")
         told = {"webhook_id": row.id, "url": row.url, "reason": reason, "failing_since": row.failing_since}
         await events.emit(tx, "webhook.disabled", row.agent_id, told)
+    return len(found)
 
 
 async def _update(tx: Tx, endpoint_id: str, **values: object) -> None:

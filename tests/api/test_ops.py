@@ -25,6 +25,7 @@ TYPES = {
     "primerisk_decision_seconds": "histogram",
     "primerisk_liquidations_escalated": "counter",
     "primerisk_webhook_attempts": "counter",
+    "primerisk_webhook_faults": "counter",
     "primerisk_webhook_oldest_undelivered_seconds": "gauge",
     "primerisk_webhook_lag_seconds": "gauge",
     "primerisk_event_streams": "gauge",

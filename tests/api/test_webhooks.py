@@ -149,6 +149,7 @@ async def test_the_service_has_events_and_webhooks_of_its_own(hooked: Service) -
         ({"url": "http://localhost:8000/"}, 422, "private_address", "/url"),
         ({"url": "ftp://example.com/"}, 422, "invalid_url", "/url"),
         ({"url": "https://user:pass@example.com/"}, 422, "invalid_url", "/url"),
+        ({"url": "https://[::1]@/"}, 422, "invalid_url", "/url"),
         ({"url": "https://example.com/", "filters": ["no_such.event"]}, 422, "unknown_event", "/filters/0"),
         ({"url": "https://example.com/", "filters": ["zone.*"] * 51}, 422, "too_many", "/filters"),
         ({"url": "https://example.com/", "secret": "mine"}, 422, "unknown_field", "/secret"),
@@ -194,14 +195,14 @@ class Stream:
 
     def __init__(self, reply: httpx.Response) -> None:
         self.reply = reply
-        self._lines = reply.aiter_lines()
+        self.lines = reply.aiter_lines()
 
     async def read(self, count: int) -> list[dict[str, str]]:
         """Return the next events, each as its fields."""
         found: list[dict[str, str]] = []
         fields: dict[str, str] = {}
         async with asyncio.timeout(5):
-            async for line in self._lines:
+            async for line in self.lines:
                 name, _, value = line.partition(": ")
                 if line and name:
                     fields[name] = value
@@ -274,6 +275,56 @@ async def test_a_stream_ends_with_its_key(database_url: URL, database: Database)
                 await accounts.revoke_key(tx, key.id)
             async for _ in lines:
                 pass
+
+
+async def test_a_busy_stream_ends_with_its_key(database_url: URL, database: Database) -> None:
+    async with database.transaction("test") as tx:
+        agent_id = await accounts.create_agent(tx, "Alice")
+        key = await accounts.create_key(tx, agent_id, {"agent"})
+
+    async def emit_for_ever() -> None:
+        while True:
+            await _emit(database, agent_id, 5)
+
+    async with (
+        serving(database_url, heartbeat_seconds=2.0, key_cache_seconds=0) as port,
+        _stream(port, key.text) as stream,
+    ):
+        emitting = asyncio.create_task(emit_for_ever())
+        await stream.read(20)
+        async with database.transaction("test") as tx:
+            await accounts.revoke_key(tx, key.id)
+        async with asyncio.timeout(8):
+            async for _ in stream.lines:
+                pass
+        assert not emitting.done()
+        emitting.cancel()
+
+
+async def test_a_stream_goes_on_past_events_that_are_gone(database_url: URL, database: Database) -> None:
+    await _emit(database, None, 3)
+    async with database.transaction("test") as tx:  # as a purge would
+        await tx.connection.exec_driver_sql("ALTER TABLE events DISABLE TRIGGER USER")
+        await tx.connection.exec_driver_sql("DELETE FROM events")
+        await tx.connection.exec_driver_sql("ALTER TABLE events ENABLE TRIGGER USER")
+    async with (
+        serving(database_url, heartbeat_seconds=0.2) as port,
+        _stream(port, last_event_id="1") as stream,
+        asyncio.timeout(5),
+    ):
+        lines = stream.reply.aiter_lines()
+        while not (await anext(lines)).startswith(": "):  # it is quiet, not busy looking for what is gone
+            pass
+        await _emit(database, None)
+        while (line := await anext(lines)) != "id: 4":
+            assert not line.startswith("id: ")
+
+
+async def test_few_tests_wait(hooked: Service) -> None:
+    made = await _add(hooked)
+    for _ in range(5):
+        assert (await hooked.post(f"{HOOKS}/{made['id']}/test")).status_code == 202
+    problem(await hooked.post(f"{HOOKS}/{made['id']}/test"), 409, "too_many_tests")
 
 
 async def test_streams_are_few_and_end_with_the_process(database_url: URL) -> None:

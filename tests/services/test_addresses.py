@@ -56,6 +56,9 @@ HOSTILE = [
     "http://:{port}/",
     "http://[::1:{port}/",
     "http://a b:{port}\n/",
+    "https://[::1]@/",
+    "https://[::1]@:{port}/",
+    "http://[::1]x@y:{port}/",
     "",
 ]
 """Of shared/data/hostile_urls.txt, and some more."""
