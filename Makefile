@@ -35,6 +35,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quote
 	$(BIN)/python -m benchmarks.http
 	$(BIN)/python -m benchmarks.account
+	$(BIN)/python -m benchmarks.calls
 	$(BIN)/python -m benchmarks.screen --load
 
 lock: $(INSTALLED)
