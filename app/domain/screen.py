@@ -155,9 +155,10 @@ class Screen:
         """Replace one account's book and return its index."""
         return int(self.update(book_columns([book], frozenset([book.agent_id] if open_call else [])))[0])
 
-    def versions(self) -> dict[str, int]:
-        """Return the version of each agent's book."""
-        return dict(zip(self.agents, self.version.tolist(), strict=True))
+    def version_of(self, agent: str) -> int | None:
+        """Return the version of an agent's book, None of one that is not screened."""
+        account = self.index.get(agent)
+        return None if account is None else int(self.version[account])
 
     def under(self, parameters: MarketParameters) -> Screen:
         """Return the same books under other parameters of the market, assessed."""

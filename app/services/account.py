@@ -54,6 +54,8 @@ def _check_call(before: Book, changed: Mapping[str, Any]) -> None:
             raise _under_call(_POINTERS.get(name, f"/{name}"))
     if changed.get("auto_liquidate") is False:
         raise _under_call("/auto_liquidate")
+    if "execution" in changed:
+        raise _under_call("/execution")
 
 
 def _under_call(pointer: str) -> ConflictError:

@@ -621,9 +621,9 @@ async def test_where_nothing_is_left_to_close_the_call_lives_and_its_deficit_is_
     for _ in range(6):
         await calls.decide(agent_id)
     call = await calls.only(agent_id)
-    assert (call.state, call.deficit, call.next_action_at) == ("liquidating", Decimal(700), None)
+    assert (call.state, call.lost, call.next_action_at) == ("liquidating", Decimal(700), None)
     assert (await calls.told(agent_id))[-2:] == ["liquidation.executed", "liquidation.exhausted"]
     await calls.desk.deposit(agent_id, "USDC", 9_000)
     await calls.decide(agent_id)
     call = await calls.only(agent_id)
-    assert (call.state, call.deficit) == ("completed", Decimal(700))
+    assert (call.state, call.lost) == ("completed", Decimal(700))
