@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import pytest
+from asyncpg import PostgresError
 from sqlalchemy import URL, text
 
 from app.db.session import Database
@@ -54,7 +55,9 @@ async def test_a_breach_is_urgent_and_a_level_is_news(desk: Desk) -> None:
     for agent in agents:
         watchman.decided(agent, (2, 0), None, waits=False)
     assert everybody(await watchman.look(ALL)) == set()
-    await desk.prices({"X": "95"})
+    await desk.prices({"X": "93"})  # utilization .845: ORANGE still
+    assert everybody(await watchman.look(ALL)) == set()
+    await desk.prices({"X": "92"})
     assert set((await watchman.look(ALL)).urgent) == set(agents)
 
 
@@ -83,10 +86,10 @@ async def test_a_look_that_was_cut_off_is_made_up_for(desk: Desk) -> None:
     for agent in agents:
         watchman.decided(agent, (2, 0), None, waits=False)
     await desk.prices({"X": "90"})
+    agent = await desk.agent("1")  # a change, so that books are read
     async with desk.database.transaction("vandal") as tx:
         await tx.connection.execute(text("ALTER TABLE reservations RENAME TO gone"))
-    agent = await desk.agent("1")  # a change, so that books are read
-    with pytest.raises(DatabaseUnavailableError):
+    with pytest.raises((DatabaseUnavailableError, PostgresError)):
         await watchman.look(ALL)
     watchman.decided(agents[0], RED, Band(0.0, 1.0), waits=False)
     async with desk.database.transaction("vandal") as tx:

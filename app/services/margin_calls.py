@@ -8,6 +8,7 @@ tell of it in one transaction. Asking twice, late or for nothing does no harm.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import func, insert, select, update
+from sqlalchemy.exc import DBAPIError
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
@@ -42,12 +44,14 @@ from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
-from app.errors import InvalidError, NotFoundError
+from app.errors import InvalidError, NotFoundError, PrimeriskError
 from app.services import accounts, audit, book, events, liquidation, prevention, shards, staleness, venue, watch
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
 from app.services.wallet import Names
+
+log = logging.getLogger(__name__)
 
 CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
@@ -131,6 +135,8 @@ class _Case:
     figures: AccountFigures
     call: StoredCall | None
     stale: frozenset[str] = frozenset()
+    in_doubt: bool = False
+    """Whether so much is stale that figures as they are decide nothing for the better."""
     told: tuple[str, ...] = ()
     escalated: bool = False
 
@@ -154,8 +160,10 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
         figures = scene.figures(held)
     except InvalidError:
         return Decided(await _postpone(tx, call, scene.now))
-    case = _Case(held, scene, figures, call, staleness.stale(scene, figures))
-    if case.stale and _hangs_on_stale(case):
+    stale = staleness.stale(scene, figures)
+    in_doubt = not staleness.is_grain(figures, staleness.at_best(scene, held, figures, stale))
+    case = _Case(held, scene, figures, call, stale, in_doubt)
+    if case.in_doubt and _hangs_on_stale(case):
         case = replace(case, call=await _postpone(tx, call, scene.now))
         return await _look(tx, case, rules)
     case = await _without_moot(tx, case)
@@ -172,12 +180,16 @@ async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
     """Tell what has changed of the account's levels, and cut what its drawdown ladder asks for."""
     held, scene, figures = case.held, case.scene, case.figures
     policy = held.settings.policy(scene.market.parameters.policy)
-    is_sure = staleness.is_grain(figures, _at_best(case))
+    is_sure = not case.in_doubt
     seen = await watch.look(tx, held, figures, policy, sorted(case.stale), is_sure=is_sure)
     if is_sure and (case.call is None or case.call.state not in ("expired", "liquidating")):
-        await prevention.step_down(tx, scene, held, figures, seen, rules.slippage, case.stale)
+        try:
+            async with tx.connection.begin_nested():  # whatever becomes of a cut, the call stands
+                await prevention.step_down(tx, scene, held, figures, seen, rules.slippage, case.stale)
+        except (PrimeriskError, DBAPIError):
+            log.exception("the drawdown ladder of %s can't be applied", held.agent_id)
     band = watch.band_of(held, seen, policy)
-    return Decided(case.call, case.told, seen.levels, band, waits=bool(case.stale), escalated=case.escalated)
+    return Decided(case.call, case.told, seen.levels, band, waits=case.in_doubt, escalated=case.escalated)
 
 
 async def _without_moot(tx: Tx, case: _Case) -> _Case:
@@ -218,7 +230,7 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
 
 async def _wait(tx: Tx, case: _Case, call: StoredCall, what: Wait, judged: Situation) -> _Case:
     """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
-    is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.stale
+    is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.in_doubt
     if not is_exhausted:
         return replace(case, call=await _set(tx, call, next_action_at=what.until))
     now, uncovered = case.scene.now, _uncovered(case.figures)
@@ -253,6 +265,7 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
         "deadline_at": what.deadline,
         "next_action_at": what.deadline,
         "reminders": 0,
+        "expired_at": None,
         "figures": _figures(case),
     }
     moved = await _set(tx, call, **changed)
@@ -312,7 +325,7 @@ async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: An
 def _situation(case: _Case) -> Situation:
     """Return what the call is judged on. Of the pool nothing is breached that a stale price might make good."""
     judged = _judged(case, case.figures.health)
-    return replace(judged, pool=_judged(case, _at_best(case)).pool) if case.stale else judged
+    return replace(judged, pool=_judged(case, _at_best(case)).pool) if case.in_doubt else judged
 
 
 def _judged(case: _Case, health: Health) -> Situation:
@@ -354,7 +367,7 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
             return await _ask(tx, replace(case, held=held), call, rules, 1, cancelled)
         case, call = await _close(tx, case, call, chosen, rules)
         closed += chosen.target.notional
-        if closed >= least or not chosen.is_whole or (case.stale and _hangs_on_stale(case)):
+        if closed >= least or not chosen.is_whole or (case.in_doubt and _hangs_on_stale(case)):
             break
         if not isinstance(_next(case), Liquidate):
             break

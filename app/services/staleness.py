@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+import numpy as np
+
 from app.domain.book import Book
 from app.domain.gates import stale_symbols
 from app.domain.health import Health
@@ -32,13 +34,15 @@ def at_best(scene: Scene, held: Book, figures: AccountFigures, symbols: Collecti
     health = figures.health
     if not symbols:
         return health
-    equity = health.equity + _collateral(scene, held, figures, symbols)
     table, fresh = figures.portfolio, []
-    for position, j, notional in zip(held.positions, table.underlying.tolist(), table.notional.tolist(), strict=True):
+    stale_net = np.zeros(len(table.prices))  # what is long and short of one underlying does not gain twice
+    for position, j, exposure in zip(held.positions, table.underlying.tolist(), table.exposure.tolist(), strict=True):
         if mark_symbol(figures, position.symbol, table.underlyings.names[j]) in symbols:
-            equity += notional * float(table.underlyings.price_range[j])
+            stale_net[j] += exposure
         else:
             fresh.append(position)
+    gain = float(np.abs(stale_net) @ table.underlyings.price_range)
+    equity = health.equity + _collateral(scene, held, figures, symbols) + gain
     without = health if len(fresh) == len(held.positions) else scene.figures(replace(held, positions=fresh)).health
     initial = min(health.required_initial, without.required_initial)
     maintenance = min(health.required_maintenance, without.required_maintenance)

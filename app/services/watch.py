@@ -150,11 +150,17 @@ async def start_fall(tx: Tx, agent_id: str) -> None:
     await tx.connection.execute(begun.values(peak_equity=0, rung=0, rung_applied=0, stopped=False))
 
 
-async def shift_peak(tx: Tx, agent_id: str, change: float) -> None:
-    """Move an account's peak with what comes in or leaves: neither is a profit nor a drawdown."""
-    columns = account_watch.c
-    moved = func.greatest(columns.peak_equity + to_decimal(round(change, SETTLEMENT_DECIMALS)), 0)
-    await tx.connection.execute(update(account_watch).where(columns.agent_id == agent_id).values(peak_equity=moved))
+async def shift_peak(tx: Tx, agent_id: str, equity: float, flow: float) -> None:
+    """Scale an account's peak as a flow scales its equity, USD: neither a profit nor a drawdown, nor less of one.
+
+    Where there was no equity the flow is added.
+    """
+    peak = account_watch.c.peak_equity
+    scaled = peak * to_decimal((equity + flow) / equity) if equity > 0.0 else peak + to_decimal(flow)
+    moved = func.greatest(func.round(scaled, SETTLEMENT_DECIMALS), 0)
+    await tx.connection.execute(
+        update(account_watch).where(account_watch.c.agent_id == agent_id).values(peak_equity=moved)
+    )
 
 
 async def told_levels(tx: Tx, agents: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
@@ -195,7 +201,7 @@ async def followed(tx: Tx, policy: HealthPolicy, agents: Sequence[str] | None = 
 def band_of(held: Book, seen: Watch, policy: HealthPolicy) -> Band | None:
     """Return the band of equity within which there is nothing to tell of an account; None: its peak is not followed."""
     settings = held.settings
-    if settings.trailing_stop is None and settings.drawdown_ladder == "off":
+    if not settings.follows_peak:
         return None
     is_on = settings.drawdown_ladder != "off"
     return _band(

@@ -351,7 +351,7 @@ async def test_what_is_not_covered_is_recorded_as_a_deficit(calls: Calls) -> Non
     call = made[-1].call
     assert call is not None
     # 20,000 - 0.5 x 50,000
-    assert (call.state, call.deficit, call.slices) == ("completed", Decimal(5_000), 3)
+    assert (call.state, call.lost, call.slices) == ("completed", Decimal(5_000), 3)
     assert await calls.desk.money(agent_id) == {"owed": 5_000}
     [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'liquidation.completed'")
     assert data["deficit"] == 5_000
