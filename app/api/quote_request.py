@@ -291,7 +291,7 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
 
 
 def _underlyings(terms: PositionTerms, parameters: MarketParameters) -> int:
-    markets = set(zip(terms.symbol, terms.underlying, strict=True))
+    _, markets = terms.markets
     return len({u if u is not None else parameters.underlying_of(s or "") for s, u in markets})
 
 
@@ -303,7 +303,7 @@ def estimated_work(
     Under portfolio margin every move of the liquidation search is a margin assessment of its own; with correlations of
     the request's own (`repairs`) each may need its matrix repaired.
     """
-    options = len(terms) - terms.strike.count(None) if any(terms.strike) else 0
+    options = len(terms) - terms.strike.count(None) if "strike" in terms.given else 0
     once = 0.5 + len(terms) * 0.002 + options * 0.06
     if mode != "portfolio":
         return once
@@ -324,17 +324,17 @@ def check_work(milliseconds: float, limits: Limits) -> None:
 
 
 def _check_positions(terms: PositionTerms, parameters: MarketParameters, limits: Limits, now: datetime) -> None:
-    underlyings = _underlyings(terms, parameters)
-    if underlyings > limits.underlyings_max:
-        detail = f"at most {limits.underlyings_max} different underlyings a portfolio, not {underlyings}"
+    _, markets = terms.markets
+    # there are no more underlyings than markets
+    if len(markets) > limits.underlyings_max and (count := _underlyings(terms, parameters)) > limits.underlyings_max:
+        detail = f"at most {limits.underlyings_max} different underlyings a portfolio, not {count}"
         raise invalid("/positions", "too_many_underlyings", detail)
-    for field in ("symbol", "underlying"):
-        column = getattr(terms, field)
-        for name in set(column) - {None}:
-            if not SYMBOL.fullmatch(name):
+    for field, names in zip(("symbol", "underlying"), zip(*markets, strict=True), strict=False):
+        for name in names:
+            if name is not None and not SYMBOL.fullmatch(name):
                 detail = "a symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit"
-                raise invalid(f"/positions/{column.index(name)}/{field}", "invalid_symbol", detail)
-    if any(terms.expiry):
+                raise invalid(f"/positions/{getattr(terms, field).index(name)}/{field}", "invalid_symbol", detail)
+    if "expiry" in terms.given:
         _check_expiries(terms.expiry, now + timedelta(days=365 * YEARS_TO_EXPIRY_MAX))
 
 
