@@ -20,6 +20,9 @@ T = TypeVar("T")
 Rows = NDArray[np.intp]
 Flags = NDArray[np.bool_]
 
+DERIVED_MAX = 32
+"""What one table of underlyings keeps of what was derived from it."""
+
 
 def sums(groups: Rows, values: Floats, count: int) -> Floats:
     """Return the sums (count,) of the values by group; float also where there is no value at all."""
@@ -67,9 +70,11 @@ class Underlyings:
         return {}
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` gave for this key; it lives as long as the table, and depends on nothing else."""
+        """Return what `make` gave for this key; it depends on nothing else than the key and the table."""
         found = self._derived.get(key)
         if found is None:
+            if len(self._derived) >= DERIVED_MAX:
+                self._derived.clear()
             found = self._derived[key] = make()
         return cast("T", found)
 
@@ -218,16 +223,21 @@ class Portfolio:
     @cached_property
     def highest_rates(self) -> tuple[Floats, Floats]:
         """The highest initial and maintenance rate (J,) among open linear and greeks positions."""
-        closed = self.is_option | (self.notional == 0.0)
-        highest = np.zeros((2, len(self.prices)))
-        for row, rate in zip(highest, (self.initial_rate, self.maintenance_rate), strict=True):
-            np.maximum.at(row, self.underlying, np.where(closed, 0.0, rate))
-        return highest[0], highest[1]
+        counts = ~self.is_option & (self.notional > 0.0)
+        initial, maintenance = np.zeros(len(self.prices)), np.zeros(len(self.prices))
+        np.maximum.at(initial, self.underlying, self.initial_rate * counts)
+        np.maximum.at(maintenance, self.underlying, self.maintenance_rate * counts)
+        return initial, maintenance
 
     @cached_property
     def options_value(self) -> float:
         """Market value of all options, USD."""
         return float(self.options.value.sum()) if len(self.options) else 0.0
+
+    @cached_property
+    def profit(self) -> float:
+        """Unrealized profit and loss of all positions but options, USD."""
+        return float(self.unrealized_pnl.sum())
 
     @property
     def is_linear(self) -> bool:

@@ -16,12 +16,12 @@ def scenario(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     table = portfolio.underlyings
     grid = lay_out(terms.scenarios, table.names, table.price_range)
     by_underlying, each_option = pnl_by_underlying(portfolio, grid)
-    by_underlying = by_underlying * grid.weights
+    by_underlying *= grid.weights
     total = by_underlying.sum(axis=0)
     binding = int(worst_scenarios(total))
     worst = float(total[binding])
     initial = max(0.0, -worst) * models.scenario_factor
-    chosen = np.zeros_like(grid.moves)
+    chosen = np.zeros(grid.moves.shape)
     if worst < 0.0:
         chosen[:, binding] = grid.weights[binding]
     share = 0.0 - models.scenario_factor * position_pnl(portfolio, grid, each_option, chosen)
