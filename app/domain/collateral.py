@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class CollateralTerms:
     lent: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Collateral:
     """Holdings and debts as columns, each (K,); `amount` is negative for a debt, `value` signed, after haircut.
 
@@ -39,26 +40,25 @@ class Collateral:
     value: Floats
     stable: Flags
 
-    @property
+    @cached_property
     def collateral_value(self) -> float:
         """Value of all holdings after haircut, USD."""
         return float(self.value[self.amount > 0].sum())
 
-    @property
+    @cached_property
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
         return abs(float(self.value[self.amount < 0].sum()))
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""
-        row = {name: j for j, name in enumerate(underlyings.names)}
+        row = underlyings.row
         at: Rows = np.array([row.get(a, -1) for a in self.assets], dtype=np.intp)
         own = at >= 0
-        on = sums(at[own], self.value[own], len(row))
         return CollateralSplit(
-            on_underlying=on,
-            other=float(self.value[~own & ~self.stable].sum()),
-            stable=float(self.value[~own & self.stable].sum()),
+            on_underlying=sums(at[own], self.value[own], len(row)),
+            other=float(self.value[~(own | self.stable)].sum()),
+            stable=float(self.value[self.stable & ~own].sum()),
         )
 
 
@@ -82,11 +82,10 @@ def value_collateral(
     `prices` knows those that stand beside them.
     """
     terms = [*held, *owed]
-    sign = np.array([1.0] * len(held) + [-1.0] * len(owed))
-    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
     assets = [parameters.asset(t.asset) for t in terms]
-    haircut = np.where(sign > 0, np.array([a.haircut for a in assets], dtype=np.float64), 0.0)
-    amount = sign * np.array([t.amount for t in terms], dtype=np.float64)
+    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
+    haircut = np.array([a.haircut for a in assets[: len(held)]] + [0.0] * len(owed), dtype=np.float64)
+    amount = np.array([t.amount for t in held] + [-t.amount for t in owed], dtype=np.float64)
     lent = np.array([t.lent for t in terms], dtype=np.float64)
     return Collateral(
         assets=tuple(t.asset for t in terms),

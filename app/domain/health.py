@@ -122,10 +122,8 @@ def _ratio(numerator: float, equity: float, insolvent: bool) -> float | None:
 def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
     figures = curve.common(np.array([-move, move]))
-    open_after = figures.maintenance > MAINTENANCE_MIN
-    if not np.count_nonzero(open_after):
-        return None
-    return float((figures.equity[open_after] / figures.maintenance[open_after]).min())
+    after = zip(figures.equity.tolist(), figures.maintenance.tolist(), strict=True)
+    return min((equity / kept for equity, kept in after if kept > MAINTENANCE_MIN), default=None)
 
 
 def _zone(utilization: float | None, policy: HealthPolicy) -> str:

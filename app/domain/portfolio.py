@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar, cast
@@ -44,6 +44,11 @@ class Underlyings:
     stable: Flags
     stress_table: CorrelationTable
     hedge_table: CorrelationTable
+
+    @cached_property
+    def row(self) -> Mapping[str, int]:
+        """Where each name stands."""
+        return {name: j for j, name in enumerate(self.names)}
 
     @cached_property
     def stress(self) -> Floats:

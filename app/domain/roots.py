@@ -30,19 +30,17 @@ class Lines:
     def common_roots(self, breach_utilization: float) -> tuple[float | None, float | None]:
         """Return the roots, under a common move, of breach x equity - initial and of equity - maintenance."""
         now, slope = self.curve.lines
-        equity, equity_slope = float(now.equity[0]), float(slope.equity[0])
         return (
             _line_root(
-                breach_utilization * equity - float(now.initial[0]),
-                breach_utilization * equity_slope - float(slope.initial[0]),
+                breach_utilization * now.equity - now.initial, breach_utilization * slope.equity - slope.initial
             ),
-            _line_root(equity - float(now.maintenance[0]), equity_slope - float(slope.maintenance[0])),
+            _line_root(now.equity - now.maintenance, slope.equity - slope.maintenance),
         )
 
     def single_roots(self, surplus: float) -> Floats:
         """Return the root (J,) of equity - maintenance, now `surplus`, where one underlying moves alone; NaN: none."""
         curve = self.curve
-        slopes = curve.pool.portfolio.taylor_delta + curve.pool.backing.on_underlying - curve.straight_margins()[1]
+        slopes = curve.pool.portfolio.taylor_delta + curve.pool.backing.on_underlying - curve.straight_margins[1]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             roots: Floats = -surplus / slopes
         roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
