@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -9,7 +10,6 @@ from itertools import repeat
 from typing import Any
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from app.api.body import encoder
@@ -70,7 +70,6 @@ class ScenarioOut(Struct, omit_defaults=True):
 def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginTerms, stale_seconds: float) -> Any:
     """Return the reply, ready to encode."""
     health, distances = quote.health, quote.distances
-    alone = _alone(quote)
     return {
         "as_of": quote.as_of,
         "equity": quote.equity,
@@ -92,7 +91,7 @@ def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginT
                 zip(quote.portfolio.underlyings.names, distances.by_underlying.tolist(), strict=True)
             ),
         },
-        "positions": _positions(quote, positions, alone),
+        "positions": _positions(quote, positions),
         "collateral": _collateral(quote),
         "advisories": [*quote.advisories, *_price_advisories(quote, stale_seconds)],
         "prices": quote.prices,
@@ -100,13 +99,8 @@ def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginT
     }
 
 
-def _alone(quote: MarginQuote) -> tuple[Floats, Floats]:
-    """Return the stand-alone margins (n,): those of the isolated model."""
-    return quote.isolated.position_initial, quote.isolated.position_maintenance
-
-
-def _positions(quote: MarginQuote, positions: list[PositionIn], alone: tuple[Floats, Floats]) -> list[PositionOut]:
-    book = quote.portfolio
+def _positions(quote: MarginQuote, positions: list[PositionIn]) -> list[PositionOut]:
+    book, alone = quote.portfolio, quote.isolated
     names = book.underlyings.names
     return list(
         map(
@@ -116,22 +110,29 @@ def _positions(quote: MarginQuote, positions: list[PositionIn], alone: tuple[Flo
             book.symbols,
             [names[j] for j in book.underlying.tolist()],
             _kinds(book, positions),
-            ["short" if delta < 0.0 else "long" for delta in book.delta.tolist()]
-            if not len(book.options)
-            else [p.side or ("short" if d < 0.0 else "long") for p, d in zip(positions, book.delta, strict=True)],
-            ["isolated" if alone else quote.health.model for alone in book.isolated.tolist()],
+            _sides(book, positions),
+            ["isolated" if own else quote.health.model for own in book.isolated.tolist()]
+            if book.any_isolated
+            else repeat(quote.health.model),
             book.notional.tolist(),
             book.exposure.tolist(),
             book.mark.tolist(),
             [p.entry_price for p in positions],
             book.unrealized_pnl.tolist(),
-            alone[0].tolist(),
-            alone[1].tolist(),
+            alone.position_initial.tolist(),
+            alone.position_maintenance.tolist(),
             (book.mark * (1.0 + quote.liquidation_move)).tolist(),
             quote.liquidation_move.tolist(),
             quote.breached.tolist(),
         )
     )
+
+
+def _sides(book: Portfolio, positions: list[PositionIn]) -> list[str]:
+    sides = ["short" if delta < 0.0 else "long" for delta in book.delta.tolist()]
+    if not len(book.options):
+        return sides
+    return [p.side or side for p, side in zip(positions, sides, strict=True)]  # a short put has a positive delta
 
 
 def _kinds(book: Portfolio, positions: list[PositionIn]) -> Iterable[str]:
@@ -271,4 +272,4 @@ def is_finite(quote: MarginQuote) -> bool:
     """Whether every headline figure is a number: a second line behind the limits on input."""
     figures = [quote.equity, quote.health.required_initial, quote.health.required_maintenance]
     figures += [m.initial_margin for m in quote.models.values()]
-    return bool(np.isfinite(figures).all())
+    return all(map(math.isfinite, figures))

@@ -174,9 +174,10 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
 
 def _mark_advisories(portfolio: Portfolio) -> list[Advisory]:
     """Return the symbols that the request marks at two prices: each position keeps its own."""
-    marks = set(zip(portfolio.symbols, portfolio.mark.tolist(), strict=True))
-    if len(marks) == len(set(portfolio.symbols)):
-        return []
+    by_underlying = np.empty(len(portfolio.prices))
+    by_underlying[portfolio.underlying] = portfolio.mark
+    if np.array_equal(by_underlying[portfolio.underlying], portfolio.mark):
+        return []  # all that stand on one underlying have one mark, as in most books: no symbol has two
     first: dict[str, float] = {}
     found: dict[str, Advisory] = {}
     for symbol, mark in zip(portfolio.symbols, portfolio.mark.tolist(), strict=True):
