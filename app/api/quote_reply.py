@@ -17,7 +17,7 @@ from app.api.quote_request import PositionIn
 from app.domain.black76 import Floats
 from app.domain.health import Advisory
 from app.domain.margin.result import MarginResult, MarginTerms
-from app.domain.parameters import CorrelationTable, HealthPolicy, MarketParameters, ModelParameters
+from app.domain.parameters import CorrelationTable, MarketParameters
 from app.domain.portfolio import Portfolio
 from app.domain.prices import Price
 from app.domain.quote import MarginQuote
@@ -52,6 +52,17 @@ class ShareOut(Struct, gc=False):
     symbol: str
     initial_margin: float
     maintenance_margin: float
+
+
+class HoldingOut(Struct, gc=False):
+    """A holding, or a debt with a negative amount: USD after haircut."""
+
+    asset: str
+    amount: float
+    lent: float
+    price: float
+    haircut: float
+    value: float
 
 
 class ScenarioOut(Struct, omit_defaults=True):
@@ -183,18 +194,21 @@ def _scenarios(result: MarginResult) -> list[ScenarioOut]:
     )
 
 
-def _per_underlying(columns: Mapping[str, Floats], names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    keys = tuple(columns)
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+def _per_underlying(columns: Mapping[str, Floats], names: tuple[str, ...]) -> dict[str, Struct]:
+    rows = map(_row_type(tuple(columns)), *[column.tolist() for column in columns.values()])
+    return dict(zip(names, rows, strict=True))
 
 
-def _collateral(quote: MarginQuote) -> list[dict[str, Any]]:
+@lru_cache(maxsize=32)
+def _row_type(keys: tuple[str, ...]) -> type[Struct]:
+    """Return the type of a row with these figures: a struct is made and encoded in half the time of a dict."""
+    return msgspec.defstruct("UnderlyingOut", keys, gc=False)
+
+
+def _collateral(quote: MarginQuote) -> list[HoldingOut]:
     held = quote.collateral
-    keys = ("asset", "amount", "lent", "price", "haircut", "value")
     columns = (held.amount, held.lent, held.price, held.haircut, held.value)
-    rows = zip(held.assets, *(column.tolist() for column in columns), strict=True)
-    return [dict(zip(keys, row, strict=True)) for row in rows]
+    return list(map(HoldingOut, held.assets, *[column.tolist() for column in columns]))
 
 
 def _price_advisories(quote: MarginQuote, stale_seconds: float) -> list[Advisory]:
@@ -220,8 +234,7 @@ def _parameters(quote: MarginQuote, terms: MarginTerms) -> dict[str, Any]:
         "version": parameters.version,
         "regime": terms.regime,
         **(figures() if key is None else parameters.remembered(key, figures)),
-        "models": _encoded(parameters.models),
-        "settings": _encoded(parameters.policy),
+        **parameters.remembered("reply", lambda: _factors(parameters)),
     }
 
 
@@ -247,10 +260,12 @@ def _correlation(table: CorrelationTable, names: Sequence[str]) -> dict[str, Any
     return {"pairs": pairs, "other": table.other}
 
 
-@lru_cache(maxsize=32)
-def _encoded(factors: ModelParameters | HealthPolicy) -> msgspec.Raw:
-    """Return factors as JSON: they hardly ever change, so their bytes are kept."""
-    return msgspec.Raw(encoder.encode(factors))
+def _factors(parameters: MarketParameters) -> dict[str, msgspec.Raw]:
+    """Return the factors and thresholds as JSON."""
+    return {
+        "models": msgspec.Raw(encoder.encode(parameters.models)),
+        "settings": msgspec.Raw(encoder.encode(parameters.policy)),
+    }
 
 
 def market_parameters_reply(parameters: MarketParameters) -> dict[str, Any]:
