@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from itertools import repeat
 from typing import Any
@@ -19,7 +18,6 @@ from app.domain.health import Advisory
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import CorrelationTable, MarketParameters
 from app.domain.portfolio import Portfolio
-from app.domain.prices import Price
 from app.domain.quote import MarginQuote
 from app.domain.terms import REMEMBERED_MARKETS_MAX
 
@@ -141,7 +139,7 @@ def _positions(quote: MarginQuote, positions: list[PositionIn]) -> list[Position
 
 def _sides(book: Portfolio, positions: list[PositionIn]) -> list[str]:
     sides = ["short" if delta < 0.0 else "long" for delta in book.delta.tolist()]
-    if not len(book.options):
+    if not book.has_options:
         return sides
     return [p.side or side for p, side in zip(positions, sides, strict=True)]  # a short put has a positive delta
 
@@ -215,12 +213,8 @@ def _price_advisories(quote: MarginQuote, stale_seconds: float) -> list[Advisory
     return [
         Advisory("stale_price", f"the price of {symbol} is {age:.0f} seconds old", age, stale_seconds)
         for symbol, price in quote.prices.items()
-        if (age := _age(price, quote.as_of)) > stale_seconds
+        if price.as_of is not None and (age := (quote.as_of - price.as_of).total_seconds()) > stale_seconds
     ]
-
-
-def _age(price: Price, now: datetime) -> float:
-    return 0.0 if price.as_of is None else (now - price.as_of).total_seconds()
 
 
 def _parameters(quote: MarginQuote, terms: MarginTerms) -> dict[str, Any]:

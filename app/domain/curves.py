@@ -137,7 +137,7 @@ class AdditiveCurve:
         if self.pool.mode == "cross":
             base = np.abs((delta + gamma * moves) * factor)
         initial, maintenance = self.initial_weight[:, None] * base, self.maintenance_weight[:, None] * base
-        if len(book.options):
+        if book.has_options:
             value, opening, keeping = self._options(moves)
             equity, initial, maintenance = equity + value, initial + opening, maintenance + keeping
         return Figures(equity, initial, maintenance)
@@ -204,7 +204,7 @@ class AdditiveCurve:
     @property
     def has_options(self) -> bool:
         """Whether some underlyings have no closed form."""
-        return len(self.pool.portfolio.options) > 0
+        return self.pool.portfolio.has_options
 
     def single(self, underlying: int) -> Line:
         """See AccountCurve."""

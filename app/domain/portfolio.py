@@ -186,7 +186,7 @@ class Portfolio:
     @cached_property
     def taylor_delta(self) -> Floats:
         """Net exposure of linear and greeks positions by underlying, USD (J,)."""
-        if not len(self.options):
+        if not self.has_options:
             return self.net
         return self.by_underlying(np.where(self.is_option, 0.0, self.exposure))
 
@@ -199,6 +199,11 @@ class Portfolio:
     def taylor_vega(self) -> Floats:
         """Σ vega by underlying, USD per +1.00 of volatility move (J,)."""
         return self.by_underlying(self.vega) if self.any_vega else np.zeros(len(self.prices))
+
+    @cached_property
+    def has_options(self) -> bool:
+        """Whether any position is an option."""
+        return len(self.options) > 0
 
     @cached_property
     def any_gamma(self) -> bool:
@@ -215,12 +220,12 @@ class Portfolio:
         """Whether any position stands alone."""
         return bool(np.count_nonzero(self.isolated))
 
-    @cached_property
+    @property
     def has_gamma(self) -> bool:
         """Whether any underlying has gamma left after netting."""
         return self.any_gamma and bool(np.count_nonzero(self.taylor_gamma))
 
-    @cached_property
+    @property
     def has_vega(self) -> bool:
         """Whether any underlying has vega left after netting."""
         return self.any_vega and bool(np.count_nonzero(self.taylor_vega))
@@ -237,7 +242,7 @@ class Portfolio:
     @cached_property
     def options_value(self) -> float:
         """Market value of all options, USD."""
-        return float(self.options.value.sum()) if len(self.options) else 0.0
+        return float(self.options.value.sum()) if self.has_options else 0.0
 
     @cached_property
     def profit(self) -> float:
@@ -247,7 +252,7 @@ class Portfolio:
     @property
     def is_linear(self) -> bool:
         """Whether profit and loss is linear in every price: no options and no gamma."""
-        return len(self.options) == 0 and not self.has_gamma
+        return not self.has_options and not self.has_gamma
 
     def by_underlying(self, values: Floats) -> Floats:
         """Return the sums (J,) of a column (n,) by underlying."""

@@ -176,7 +176,7 @@ def _mark_advisories(portfolio: Portfolio) -> list[Advisory]:
     """Return the symbols that the request marks at two prices: each position keeps its own."""
     by_underlying = np.empty(len(portfolio.prices))
     by_underlying[portfolio.underlying] = portfolio.mark
-    if np.array_equal(by_underlying[portfolio.underlying], portfolio.mark):
+    if (by_underlying[portfolio.underlying] == portfolio.mark).all():
         return []  # all that stand on one underlying have one mark, as in most books: no symbol has two
     first: dict[str, float] = {}
     found: dict[str, Advisory] = {}

@@ -56,7 +56,7 @@ def sum_by_underlying(options: Options, pnl: Floats, underlyings: int) -> Floats
 def pnl_by_underlying(portfolio: Portfolio, grid: ScenarioGrid) -> tuple[Floats, Floats]:
     """Return profit and loss by underlying (J, S), and of each option (O, S), USD, before weights."""
     pnl = taylor_pnl(portfolio, grid)
-    if not len(portfolio.options):
+    if not portfolio.has_options:
         return pnl, np.empty((0, pnl.shape[1]))
     each_option = option_pnl(portfolio.options, grid)
     pnl += sum_by_underlying(portfolio.options, each_option, len(pnl))
@@ -75,7 +75,7 @@ def position_pnl(portfolio: Portfolio, grid: ScenarioGrid, each_option: Floats, 
         pnl += 0.5 * portfolio.gamma * portfolio.notional * (chosen * grid.moves**2).sum(axis=1)[u]
     if portfolio.any_vega:
         pnl += portfolio.vega * (chosen * grid.vol_moves).sum(axis=1)[u]
-    if len(portfolio.options):
+    if portfolio.has_options:
         options = portfolio.options
         pnl[options.row] = (each_option * chosen[options.underlying]).sum(axis=1)
     return cast("Floats", pnl)

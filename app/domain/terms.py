@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, cast
 
 import numpy as np
@@ -75,7 +76,7 @@ class PositionTerms:
     def given(self) -> frozenset[str]:
         """The columns that any row gives: of a usual book six out of twenty."""
         rows = len(self)
-        columns = [(name, getattr(self, name)) for name in _COLUMNS] if rows else []
+        columns = zip(_COLUMNS, _all_columns(self), strict=True) if rows else ()
         # most columns tell by their first row
         return frozenset([name for name, values in columns if values[0] is not None or values.count(None) < rows])
 
@@ -99,6 +100,7 @@ class PositionTerms:
 
 
 _COLUMNS = tuple(field.name for field in fields(PositionTerms))
+_all_columns = attrgetter(*_COLUMNS)
 
 
 def _flags(column: Sequence[Any]) -> Flags:

@@ -20,7 +20,7 @@ def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     u = portfolio.underlying
     directed = np.sign(portfolio.taylor_delta)[u] * portfolio.exposure
     initial, maintenance = initial_rate[u] * directed, maintenance_rate[u] * directed
-    if len(portfolio.options):
+    if portfolio.has_options:
         initial = np.where(portfolio.is_option, position_margin(portfolio, portfolio.initial_rate), initial)
         maintenance = np.where(portfolio.is_option, position_margin(portfolio, portfolio.maintenance_rate), maintenance)
     return MarginResult(

@@ -204,7 +204,7 @@ def _check_priced(portfolio: Portfolio) -> None:
 
 def long_option_cap(portfolio: Portfolio) -> float:
     """Return the book's value where every open position is a long option, else infinity."""
-    if not len(portfolio.options) or (portfolio.options.quantity < 0.0).any():
+    if not portfolio.has_options or (portfolio.options.quantity < 0.0).any():
         return float("inf")
     only_options = bool(portfolio.is_option[portfolio.notional > 0.0].all())
     return portfolio.options_value if only_options else float("inf")
