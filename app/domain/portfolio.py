@@ -220,12 +220,12 @@ class Portfolio:
         """Whether any position stands alone."""
         return bool(np.count_nonzero(self.isolated))
 
-    @property
+    @cached_property
     def has_gamma(self) -> bool:
         """Whether any underlying has gamma left after netting."""
         return self.any_gamma and bool(np.count_nonzero(self.taylor_gamma))
 
-    @property
+    @cached_property
     def has_vega(self) -> bool:
         """Whether any underlying has vega left after netting."""
         return self.any_vega and bool(np.count_nonzero(self.taylor_vega))

@@ -182,7 +182,7 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
 
 def _first(mask: Flags) -> list[int]:
     """Return the first few rows: enough to mend a request without a reply as long as it."""
-    return [int(i) for i in np.flatnonzero(mask)[:5]]
+    return [int(i) for i in mask.nonzero()[0][:5]]
 
 
 def _field(row: int, name: str, code: str, detail: str) -> FieldError:

@@ -32,7 +32,8 @@ def scan_risk(gains: Floats) -> tuple[Floats, Indices]:
     Strategic Investment", ch. 34.
     """
     binding = worst_scenarios(gains)
-    worst = np.take_along_axis(gains, binding[..., None], axis=-1)[..., 0]
+    rows = gains.reshape(-1, gains.shape[-1])
+    worst = rows[np.arange(len(rows)), binding.ravel()].reshape(binding.shape)
     return np.maximum(0.0, -worst), binding + 1
 
 
