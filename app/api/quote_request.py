@@ -161,9 +161,10 @@ class MarketIn(Request):
     @property
     def prices_only(self) -> bool:
         """Whether no parameter is overridden."""
-        return fields_given(self).keys() <= {"prices"}
+        return all(getattr(self, name) is None for name in _OVERRIDES)
 
 
+_OVERRIDES = tuple(name for name in MarketIn.__struct_fields__ if name != "prices")
 _FACTORS = tuple(f.name for cls in (ModelParameters, HealthPolicy) for f in fields(cls))
 SettingsIn = msgspec.defstruct(
     "SettingsIn",

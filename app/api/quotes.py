@@ -49,12 +49,12 @@ def _is_light(body: MarginQuoteIn) -> bool:
 
 
 def _quote(parts: Parts, body: MarginQuoteIn, now: datetime) -> bytes:
-    view = parts.market.view
+    view, settings = parts.market.view, parts.settings
     started = time.perf_counter()
-    terms = quote_terms(body, view.parameters, Limits.of(parts.settings), now)
+    terms = quote_terms(body, view.parameters, Limits.of(settings), now)
     quote = margin_quote(terms, view.prices, quote_time(body, now))
-    parts.metrics.quote_seconds.labels("margin").observe(time.perf_counter() - started)
-    parts.metrics.quote_positions.labels("margin").observe(len(body.positions))
+    parts.metrics.margin_quote_seconds.observe(time.perf_counter() - started)
+    parts.metrics.margin_quote_positions.observe(len(body.positions))
     if not is_finite(quote):
         raise ArithmeticError("a quote came out without a number")
-    return encoder.encode(margin_reply(quote, body.positions, terms.margin, parts.settings.price_age_seconds_max))
+    return encoder.encode(margin_reply(quote, body.positions, terms.margin, settings.price_age_seconds_max))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.parameters import MarketParameters
-from app.domain.portfolio import Flags, Rows, Underlyings, sums
+from app.domain.portfolio import Flags, Underlyings
 from app.domain.prices import PriceFinder
 
 
@@ -33,6 +33,8 @@ class Collateral:
     """
 
     assets: tuple[str, ...]
+    holdings: int
+    """How many of the rows are holdings; the rest, debts, stand behind them."""
     amount: Floats
     lent: Floats
     price: Floats
@@ -40,26 +42,29 @@ class Collateral:
     value: Floats
     stable: Flags
 
-    @cached_property
+    @computed
     def collateral_value(self) -> float:
         """Value of all holdings after haircut, USD."""
-        return float(self.value[self.amount > 0].sum())
+        return float(self.value[: self.holdings].sum())
 
-    @cached_property
+    @computed
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
-        return abs(float(self.value[self.amount < 0].sum()))
+        return abs(float(self.value[self.holdings :].sum()))
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""
-        row = underlyings.row
-        at: Rows = np.array([row.get(a, -1) for a in self.assets], dtype=np.intp)
-        own = at >= 0
-        return CollateralSplit(
-            on_underlying=sums(at[own], self.value[own], len(row)),
-            other=float(self.value[~(own | self.stable)].sum()),
-            stable=float(self.value[self.stable & ~own].sum()),
-        )
+        row, on = underlyings.row, np.zeros(len(underlyings.names))
+        other = stable = 0.0
+        # a wallet has a handful of assets: less than what an array operation costs
+        for asset, value, is_stable in zip(self.assets, self.value.tolist(), self.stable.tolist(), strict=True):
+            if asset in row:
+                on[row[asset]] += value
+            elif is_stable:
+                stable += value
+            else:
+                other += value
+        return CollateralSplit(on_underlying=on, other=other, stable=stable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ def value_collateral(
     amount = np.array([t.amount for t in held] + [-t.amount for t in owed], dtype=np.float64)
     lent = np.array([t.lent for t in terms], dtype=np.float64)
     return Collateral(
-        assets=tuple(t.asset for t in terms),
+        assets=tuple([t.asset for t in terms]),
+        holdings=len(held),
         amount=amount,
         lent=lent,
         price=price,

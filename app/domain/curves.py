@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from app.domain.black76 import PRICE_FACTOR_MIN, Floats
 from app.domain.collateral import CollateralSplit
+from app.domain.computed import computed
 from app.domain.margin.portfolio import portfolio_margin
 from app.domain.margin.result import MarginTerms
 from app.domain.parameters import MarginMode
@@ -156,7 +156,7 @@ class AdditiveCurve:
         opening, keeping = (total(np.where(short, rate * underlying - value, value)) for rate in rates)
         return total(value), opening, keeping
 
-    @cached_property
+    @computed
     def lines(self) -> tuple[Point, Point]:
         """Of a book without options and gamma: the figures now, and their slopes in a common move."""
         pool, book = self.pool, self.pool.portfolio
@@ -171,7 +171,7 @@ class AdditiveCurve:
             Point(pool.backing.other + slope[1], slope[2], slope[3]),
         )
 
-    @cached_property
+    @computed
     def straight_margins(self) -> tuple[Floats, Floats]:
         """Return initial and maintenance margin (J,) of the underlyings without options."""
         if self.pool.mode != "cross":

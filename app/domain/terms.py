@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from functools import cached_property
 from operator import attrgetter
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from app.domain import black76
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.parameters import MarketParameters, ModelParameters
 from app.domain.portfolio import (
     Flags,
@@ -72,7 +72,7 @@ class PositionTerms:
     def __len__(self) -> int:
         return len(self.symbol)
 
-    @cached_property
+    @computed
     def given(self) -> frozenset[str]:
         """The columns that any row gives: of a usual book six out of twenty."""
         rows = len(self)
@@ -80,7 +80,7 @@ class PositionTerms:
         # most columns tell by their first row
         return frozenset([name for name, values in columns if values[0] is not None or values.count(None) < rows])
 
-    @cached_property
+    @computed
     def markets(self) -> tuple[list[int], tuple[MarketKey, ...]]:
         """Each row's market (n,), and the different markets that it points to, in order of appearance."""
         seen: dict[MarketKey, int] = {}
