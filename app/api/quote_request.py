@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -161,10 +162,11 @@ class MarketIn(Request):
     @property
     def prices_only(self) -> bool:
         """Whether no parameter is overridden."""
-        return all(getattr(self, name) is None for name in _OVERRIDES)
+        return _overrides(self).count(None) == len(_OVERRIDES)
 
 
 _OVERRIDES = tuple(name for name in MarketIn.__struct_fields__ if name != "prices")
+_overrides = attrgetter(*_OVERRIDES)
 _FACTORS = tuple(f.name for cls in (ModelParameters, HealthPolicy) for f in fields(cls))
 SettingsIn = msgspec.defstruct(
     "SettingsIn",
@@ -285,8 +287,10 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     _check_length("/liabilities", body.liabilities, limits.positions_max)
     _check_length("/reservations", body.reservations, limits.positions_max)
     if body.market is not None:
-        for name, items in fields_given(body.market).items():
-            _check_length(f"/market/{name}", items, MARKET_ENTRIES_MAX if name == "prices" else OVERRIDES_MAX)
+        _check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
+        for name, items in zip(_OVERRIDES, _overrides(body.market), strict=True):
+            if items is not None:
+                _check_length(f"/market/{name}", items, OVERRIDES_MAX)
     if isinstance(body.scenarios, list):
         _check_length("/scenarios", body.scenarios, limits.scenarios_max)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
+from operator import attrgetter
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -15,6 +16,8 @@ from app.api.quote_request import MARGIN_QUOTE, Limits, MarginQuoteIn, quote_ter
 from app.domain.quote import margin_quote
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
+
+_strike = attrgetter("strike")
 
 INLINE_POSITIONS_MAX = 400
 """Positions up to which handing a quote to a thread costs more than it frees the loop."""
@@ -44,7 +47,7 @@ def _is_light(body: MarginQuoteIn) -> bool:
         and len(body.positions) <= INLINE_POSITIONS_MAX
         and len(body.collateral or ()) + len(body.liabilities or ()) <= INLINE_POSITIONS_MAX
         and not isinstance(body.scenarios, list)
-        and not any(p.strike is not None for p in body.positions)
+        and not any(map(_strike, body.positions))
     )
 
 

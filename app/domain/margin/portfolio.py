@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.correlation import (
     REPAIR_SIZE_MAX,
     is_positive_semidefinite,
@@ -71,7 +71,7 @@ def _cells(table: Underlyings, models: ModelParameters) -> _Cells:
     return table.derived(("cells", multiple, weight), make)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Sides:
     """Losses by underlying (J,), USD >= 0: the worst with the price down and with it up, and their cells."""
 
@@ -80,15 +80,15 @@ class Sides:
     down_cell: Indices
     up_cell: Indices
 
-    @property
+    @computed
     def directional(self) -> Floats:
         """D = D - U."""
         return self.down - self.up
 
-    @property
+    @computed
     def two_sided(self) -> Floats:
         """N = min(D, U)."""
-        return cast("Floats", np.minimum(self.down, self.up))
+        return np.minimum(self.down, self.up)
 
 
 def sides(pnl: Floats) -> Sides:
