@@ -145,11 +145,12 @@ def _sides(book: Portfolio, positions: list[PositionIn]) -> list[str]:
 
 
 def _kinds(book: Portfolio, positions: list[PositionIn]) -> Iterable[str]:
-    options = set(book.options.row.tolist())
-    if not options and not any(p.notional is not None for p in positions):
+    notionals = [p.notional for p in positions]
+    if not book.has_options and notionals.count(None) == len(book):
         return repeat("linear", len(book))
+    options = set(book.options.row.tolist())
     return [
-        "option" if i in options else "greeks" if p.notional is not None else "linear" for i, p in enumerate(positions)
+        "option" if i in options else "linear" if notional is None else "greeks" for i, notional in enumerate(notionals)
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from app.domain.portfolio import (
 )
 from app.domain.prices import PriceFinder
 from app.errors import FieldError, InvalidError, invalid
+
+T = TypeVar("T")
 
 YEAR_SECONDS = 31_536_000.0
 YEAR_DAYS = 365.0
@@ -83,9 +85,11 @@ class PositionTerms:
     @computed
     def markets(self) -> tuple[list[int], tuple[MarketKey, ...]]:
         """Each row's market (n,), and the different markets that it points to, in order of appearance."""
-        seen: dict[MarketKey, int] = {}
-        code = [seen.setdefault(key, len(seen)) for key in zip(self.symbol, self.underlying, strict=True)]
-        return code, tuple(seen)
+        if "underlying" not in self.given:  # symbols alone are compared faster than pairs
+            code, symbols = _numbered(self.symbol)
+            return code, tuple([(symbol, None) for symbol in symbols])
+        code, keys = _numbered(list(zip(self.symbol, self.underlying, strict=True)))
+        return code, tuple(keys)
 
     def floats(self, name: str, default: float = np.nan) -> Floats:
         """Return a column of numbers (n,) with `default` for what was left out."""
@@ -101,6 +105,12 @@ class PositionTerms:
 
 _COLUMNS = tuple(field.name for field in fields(PositionTerms))
 _all_columns = attrgetter(*_COLUMNS)
+
+
+def _numbered(keys: Sequence[T]) -> tuple[list[int], list[T]]:
+    """Return each key's number, and the different keys, numbered in order of appearance."""
+    number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
+    return [number[key] for key in keys], list(number)
 
 
 def _flags(column: Sequence[Any]) -> Flags:
