@@ -62,11 +62,28 @@ class _Told:
         bounds, nobody = np.full((2, count), np.inf), np.zeros(count, dtype=np.bool_)
         return cls(nothing[0], nothing[1], -bounds[0], bounds[1], unknown, nobody)
 
-    def grow(self, count: int) -> None:
-        """Make room for new accounts."""
-        new = self.of(count - len(self.zone))
+    def learn(
+        self, screen: Screen, accounts: Rows, levels: Mapping[str, tuple[int, int]], bands: Mapping[str, Band]
+    ) -> None:
+        """Take in what was told of accounts, new ones too."""
+        new = self.of(len(screen) - len(self.zone))
         for name in self.__slots__:
             setattr(self, name, np.concatenate([getattr(self, name), getattr(new, name)]))
+        self.low[accounts], self.high[accounts], self.judged[accounts] = -np.inf, np.inf, 255
+        _set(screen, self.zone, {agent: zone for agent, (zone, _) in levels.items()})
+        _set(screen, self.alert, {agent: level for agent, (_, level) in levels.items()})
+        _set(screen, self.low, {agent: band.low for agent, band in bands.items()})
+        _set(screen, self.high, {agent: band.high for agent, band in bands.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What a decision has told of an account."""
+
+    agent: str
+    levels: tuple[int, int]
+    band: Band
+    waits: bool
 
 
 class Watchman:
@@ -82,41 +99,57 @@ class Watchman:
         self._horizon = ""
         self._prices: dict[str, float] = {}
         self._told = _Told.of(0)
+        self._notes: list[_Note] = []
+        self._looking = False
         self._stale: frozenset[str] = frozenset()
         self._stale_at = 0.0
 
     async def look(self, shards: frozenset[int]) -> Named:
         """Take in what has changed since the last look, and name the agents on whom a decision is due.
 
-        Raises DatabaseUnavailableError; the next look then begins anew.
+        Raises DatabaseUnavailableError; whatever stops it half-way, the next look begins anew.
         """
-        if self._screen is None or not shards >= self._shards:
-            return await self._begin(shards)
-        screen, self._screen = self._screen, None  # an outage half-way leaves nothing half-changed
-        touched = await self._news(screen, shards)
-        return await self._named(touched, self._gone_stale(screen))
+        self._looking = True
+        try:
+            if self._screen is None or not shards >= self._shards:
+                return await self._begin(shards)
+            return await self._go_on(self._screen, shards)
+        except BaseException:
+            self._screen = None
+            raise
+        finally:
+            self._looking = False
+            self._take_notes()
 
     def decided(self, agent: str, levels: tuple[int, int], band: Band | None, *, waits: bool) -> None:
-        """Take note of what is now told of an account."""
-        row = None if self._screen is None else self._screen.index.get(agent)
-        if row is not None:
-            told, quiet = self._told, band or _QUIET
-            told.zone[row], told.alert[row] = levels
-            told.low[row], told.high[row] = quiet.low, quiet.high
-            told.waits[row] = waits
+        """Take note of what is now told of an account; during a look, of what it reads meanwhile, at its end."""
+        self._notes.append(_Note(agent, levels, band or _QUIET, waits))
+        if not self._looking:
+            self._take_notes()
+
+    def _take_notes(self) -> None:
+        told, screen = self._told, self._screen
+        for note in self._notes if screen is not None else ():
+            row = screen.index.get(note.agent) if screen is not None else None
+            if row is not None:
+                told.zone[row], told.alert[row] = note.levels
+                told.low[row], told.high[row] = note.band.low, note.band.high
+                told.waits[row] = note.waits
+        self._notes.clear()
 
     async def _begin(self, shards: frozenset[int]) -> Named:
+        self._screen = None
         view = await self._market.refresh()
         loaded = await screen_book.load_all(self._database, _only(shards))
-        self._prices = _prices(view)
-        screen = Screen(view.parameters, self._prices)
-        self._told = _Told.of(0)
-        await self._take(screen, loaded.columns, None)
-        self._horizon, self._shards, self._screen = loaded.horizon, shards, screen
-        return await self._named(np.arange(len(screen)), _NOBODY)
+        prices = _prices(view)
+        screen, told = Screen(view.parameters, prices), _Told.of(0)
+        await self._take(screen, told, loaded.columns, None)
+        self._screen, self._told, self._prices = screen, told, prices
+        self._horizon, self._shards = loaded.horizon, shards
+        self._take_notes()
+        return await self._named(screen, np.arange(len(screen)), _NOBODY)
 
-    async def _news(self, screen: Screen, shards: frozenset[int]) -> Rows:
-        """Take in what has changed, and return the accounts that it touches."""
+    async def _go_on(self, screen: Screen, shards: frozenset[int]) -> Named:
         view = await self._market.refresh()
         touched = _NOBODY
         if view.parameters.version != screen.parameters.version:
@@ -128,17 +161,18 @@ class Watchman:
             figures = await asyncio.to_thread(screen.tick, moved)
             touched = np.union1d(touched, figures.accounts)
             self._prices = prices
-        loaded = await screen_book.load_changed(self._database, screen.versions(), self._horizon, _only(self._shards))
-        touched = np.union1d(touched, await self._take(screen, loaded.columns, loaded.columns.agents))
+        loaded = await screen_book.load_changed(self._database, screen.version_of, self._horizon, _only(self._shards))
+        touched = np.union1d(touched, await self._take(screen, self._told, loaded.columns, loaded.columns.agents))
         self._horizon = loaded.horizon
         if shards != self._shards:
             gained = await screen_book.load_all(self._database, _only(shards - self._shards))
-            touched = np.union1d(touched, await self._take(screen, gained.columns, gained.columns.agents))
+            touched = np.union1d(touched, await self._take(screen, self._told, gained.columns, gained.columns.agents))
             self._shards = shards
         self._screen = screen
-        return touched
+        self._take_notes()
+        return await self._named(screen, touched, self._gone_stale(screen))
 
-    async def _take(self, screen: Screen, columns: BookColumns, agents: Sequence[str] | None) -> Rows:
+    async def _take(self, screen: Screen, told: _Told, columns: BookColumns, agents: Sequence[str] | None) -> Rows:
         """Put books into the screen, with what was told of their accounts; return them. `agents` None: everybody's."""
         if not len(columns.agents):
             return _NOBODY
@@ -146,19 +180,12 @@ class Watchman:
         async with self._database.transaction(self._actor) as tx:
             levels = await watch.told_levels(tx, agents)
             bands = await watch.followed(tx, screen.parameters.policy, agents)
-        told = self._told
-        told.grow(len(screen))
-        told.low[accounts], told.high[accounts], told.judged[accounts] = -np.inf, np.inf, 255
-        _set(screen, told.zone, {agent: zone for agent, (zone, _) in levels.items()})
-        _set(screen, told.alert, {agent: level for agent, (_, level) in levels.items()})
-        _set(screen, told.low, {agent: band.low for agent, band in bands.items()})
-        _set(screen, told.high, {agent: band.high for agent, band in bands.items()})
+        await asyncio.to_thread(told.learn, screen, accounts, levels, bands)
         return accounts
 
-    async def _named(self, touched: Rows, stale: Rows) -> Named:
+    async def _named(self, screen: Screen, touched: Rows, stale: Rows) -> Named:
         """Return the agents of those touched on whom a decision is due, and those whose prices have gone stale."""
-        screen = self._screen
-        if screen is None or not len(touched) + len(stale):
+        if not len(touched) + len(stale):
             return Named()
         urgent, others = await asyncio.to_thread(self._due, screen, touched)
         others = np.union1d(others, stale)

@@ -83,6 +83,9 @@ class Metrics:
             buckets=_POSITIONS,
             registry=self.registry,
         )
+        # looked up once: the label takes as long as the observation
+        self.margin_quote_seconds = self.quote_seconds.labels("margin")
+        self.margin_quote_positions = self.quote_positions.labels("margin")
         self.market_age_seconds = Gauge(
             "primerisk_market_snapshot_age_seconds",
             "Age of this process's copy of prices and parameters.",

@@ -91,11 +91,13 @@ class Agenda:
         if named_again is not None:
             self.add([agent], urgent=named_again)
 
-    def put_off(self, agent: str) -> float:
-        """Note a failure, and return the seconds for which the account is left alone."""
+    def put_off(self, agent: str, *, outage: bool = False) -> float:
+        """Note a failure, and return the seconds for which the account is left alone; an outage is none of its own."""
         del self._under_way[agent]
-        self._failures[agent] = self._failures.get(agent, 0) + 1
-        seconds = min(RETRY_SECONDS_MAX, RETRY_SECONDS * 2.0 ** (self._failures[agent] - 1))
+        if not outage:
+            self._failures[agent] = self._failures.get(agent, 0) + 1
+        again = 0 if outage else self._failures[agent] - 1
+        seconds = min(RETRY_SECONDS_MAX, RETRY_SECONDS * 2.0**again)
         self._again_at[agent] = self._clock() + seconds
         return seconds
 
@@ -183,10 +185,10 @@ class Worker:
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
     async def _fire_timers(self) -> None:
-        """Name the accounts whose calls are due."""
+        """Name the accounts of this worker whose calls are due."""
         while True:
             async with self._database.transaction(self.id) as tx:
-                due = await margin_calls.due(tx, DUE_AT_ONCE_MAX)
+                due = await margin_calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
             self._agenda.add(due, urgent=True)
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
@@ -194,30 +196,32 @@ class Worker:
         await delivery.run(self._database, sender, self._settings, self._metrics, self.id)
 
     async def _decide_on(self) -> None:
-        """Decide on the accounts of the agenda, one after the other."""
+        """Decide on the accounts of the agenda, one after the other; one that can't be decided on holds up no other."""
         while True:
             agent_id = await self._agenda.take()
-            if await self._decide(agent_id):
+            try:
+                await self._decide(agent_id)
+            except DatabaseUnavailableError as error:
+                log.warning("no decision on an account now: %s", error.code)
+                self._agenda.put_off(agent_id, outage=True)
+            except Exception:
+                self._metrics.decision_failures.inc()
+                log.exception("no decision on %s", agent_id)
+                await self._leave_alone(agent_id)
+            else:
                 self._agenda.done(agent_id)
-                continue
-            seconds = self._agenda.put_off(agent_id)
-            with contextlib.suppress(DatabaseUnavailableError, SQLAlchemyError):
-                async with self._database.transaction(self.id) as tx:
-                    await margin_calls.put_off(tx, agent_id, seconds)
 
-    async def _decide(self, agent_id: str) -> bool:
-        """Decide on one account; tell whether that was possible. One that can't be decided on holds up no other."""
-        started = time.perf_counter()
-        try:
+    async def _leave_alone(self, agent_id: str) -> None:
+        """Put off an account, in the database too: its timer would be due for ever."""
+        seconds = self._agenda.put_off(agent_id)
+        with contextlib.suppress(DatabaseUnavailableError, SQLAlchemyError):
             async with self._database.transaction(self.id) as tx:
-                decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
-        except DatabaseUnavailableError as error:
-            log.warning("no decision on an account now: %s", error.code)
-            return False
-        except Exception:
-            self._metrics.decision_failures.inc()
-            log.exception("no decision on %s", agent_id)
-            return False
+                await margin_calls.put_off(tx, agent_id, seconds)
+
+    async def _decide(self, agent_id: str) -> None:
+        started = time.perf_counter()
+        async with self._database.transaction(self.id) as tx:
+            decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
         self._metrics.decision_seconds.observe(time.perf_counter() - started)
         for told in decided.told:
             self._metrics.margin_events.labels(told).inc()
@@ -228,7 +232,6 @@ class Worker:
             log.error("the venue of %s does not fill its liquidation: an operator has to look", agent_id)
         if decided.levels is not None:
             self._watchman.decided(agent_id, decided.levels, decided.band, waits=decided.waits)
-        return True
 
     async def _beat(self) -> None:
         """Tell that this worker is alive, and hold its share of the accounts: only while it really looks at them."""

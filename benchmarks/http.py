@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,8 @@ async def _connection(port: int, raw: bytes, deadline: float) -> tuple[int, int]
 
 
 @contextlib.contextmanager
-def server(name: str, directory: Path) -> Iterator[Server]:
-    """Run one of the servers on a free port, and stop it by its pid."""
+def server(name: str, directory: Path, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run one of the servers on a free port, with settings of ours where they matter, and stop it by its pid."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = os.environ | {
@@ -147,6 +147,7 @@ def server(name: str, directory: Path) -> Iterator[Server]:
         "PRIMERISK_ADMIN_KEY": KEY,
         "PRIMERISK_REQUESTS_PER_SECOND": "0",
         "PRIMERISK_LOG_LEVEL": "warning",
+        **(settings or {}),
     }
     command = ["-m", "app.cli", "serve", "--port", str(port)]
     if name != "quote":

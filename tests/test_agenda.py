@@ -69,6 +69,17 @@ async def test_who_failed_is_left_alone_and_then_comes_by_itself() -> None:
     assert agenda.put_off("a") == 0.5
 
 
+async def test_an_outage_is_no_failure_of_the_account() -> None:
+    clock = [0.0]
+    agenda = Agenda(lambda: clock[0])
+    for _ in range(9):
+        agenda.add("a", urgent=True)
+        assert await _next(agenda) == "a"
+        assert agenda.put_off("a", outage=True) == 0.5
+        clock[0] += 0.5
+        agenda.recall()
+
+
 async def test_whoever_waits_is_woken() -> None:
     agenda = Agenda()
     taken = asyncio.create_task(agenda.take())

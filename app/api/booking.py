@@ -89,6 +89,12 @@ def idempotency_key(request: Request) -> str | None:
     return key
 
 
+def require_custodian(request: Request, owner: Owner) -> None:
+    """Refuse to take an agent's word for money where only the operator's counts. Raises ForbiddenError."""
+    if not (parts_of(request).settings.agents_may_deposit or owner.caller.may("admin")):
+        raise ForbiddenError("deposits and fills are booked with an admin key", code="scope_missing")
+
+
 async def once(request: Request, owner: Owner, effect: Effect) -> Response:
     """Run an effect on the owner's book in one transaction, and answer when it is committed.
 

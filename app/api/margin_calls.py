@@ -84,6 +84,6 @@ def _cure(held: Book, scene: Scene) -> dict[str, Any] | None:
 
 def _shown(call: StoredCall) -> dict[str, Any]:
     row = asdict(call)
-    for name in ("seq", "agent_id", "next_action_at", "figures"):
+    for name in ("seq", "agent_id", "next_action_at", "figures", "uncovered"):
         del row[name]
-    return {**row, "deficit": plain(call.deficit), **call.figures}
+    return {**row, "deficit": plain(call.lost), **call.figures}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -161,9 +162,11 @@ class MarketIn(Request):
     @property
     def prices_only(self) -> bool:
         """Whether no parameter is overridden."""
-        return fields_given(self).keys() <= {"prices"}
+        return _overrides(self).count(None) == len(_OVERRIDES)
 
 
+_OVERRIDES = tuple(name for name in MarketIn.__struct_fields__ if name != "prices")
+_overrides = attrgetter(*_OVERRIDES)
 _FACTORS = tuple(f.name for cls in (ModelParameters, HealthPolicy) for f in fields(cls))
 SettingsIn = msgspec.defstruct(
     "SettingsIn",
@@ -284,14 +287,16 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     _check_length("/liabilities", body.liabilities, limits.positions_max)
     _check_length("/reservations", body.reservations, limits.positions_max)
     if body.market is not None:
-        for name, items in fields_given(body.market).items():
-            _check_length(f"/market/{name}", items, MARKET_ENTRIES_MAX if name == "prices" else OVERRIDES_MAX)
+        _check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
+        for name, items in zip(_OVERRIDES, _overrides(body.market), strict=True):
+            if items is not None:
+                _check_length(f"/market/{name}", items, OVERRIDES_MAX)
     if isinstance(body.scenarios, list):
         _check_length("/scenarios", body.scenarios, limits.scenarios_max)
 
 
 def _underlyings(terms: PositionTerms, parameters: MarketParameters) -> int:
-    markets = set(zip(terms.symbol, terms.underlying, strict=True))
+    _, markets = terms.markets
     return len({u if u is not None else parameters.underlying_of(s or "") for s, u in markets})
 
 
@@ -303,7 +308,7 @@ def estimated_work(
     Under portfolio margin every move of the liquidation search is a margin assessment of its own; with correlations of
     the request's own (`repairs`) each may need its matrix repaired.
     """
-    options = len(terms) - terms.strike.count(None) if any(terms.strike) else 0
+    options = len(terms) - terms.strike.count(None) if "strike" in terms.given else 0
     once = 0.5 + len(terms) * 0.002 + options * 0.06
     if mode != "portfolio":
         return once
@@ -324,17 +329,17 @@ def check_work(milliseconds: float, limits: Limits) -> None:
 
 
 def _check_positions(terms: PositionTerms, parameters: MarketParameters, limits: Limits, now: datetime) -> None:
-    underlyings = _underlyings(terms, parameters)
-    if underlyings > limits.underlyings_max:
-        detail = f"at most {limits.underlyings_max} different underlyings a portfolio, not {underlyings}"
+    _, markets = terms.markets
+    # there are no more underlyings than markets
+    if len(markets) > limits.underlyings_max and (count := _underlyings(terms, parameters)) > limits.underlyings_max:
+        detail = f"at most {limits.underlyings_max} different underlyings a portfolio, not {count}"
         raise invalid("/positions", "too_many_underlyings", detail)
-    for field in ("symbol", "underlying"):
-        column = getattr(terms, field)
-        for name in set(column) - {None}:
-            if not SYMBOL.fullmatch(name):
+    for field, names in zip(("symbol", "underlying"), zip(*markets, strict=True), strict=False):
+        for name in names:
+            if name is not None and not SYMBOL.fullmatch(name):
                 detail = "a symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit"
-                raise invalid(f"/positions/{column.index(name)}/{field}", "invalid_symbol", detail)
-    if any(terms.expiry):
+                raise invalid(f"/positions/{getattr(terms, field).index(name)}/{field}", "invalid_symbol", detail)
+    if "expiry" in terms.given:
         _check_expiries(terms.expiry, now + timedelta(days=365 * YEARS_TO_EXPIRY_MAX))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
+from operator import attrgetter
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -15,6 +16,8 @@ from app.api.quote_request import MARGIN_QUOTE, Limits, MarginQuoteIn, quote_ter
 from app.domain.quote import margin_quote
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
+
+_strike = attrgetter("strike")
 
 INLINE_POSITIONS_MAX = 400
 """Positions up to which handing a quote to a thread costs more than it frees the loop."""
@@ -44,17 +47,17 @@ def _is_light(body: MarginQuoteIn) -> bool:
         and len(body.positions) <= INLINE_POSITIONS_MAX
         and len(body.collateral or ()) + len(body.liabilities or ()) <= INLINE_POSITIONS_MAX
         and not isinstance(body.scenarios, list)
-        and not any(p.strike is not None for p in body.positions)
+        and not any(map(_strike, body.positions))
     )
 
 
 def _quote(parts: Parts, body: MarginQuoteIn, now: datetime) -> bytes:
-    view = parts.market.view
+    view, settings = parts.market.view, parts.settings
     started = time.perf_counter()
-    terms = quote_terms(body, view.parameters, Limits.of(parts.settings), now)
+    terms = quote_terms(body, view.parameters, Limits.of(settings), now)
     quote = margin_quote(terms, view.prices, quote_time(body, now))
-    parts.metrics.quote_seconds.labels("margin").observe(time.perf_counter() - started)
-    parts.metrics.quote_positions.labels("margin").observe(len(body.positions))
+    parts.metrics.margin_quote_seconds.observe(time.perf_counter() - started)
+    parts.metrics.margin_quote_positions.observe(len(body.positions))
     if not is_finite(quote):
         raise ArithmeticError("a quote came out without a number")
-    return encoder.encode(margin_reply(quote, body.positions, terms.margin, parts.settings.price_age_seconds_max))
+    return encoder.encode(margin_reply(quote, body.positions, terms.margin, settings.price_age_seconds_max))

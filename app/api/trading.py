@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from app.api import account_reply as replies
 from app.api import body as wire
-from app.api.booking import BookOwner, Label, Reply, idempotency_key, once
+from app.api.booking import BookOwner, Label, Reply, idempotency_key, once, require_custodian
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -142,6 +142,7 @@ async def get_order(request: Request, owner: BookOwner, order_id: str) -> Respon
 )
 async def post_fill(request: Request, owner: BookOwner, order_id: str) -> Response:
     """Book what a venue filled of an order: position, profit or loss and fee at the venue's price."""
+    require_custodian(request, owner)  # a fill is money: whoever may not book a deposit may not report one
     asked = await body_of(request, _FILL)
     fee = wire.exact_or_none(asked.fee, "/fee") or ZERO
     size, price = wire.exact(asked.size, "/size"), wire.exact(asked.price, "/price")

@@ -12,14 +12,13 @@ from starlette.responses import Response
 from app.api import account_reply as replies
 from app.api import body as wire
 from app.api.account import read_account
-from app.api.booking import BookOwner, Label, Reply, idempotency_key, once
+from app.api.booking import BookOwner, Label, Reply, idempotency_key, once, require_custodian
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
-from app.errors import ForbiddenError
 from app.services import ledger, wallet
 from app.services.ledger import Entry
 from app.services.margin import Scene
@@ -72,8 +71,7 @@ async def deposit(request: Request, owner: BookOwner) -> Response:
     """Book units of an asset that have arrived."""
     asked = await body_of(request, _AMOUNT)
     amount = wire.exact(asked.amount, "/amount")
-    if not (parts_of(request).settings.agents_may_deposit or owner.caller.may("admin")):
-        raise ForbiddenError("deposits are booked with an admin key", code="scope_missing")
+    require_custodian(request, owner)
     named = Names(asked.reference, idempotency_key(request))
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:

@@ -419,6 +419,9 @@ margin_calls = Table(
     Column("figures", JSONB, nullable=False),
     Column("attempts", Integer, nullable=False, server_default=text("0")),  # of the request that waits at a venue
     _moment("respond_by", nullable=True),
+    Column("uncovered", Numeric, nullable=False, server_default=text("0")),
+    _moment("exhausted_at", nullable=True),
+    _check("uncovered", "uncovered >= 0"),
     _check("state", "state IN ('noticed', 'open', 'expired', 'liquidating', 'lapsed', 'cured', 'completed')"),
     _check("cause", "cause IN ('utilization', 'maintenance', 'isolated')"),
     _check("ended", "(state IN ('lapsed', 'cured', 'completed')) = (ended_at IS NOT NULL)"),

@@ -59,6 +59,11 @@ class AccountSettings:
     stop_utilization: float | None = None
     shortfall_utilization: float | None = None
 
+    @property
+    def follows_peak(self) -> bool:
+        """Whether the account's highest equity is followed, for its trailing stop or its drawdown ladder."""
+        return self.trailing_stop is not None or self.drawdown_ladder != "off"
+
     def policy(self, market: HealthPolicy) -> HealthPolicy:
         """Return the market's policy with this account's own levels where they are stricter."""
         own = {name: value for name in THRESHOLDS if (value := getattr(self, name)) is not None}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.parameters import MarketParameters
-from app.domain.portfolio import Flags, Rows, Underlyings, sums
+from app.domain.portfolio import Flags, Underlyings
 from app.domain.prices import PriceFinder
 
 
@@ -23,7 +24,7 @@ class CollateralTerms:
     lent: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Collateral:
     """Holdings and debts as columns, each (K,); `amount` is negative for a debt, `value` signed, after haircut.
 
@@ -32,6 +33,8 @@ class Collateral:
     """
 
     assets: tuple[str, ...]
+    holdings: int
+    """How many of the rows are holdings; the rest, debts, stand behind them."""
     amount: Floats
     lent: Floats
     price: Floats
@@ -39,27 +42,29 @@ class Collateral:
     value: Floats
     stable: Flags
 
-    @property
+    @computed
     def collateral_value(self) -> float:
         """Value of all holdings after haircut, USD."""
-        return float(self.value[self.amount > 0].sum())
+        return float(self.value[: self.holdings].sum())
 
-    @property
+    @computed
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
-        return abs(float(self.value[self.amount < 0].sum()))
+        return abs(float(self.value[self.holdings :].sum()))
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""
-        row = {name: j for j, name in enumerate(underlyings.names)}
-        at: Rows = np.array([row.get(a, -1) for a in self.assets], dtype=np.intp)
-        own = at >= 0
-        on = sums(at[own], self.value[own], len(row))
-        return CollateralSplit(
-            on_underlying=on,
-            other=float(self.value[~own & ~self.stable].sum()),
-            stable=float(self.value[~own & self.stable].sum()),
-        )
+        row, on = underlyings.row, np.zeros(len(underlyings.names))
+        other = stable = 0.0
+        # a wallet has a handful of assets: less than what an array operation costs
+        for asset, value, is_stable in zip(self.assets, self.value.tolist(), self.stable.tolist(), strict=True):
+            if asset in row:
+                on[row[asset]] += value
+            elif is_stable:
+                stable += value
+            else:
+                other += value
+        return CollateralSplit(on_underlying=on, other=other, stable=stable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +87,14 @@ def value_collateral(
     `prices` knows those that stand beside them.
     """
     terms = [*held, *owed]
-    sign = np.array([1.0] * len(held) + [-1.0] * len(owed))
-    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
     assets = [parameters.asset(t.asset) for t in terms]
-    haircut = np.where(sign > 0, np.array([a.haircut for a in assets], dtype=np.float64), 0.0)
-    amount = sign * np.array([t.amount for t in terms], dtype=np.float64)
+    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
+    haircut = np.array([a.haircut for a in assets[: len(held)]] + [0.0] * len(owed), dtype=np.float64)
+    amount = np.array([t.amount for t in held] + [-t.amount for t in owed], dtype=np.float64)
     lent = np.array([t.lent for t in terms], dtype=np.float64)
     return Collateral(
-        assets=tuple(t.asset for t in terms),
+        assets=tuple([t.asset for t in terms]),
+        holdings=len(held),
         amount=amount,
         lent=lent,
         price=price,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from app.domain.black76 import PRICE_FACTOR_MIN, Floats
 from app.domain.collateral import CollateralSplit
+from app.domain.computed import computed
 from app.domain.margin.portfolio import portfolio_margin
 from app.domain.margin.result import MarginTerms
 from app.domain.parameters import MarginMode
@@ -37,6 +37,15 @@ class Figures:
     equity: Floats
     initial: Floats
     maintenance: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Equity, required initial and required maintenance margin at one move, or what a move adds to each, USD."""
+
+    equity: float
+    initial: float
+    maintenance: float
 
 
 Line = Callable[[Floats], Figures]
@@ -81,7 +90,7 @@ class Pool:
     @property
     def fixed_equity(self) -> float:
         """What no price moves: stable collateral and profit booked so far."""
-        return self.backing.stable + float(self.portfolio.unrealized_pnl.sum())
+        return self.backing.stable + self.portfolio.profit
 
     def curve(self) -> AccountCurve:
         """Return the curve of the pool's margin mode."""
@@ -153,7 +162,7 @@ class AdditiveCurve:
             equity = equity + 0.5 * gamma * moves * moves
         base = rated(book, self.pool.mode, moves)
         initial, maintenance = self.initial_weight[:, None] * base, self.maintenance_weight[:, None] * base
-        if len(book.options):
+        if book.has_options:
             options = book.options
             value = options.values(moves)
             opening, keeping = option_margins(book, moves, value)
@@ -161,21 +170,22 @@ class AdditiveCurve:
             equity, initial, maintenance = equity + held, initial + opening, maintenance + keeping
         return Figures(equity, initial, maintenance)
 
-    @cached_property
-    def lines(self) -> tuple[Figures, Figures]:
-        """Of a book without options and gamma: the figures now, and their slopes in a common move; each (1,)."""
+    @computed
+    def lines(self) -> tuple[Point, Point]:
+        """Of a book without options and gamma: the figures now, and their slopes in a common move."""
         pool, book = self.pool, self.pool.portfolio
         held = pool.backing.on_underlying
-        rows = np.array([held, held + book.taylor_delta, *self.straight_margins()])
-        now = rows.sum(axis=1, keepdims=True)
-        stable = book.underlyings.stable
-        slope = rows[:, ~stable].sum(axis=1, keepdims=True) if book.underlyings.any_stable else now
+        rows = np.array([held, held + book.taylor_delta, *self.straight_margins])
+        now = slope = rows.sum(axis=1).tolist()
+        if book.underlyings.any_stable:
+            slope = rows[:, ~book.underlyings.stable].sum(axis=1).tolist()
         base = pool.fixed_equity + pool.backing.other
         return (
-            Figures(base + now[0], pool.reserved + now[2], pool.reserved + now[3]),
-            Figures(pool.backing.other + slope[1], slope[2], slope[3]),
+            Point(base + now[0], pool.reserved + now[2], pool.reserved + now[3]),
+            Point(pool.backing.other + slope[1], slope[2], slope[3]),
         )
 
+    @computed
     def straight_margins(self) -> tuple[Floats, Floats]:
         """Return initial and maintenance margin (J,) of the underlyings without options."""
         if self.pool.mode != "cross":
@@ -208,7 +218,7 @@ class AdditiveCurve:
     @property
     def has_options(self) -> bool:
         """Whether some underlyings have no closed form."""
-        return len(self.pool.portfolio.options) > 0
+        return self.pool.portfolio.has_options
 
     def single(self, underlying: int) -> Line:
         """See AccountCurve."""
@@ -314,7 +324,7 @@ class PortfolioCurve:
             backing.stable
             + backing.other * (1.0 + other)
             + float((backing.on_underlying * (1.0 + moves)).sum())
-            + float(book.unrealized_pnl.sum())
+            + book.profit
             + book.options_value
         )
         return equity, margin.initial_margin + pool.reserved, margin.maintenance_margin + pool.reserved

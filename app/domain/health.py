@@ -148,10 +148,8 @@ def _ratio(numerator: float, equity: float, insolvent: bool) -> float | None:
 def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
     figures = curve.common(np.array([-move, move]))
-    open_after = figures.maintenance > MAINTENANCE_MIN
-    if not np.count_nonzero(open_after):
-        return None
-    return float((figures.equity[open_after] / figures.maintenance[open_after]).min())
+    after = zip(figures.equity.tolist(), figures.maintenance.tolist(), strict=True)
+    return min((equity / kept for equity, kept in after if kept > MAINTENANCE_MIN), default=None)
 
 
 def _zone(utilization: float | None, policy: HealthPolicy) -> str:
@@ -235,17 +233,19 @@ def advisories(
 
 
 def _share_advisories(collateral: Collateral, policy: HealthPolicy) -> list[Advisory]:
-    worth = np.where(collateral.amount > 0.0, collateral.amount * collateral.price, 0.0)
-    total = float(worth.sum())
+    columns = (collateral.amount, collateral.price, collateral.stable)
+    held = zip(collateral.assets, *(column[: collateral.holdings].tolist() for column in columns), strict=False)
+    worth = [(asset, amount * price, is_stable) for asset, amount, price, is_stable in held]
+    total = sum(value for _, value, _ in worth)
     if total <= 0.0:
         return []
     found = []
-    stable = float(worth[collateral.stable].sum()) / total
+    stable = sum(value for _, value, is_stable in worth if is_stable) / total
     if stable < policy.stable_share_min:
         detail = f"stablecoins are {stable:.0%} of collateral"
         found.append(Advisory("stable_share_low", detail, stable, policy.stable_share_min))
     by_asset: dict[str, float] = {}
-    for asset, value, is_stable in zip(collateral.assets, worth.tolist(), collateral.stable.tolist(), strict=True):
+    for asset, value, is_stable in worth:
         if not is_stable:
             by_asset[asset] = by_asset.get(asset, 0.0) + value / total
     for asset, share in sorted(by_asset.items()):

@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from app.domain.book import MINIMUM_VIABLE, Book, OpenPosition
-from app.domain.money import to_decimal
+from app.domain.money import DECIMALS_MAX, round_owed, to_decimal
 from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
 from app.domain.trade import Order
@@ -109,7 +109,12 @@ def _cuts(book: Book, figures: AccountFigures, excess: float) -> list[Cut]:
     if excess <= 0.0 or total <= 0.0:
         return []
     share = to_decimal(min(1.0, excess / total))
-    return [Cut(p, min(p.size, _SIZE_DIGITS.multiply(p.size, share))) for p, _ in reducible]
+    return [Cut(p, _part(p.size, share)) for p, _ in reducible]
+
+
+def _part(size: Decimal, share: Decimal) -> Decimal:
+    """Return a share of a size that can be booked, rounded up; all of what is too small to be divided."""
+    return min(size, round_owed(_SIZE_DIGITS.multiply(size, share), DECIMALS_MAX))
 
 
 def _hedges(figures: AccountFigures, rung: int, kept: float) -> list[Hedge]:

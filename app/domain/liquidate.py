@@ -8,6 +8,7 @@ from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from app.domain.book import Book, OpenPosition, OpenReservation
+from app.domain.money import DECIMALS_MAX, round_owed
 from app.domain.quote import AccountFigures
 
 LiquidationPolicy = Literal["smallest_first", "largest_relief", "keep_top_n"]
@@ -73,7 +74,7 @@ def next_slice(
         return Slice(target, target.size)
     low, high = Decimal(0), target.size
     for _ in range(SIZE_STEPS):
-        middle = _DIGITS.plus((low + high) / 2)
+        middle = round_owed(_DIGITS.plus((low + high) / 2), DECIMALS_MAX)
         if not low < middle < high:
             break
         low, high = (low, middle) if enough(assess(reduce(book, target, middle))) else (middle, high)

@@ -88,9 +88,9 @@ def distances(curve: AccountCurve, here: Here, underlyings: int, breach_utilizat
 def _additive_singles(curve: AdditiveCurve, here: float, surplus: Surplus, grid: Floats) -> Floats:
     """Return the roots (J,) of each underlying alone: closed forms, but for underlyings with options."""
     roots = closed_form(curve).single_roots(here)
-    optioned = sorted(set(curve.pool.portfolio.options.underlying.tolist()))
-    if not optioned:
+    if not curve.has_options:
         return roots
+    optioned = sorted(set(curve.pool.portfolio.options.underlying.tolist()))
     # all lanes at once: one revaluation of every option on the grid serves them all
     lanes = surplus(curve.lanes(grid))
     still = int(np.argmin(np.abs(grid)))

@@ -160,15 +160,17 @@ def situation(
 def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: datetime) -> Step | None:
     """Return the next step of an account's call, None where there is nothing to do.
 
-    A call that was made for isolated positions ends with them: a breach of the pool has a call of its own, unless it
-    comes while the owner still has time. Raises ValueError for a call that is over.
+    A call that was made for isolated positions ends with them; a breach of the pool takes it over, with a new deadline.
+    Raises ValueError for a call that is over.
     """
     if call is None:
         return None if now_is.cause is None else _begin(now_is, settings, now)
     if call.state == "noticed":
         return _while_noticed(call, now_is, settings, now)
+    if call.is_isolated and now_is.pool is not None:
+        return _opened(settings, now)  # it is the pool's call from now on, with the pool's own time
     if call.state == "open":
-        return _while_open(call, now_is, settings, now)
+        return _while_open(call, now_is, now)
     if call.state == "expired":
         return _while_expired(call, now_is, settings)
     if call.state == "liquidating":
@@ -205,11 +207,9 @@ def _is_cured(call: Call, now_is: Situation) -> bool:
     return now_is.cause is None if call.is_isolated else now_is.is_cured
 
 
-def _while_open(call: Call, now_is: Situation, settings: AccountSettings, now: datetime) -> Step:
+def _while_open(call: Call, now_is: Situation, now: datetime) -> Step:
     if call.opened_at is None or call.deadline_at is None:
         raise ValueError("an open call has a deadline")
-    if call.is_isolated and now_is.pool is not None:
-        return _opened(settings, now)  # it is the pool's call from now on, with the pool's own time
     if _is_cured(call, now_is):
         return Become("cured")
     if now >= call.deadline_at:

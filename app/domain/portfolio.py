@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TypeVar, cast
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from app.domain import black76
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.correlation import correlation_matrix
 from app.domain.parameters import CorrelationTable, MarketParameters
 
@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 Rows = NDArray[np.intp]
 Flags = NDArray[np.bool_]
+
+DERIVED_MAX = 32
+"""What one table of underlyings keeps of what was derived from it."""
 
 
 def sums(groups: Rows, values: Floats, count: int) -> Floats:
@@ -42,34 +45,41 @@ class Underlyings:
     stress_table: CorrelationTable
     hedge_table: CorrelationTable
 
-    @cached_property
+    @computed
+    def row(self) -> Mapping[str, int]:
+        """Where each name stands."""
+        return {name: j for j, name in enumerate(self.names)}
+
+    @computed
     def stress(self) -> Floats:
         """The stress correlations (J, J)."""
         return correlation_matrix(self.names, self.stress_table)
 
-    @cached_property
+    @computed
     def hedge(self) -> Floats:
         """The hedge correlations (J, J)."""
         return correlation_matrix(self.names, self.hedge_table)
 
-    @cached_property
+    @computed
     def any_stable(self) -> bool:
         """Whether any underlying is a stablecoin."""
         return bool(np.count_nonzero(self.stable))
 
-    @cached_property
+    @computed
     def any_limit(self) -> bool:
         """Whether any underlying has a concentration limit."""
         return not bool(np.isnan(self.concentration_limit).all())
 
-    @cached_property
+    @computed
     def _derived(self) -> dict[Hashable, object]:
         return {}
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` gave for this key; it lives as long as the table, and depends on nothing else."""
+        """Return what `make` gave for this key; it depends on nothing else than the key and the table."""
         found = self._derived.get(key)
         if found is None:
+            if len(self._derived) >= DERIVED_MAX:
+                self._derived.clear()
             found = self._derived[key] = make()
         return cast("T", found)
 
@@ -158,81 +168,91 @@ class Portfolio:
     def __len__(self) -> int:
         return len(self.symbols)
 
-    @cached_property
+    @computed
     def exposure(self) -> Floats:
         """Signed exposures delta x notional, USD (n,)."""
         return self.delta * self.notional
 
-    @cached_property
+    @computed
     def net(self) -> Floats:
         """Net exposure by underlying, USD (J,)."""
         return self.by_underlying(self.exposure)
 
-    @cached_property
+    @computed
     def gross(self) -> Floats:
         """Sum of absolute exposures by underlying, USD (J,)."""
         return self.by_underlying(np.abs(self.exposure))
 
-    @cached_property
+    @computed
     def taylor_delta(self) -> Floats:
         """Net exposure of linear and greeks positions by underlying, USD (J,)."""
-        if not len(self.options):
+        if not self.has_options:
             return self.net
         return self.by_underlying(np.where(self.is_option, 0.0, self.exposure))
 
-    @cached_property
+    @computed
     def taylor_gamma(self) -> Floats:
         """Σ gamma x notional by underlying, USD per return² (J,)."""
         return self.by_underlying(self.gamma * self.notional) if self.any_gamma else np.zeros(len(self.prices))
 
-    @cached_property
+    @computed
     def taylor_vega(self) -> Floats:
         """Σ vega by underlying, USD per +1.00 of volatility move (J,)."""
         return self.by_underlying(self.vega) if self.any_vega else np.zeros(len(self.prices))
 
-    @cached_property
+    @computed
+    def has_options(self) -> bool:
+        """Whether any position is an option."""
+        return len(self.options) > 0
+
+    @computed
     def any_gamma(self) -> bool:
         """Whether any position has gamma."""
         return bool(np.count_nonzero(self.gamma))
 
-    @cached_property
+    @computed
     def any_vega(self) -> bool:
         """Whether any position has vega."""
         return bool(np.count_nonzero(self.vega))
 
-    @cached_property
+    @computed
     def any_isolated(self) -> bool:
         """Whether any position stands alone."""
         return bool(np.count_nonzero(self.isolated))
 
-    @cached_property
+    @computed
     def has_gamma(self) -> bool:
         """Whether any underlying has gamma left after netting."""
         return self.any_gamma and bool(np.count_nonzero(self.taylor_gamma))
 
-    @cached_property
+    @computed
     def has_vega(self) -> bool:
         """Whether any underlying has vega left after netting."""
         return self.any_vega and bool(np.count_nonzero(self.taylor_vega))
 
-    @cached_property
+    @computed
     def highest_rates(self) -> tuple[Floats, Floats]:
         """The highest initial and maintenance rate (J,) among open linear and greeks positions."""
-        closed = self.is_option | (self.notional == 0.0)
-        highest = np.zeros((2, len(self.prices)))
-        for row, rate in zip(highest, (self.initial_rate, self.maintenance_rate), strict=True):
-            np.maximum.at(row, self.underlying, np.where(closed, 0.0, rate))
-        return highest[0], highest[1]
+        counts = ~self.is_option & (self.notional > 0.0)
+        initial, maintenance = np.zeros(len(self.prices)), np.zeros(len(self.prices))
+        np.maximum.at(initial, self.underlying, self.initial_rate * counts)
+        np.maximum.at(maintenance, self.underlying, self.maintenance_rate * counts)
+        return initial, maintenance
 
-    @cached_property
+    @computed
     def options_value(self) -> float:
         """Market value of all options, USD."""
-        return float(self.options.value.sum()) if len(self.options) else 0.0
+        return float(self.options.value.sum()) if self.has_options else 0.0
+
+    @computed
+    def profit(self) -> float:
+        """Unrealized profit and loss of all positions but options, USD."""
+        return float(self.unrealized_pnl.sum())
 
     @property
     def is_linear(self) -> bool:
         """Whether profit and loss is linear in every price: no options and no gamma."""
-        return len(self.options) == 0 and not self.has_gamma
+        return not self.has_options and not self.has_gamma
 
     def by_underlying(self, values: Floats) -> Floats:
         """Return the sums (J,) of a column (n,) by underlying."""

@@ -146,15 +146,14 @@ def _assess(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime,
     wanted = dict.fromkeys([*models, "isolated"])
     results = {name: MODELS[name](portfolio, terms.margin) for name in wanted}
     pool = pool_of(portfolio, collateral, terms)
-    unrealized = float(portfolio.unrealized_pnl.sum())
     return _Assessed(
         portfolio=portfolio,
         collateral=collateral,
         results=results,
         curve=pool.curve(),
         standing=_standing(pool, results, portfolio),
-        unrealized_pnl=unrealized,
-        equity=collateral.collateral_value - collateral.liabilities + unrealized + portfolio.options_value,
+        unrealized_pnl=portfolio.profit,
+        equity=collateral.collateral_value - collateral.liabilities + portfolio.profit + portfolio.options_value,
         prices=account.prices,
     )
 
@@ -191,8 +190,10 @@ def margin_quote(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
 
 def _mark_advisories(portfolio: Portfolio) -> list[Advisory]:
     """Return the symbols that the request marks at two prices: each position keeps its own."""
-    if len(set(portfolio.symbols)) == len(portfolio):
-        return []
+    by_underlying = np.empty(len(portfolio.prices))
+    by_underlying[portfolio.underlying] = portfolio.mark
+    if (by_underlying[portfolio.underlying] == portfolio.mark).all():
+        return []  # all that stand on one underlying have one mark, as in most books: no symbol has two
     first: dict[str, float] = {}
     found: dict[str, Advisory] = {}
     for symbol, mark in zip(portfolio.symbols, portfolio.mark.tolist(), strict=True):
@@ -270,10 +271,11 @@ def _capital_freed(results: Mapping[str, MarginResult], models: Sequence[str]) -
 def _position_moves(portfolio: Portfolio, distance: Distances, margin: MarginTerms) -> tuple[Floats, Flags]:
     """Return the move to liquidation (n,) of each position's price, and whether it is there already (n,)."""
     moves = distance.by_underlying[portfolio.underlying]
-    breached = np.full(len(portfolio), distance.liquidatable)
+    breached = np.array([distance.liquidatable]).repeat(len(portfolio))
     if portfolio.any_isolated:
         own, beyond = isolated_roots(portfolio, margin)
         moves = np.where(portfolio.isolated, own, moves)
         breached = np.where(portfolio.isolated, beyond, breached)
     # a flat position has no price at which anything happens to it
-    return np.where(portfolio.notional > 0.0, moves, np.nan), breached
+    moves[portfolio.notional == 0.0] = np.nan
+    return moves, breached

@@ -55,10 +55,11 @@ def sum_by_underlying(options: Options, pnl: Floats, underlyings: int) -> Floats
 
 def pnl_by_underlying(portfolio: Portfolio, grid: ScenarioGrid) -> tuple[Floats, Floats]:
     """Return profit and loss by underlying (J, S), and of each option (O, S), USD, before weights."""
-    each_option = option_pnl(portfolio.options, grid)
     pnl = taylor_pnl(portfolio, grid)
-    if len(portfolio.options):
-        pnl += sum_by_underlying(portfolio.options, each_option, len(pnl))
+    if not portfolio.has_options:
+        return pnl, np.empty((0, pnl.shape[1]))
+    each_option = option_pnl(portfolio.options, grid)
+    pnl += sum_by_underlying(portfolio.options, each_option, len(pnl))
     return pnl, each_option
 
 
@@ -68,16 +69,13 @@ def position_pnl(portfolio: Portfolio, grid: ScenarioGrid, each_option: Floats, 
     `chosen` (J, S) is the weight of each scenario for each underlying; `each_option` (O, S) as returned by
     `pnl_by_underlying`.
     """
-    first = (chosen * grid.moves).sum(axis=1)
-    second = (chosen * grid.moves**2).sum(axis=1)
-    vol = (chosen * grid.vol_moves).sum(axis=1)
     u = portfolio.underlying
-    pnl = portfolio.exposure * first[u]
+    pnl = portfolio.exposure * (chosen * grid.moves).sum(axis=1)[u]
     if portfolio.any_gamma:
-        pnl += 0.5 * portfolio.gamma * portfolio.notional * second[u]
+        pnl += 0.5 * portfolio.gamma * portfolio.notional * (chosen * grid.moves**2).sum(axis=1)[u]
     if portfolio.any_vega:
-        pnl += portfolio.vega * vol[u]
-    if len(portfolio.options):
+        pnl += portfolio.vega * (chosen * grid.vol_moves).sum(axis=1)[u]
+    if portfolio.has_options:
         options = portfolio.options
         pnl[options.row] = (each_option * chosen[options.underlying]).sum(axis=1)
     return cast("Floats", pnl)

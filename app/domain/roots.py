@@ -30,19 +30,17 @@ class Lines:
     def common_roots(self, breach_utilization: float) -> tuple[float | None, float | None]:
         """Return the roots, under a common move, of breach x equity - initial and of equity - maintenance."""
         now, slope = self.curve.lines
-        equity, equity_slope = float(now.equity[0]), float(slope.equity[0])
         return (
             _line_root(
-                breach_utilization * equity - float(now.initial[0]),
-                breach_utilization * equity_slope - float(slope.initial[0]),
+                breach_utilization * now.equity - now.initial, breach_utilization * slope.equity - slope.initial
             ),
-            _line_root(equity - float(now.maintenance[0]), equity_slope - float(slope.maintenance[0])),
+            _line_root(now.equity - now.maintenance, slope.equity - slope.maintenance),
         )
 
     def single_roots(self, surplus: float) -> Floats:
         """Return the root (J,) of equity - maintenance, now `surplus`, where one underlying moves alone; NaN: none."""
         curve = self.curve
-        slopes = curve.pool.portfolio.taylor_delta + curve.pool.backing.on_underlying - curve.straight_margins()[1]
+        slopes = curve.pool.portfolio.taylor_delta + curve.pool.backing.on_underlying - curve.straight_margins[1]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             roots: Floats = -surplus / slopes
         roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
@@ -80,15 +78,14 @@ class Polynomials:
         edges = np.array([-1.0, *turns, np.inf])
         inner = np.array([-1.0, *turns, (turns[-1] if turns else 0.0) + 2.0])
         middles = 0.5 * (inner[1:] + inner[:-1])
-        roots = []
-        for weight, scale in ((curve.initial_weight, breach_utilization), (curve.maintenance_weight, 1.0)):
-            margins = self._margins(weight, delta, gamma, middles, loose)
-            rows = scale * np.array(equity) - margins
-            rows[:, 0] -= pool.reserved
-            found = quadratic_roots(rows[:, 2], rows[:, 1], rows[:, 0])
-            inside = (found >= edges[:-1, None] - _EDGE) & (found <= edges[1:, None] + _EDGE) & (found > -1.0)
-            roots.append(_nearest(found[inside]))
-        return roots[0], roots[1]
+        weights = np.array([curve.initial_weight, curve.maintenance_weight])
+        rows = np.outer((breach_utilization, 1.0), equity)[:, None] - self._margins(
+            weights, delta, gamma, middles, loose
+        )
+        rows[..., 0] -= pool.reserved
+        found = quadratic_roots(rows[..., 2], rows[..., 1], rows[..., 0])
+        inside = (found >= edges[:-1, None] - _EDGE) & (found <= edges[1:, None] + _EDGE) & (found > -1.0)
+        return _nearest(found[0][inside[0]]), _nearest(found[1][inside[1]])
 
     def _turns(self, loose: Flags) -> list[float]:
         """Return the moves, ascending, at which the net exposure of an underlying changes its sign."""
@@ -99,18 +96,18 @@ class Polynomials:
         turns = -book.taylor_delta[bent] / book.taylor_gamma[bent]
         return sorted({float(turn) for turn in turns[(turns > -1.0) & (turns < MOVE_MAX)]})
 
-    def _margins(self, weight: Floats, delta: Floats, gamma: Floats, middles: Floats, loose: Flags) -> Floats:
-        """Return the margin's coefficients of 1, m, m² (K, 3) in each interval, named by its middle."""
+    def _margins(self, weights: Floats, delta: Floats, gamma: Floats, middles: Floats, loose: Flags) -> Floats:
+        """Return both margins' coefficients of 1, m, m² (2, K, 3) in each interval, named by its middle."""
         book, mode = self.curve.pool.portfolio, self.curve.pool.mode
-        fixed = weight * (np.abs(book.taylor_delta) if mode == "cross" else 1.0) * ~loose
+        fixed = weights * (np.abs(book.taylor_delta) if mode == "cross" else 1.0) * ~loose
         if mode == "cross":
             signs: Floats = np.sign(delta + gamma * middles[:, None])
-            parts = np.array([weight * delta, weight * (delta + gamma), weight * gamma])
-            margins: Floats = signs @ parts.T
+            parts = weights[:, None] * np.array([delta, delta + gamma, gamma])
+            margins: Floats = signs @ parts.transpose(0, 2, 1)
         else:
-            total = float(weight[loose].sum())
-            margins = np.array([[total, total, 0.0]])
-        margins[:, 0] += float(fixed.sum())
+            total = weights[:, loose].sum(axis=1)
+            margins = np.array([total, total, np.zeros(2)]).T[:, None]
+        margins[..., 0] += fixed.sum(axis=1)[:, None]
         return margins
 
     def single_roots(self, surplus: float) -> Floats:
@@ -141,7 +138,10 @@ def quadratic_roots(a: Floats, b: Floats, c: Floats) -> Floats:
     """Return both roots (..., 2) of a·x² + b·x + c, NaN where there is none; a may be 0."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         q = -0.5 * (b + np.copysign(np.sqrt(b * b - 4.0 * a * c), b))
-        return np.stack([q / a, c / q], axis=-1)
+        roots = np.empty((*q.shape, 2))
+        np.divide(q, a, out=roots[..., 0])
+        np.divide(c, q, out=roots[..., 1])
+        return roots
 
 
 def _nearest(roots: Floats) -> float | None:
@@ -152,9 +152,10 @@ def _nearest(roots: Floats) -> float | None:
 def nearest_of(roots: Floats) -> Floats:
     """Return the root (J,) nearest to 0 and above -1 of those (J, R) given; NaN where there is none."""
     distance = np.where((roots > -1.0) & (roots < np.inf), np.abs(roots), np.inf)
-    nearest = np.argmin(distance, axis=1)[:, None]
-    found = np.take_along_axis(roots, nearest, axis=1)[:, 0]
-    return np.where(np.isfinite(np.take_along_axis(distance, nearest, axis=1)[:, 0]), found, np.nan)
+    lanes, nearest = np.arange(len(roots)), distance.argmin(axis=1)
+    found: Floats = roots[lanes, nearest]
+    found[distance[lanes, nearest] == np.inf] = np.nan
+    return found
 
 
 def nearest_root(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from app.domain.black76 import Floats
 from app.domain.board import Board
 from app.domain.book import Book
 from app.domain.book_columns import ISOLATED, PORTFOLIO, BookColumns, HoldingColumns, PositionColumns, book_columns
+from app.domain.computed import computed
 from app.domain.holders import Holders, Keys, pair_keys
 from app.domain.margin import many
 from app.domain.parameters import MarketParameters
@@ -155,9 +155,10 @@ class Screen:
         """Replace one account's book and return its index."""
         return int(self.update(book_columns([book], frozenset([book.agent_id] if open_call else [])))[0])
 
-    def versions(self) -> dict[str, int]:
-        """Return the version of each agent's book."""
-        return dict(zip(self.agents, self.version.tolist(), strict=True))
+    def version_of(self, agent: str) -> int | None:
+        """Return the version of an agent's book, None of one that is not screened."""
+        account = self.index.get(agent)
+        return None if account is None else int(self.version[account])
 
     def under(self, parameters: MarketParameters) -> Screen:
         """Return the same books under other parameters of the market, assessed."""
@@ -440,17 +441,17 @@ class _Grouping:
 
     first: Flags
 
-    @cached_property
+    @computed
     def leads(self) -> Rows:
         """The first row of each group (g,)."""
         return np.flatnonzero(self.first)
 
-    @cached_property
+    @computed
     def group(self) -> Rows:
         """Each row's group (m,)."""
         return np.cumsum(self.first) - 1
 
-    @cached_property
+    @computed
     def _shared(self) -> tuple[Rows, Rows, Rows]:
         """The rows of groups of several rows, the first of each such group, and which of these groups each is of."""
         behind = ~self.first

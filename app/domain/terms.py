@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from functools import cached_property
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from app.domain import black76
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.parameters import MarketParameters, ModelParameters
 from app.domain.portfolio import (
     Flags,
@@ -25,6 +26,8 @@ from app.domain.portfolio import (
 from app.domain.prices import PriceFinder
 from app.errors import FieldError, InvalidError, invalid
 
+T = TypeVar("T")
+
 YEAR_SECONDS = 31_536_000.0
 YEAR_DAYS = 365.0
 FORWARD_MIN, FORWARD_MAX = 0.5, 2.0
@@ -33,6 +36,10 @@ REMEMBERED_MARKETS_MAX = 64
 """Books on more markets are resolved anew each time: their tables are large, and seldom asked for twice."""
 
 _SIGN = {"long": 1.0, "short": -1.0, None: np.nan, "call": 1.0, "put": -1.0}
+
+
+MarketKey = tuple[str | None, str | None]
+"""A symbol and an underlying, as a position gives them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,55 +74,79 @@ class PositionTerms:
     def __len__(self) -> int:
         return len(self.symbol)
 
-    @cached_property
+    @computed
     def given(self) -> frozenset[str]:
         """The columns that any row gives: of a usual book six out of twenty."""
-        columns = vars(self).items()
-        return frozenset([name for name, values in columns if any(values) or values.count(None) != len(values)])
+        rows = len(self)
+        columns = zip(_COLUMNS, _all_columns(self), strict=True) if rows else ()
+        # most columns tell by their first row
+        return frozenset([name for name, values in columns if values[0] is not None or values.count(None) < rows])
+
+    @computed
+    def markets(self) -> tuple[list[int], tuple[MarketKey, ...]]:
+        """Each row's market (n,), and the different markets that it points to, in order of appearance."""
+        if "underlying" not in self.given:  # symbols alone are compared faster than pairs
+            code, symbols = _numbered(self.symbol)
+            return code, tuple([(symbol, None) for symbol in symbols])
+        code, keys = _numbered(list(zip(self.symbol, self.underlying, strict=True)))
+        return code, tuple(keys)
 
     def floats(self, name: str, default: float = np.nan) -> Floats:
         """Return a column of numbers (n,) with `default` for what was left out."""
         if name not in self.given:
-            return np.full(len(self), default)
-        column: Sequence[float | None] = getattr(self, name)
-        values = np.array(column, dtype=np.float64)
-        if None in column:  # it became NaN
+            values = np.empty(len(self))
+            values.fill(default)
+            return values
+        values = np.array(getattr(self, name), dtype=np.float64)
+        if default == default:  # noqa: PLR0124  None became NaN, which may be the default as well
             values[np.isnan(values)] = default
         return values
+
+
+_COLUMNS = tuple(field.name for field in fields(PositionTerms))
+_all_columns = attrgetter(*_COLUMNS)
+
+
+def _numbered(keys: Sequence[T]) -> tuple[list[int], list[T]]:
+    """Return each key's number, and the different keys, numbered in order of appearance."""
+    number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
+    return [number[key] for key in keys], list(number)
 
 
 def _flags(column: Sequence[Any]) -> Flags:
     return np.array([v is not None for v in column], dtype=np.bool_)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class _Kinds:
-    option: Flags
+    """Which rows (n,) are of which kind, and which kinds there are."""
+
+    linear: Flags
     greeks: Flags
+    option: Flags
+    any_linear: bool
+    any_greeks: bool
+    any_option: bool
 
-    @cached_property
-    def any_option(self) -> bool:
-        return bool(np.count_nonzero(self.option))
 
-    @cached_property
-    def any_greeks(self) -> bool:
-        return bool(np.count_nonzero(self.greeks))
-
-    @cached_property
-    def linear(self) -> Flags:
-        return ~(self.option | self.greeks)
+_OPTION_COLUMNS = frozenset(("strike", "type", "expiry"))
+_GREEKS_COLUMNS = frozenset(("notional", "delta", "gamma", "vega"))
 
 
 def _kinds(terms: PositionTerms) -> _Kinds:
-    option = _any_flags(terms, ("strike", "type", "expiry"))
-    greeks = _any_flags(terms, ("notional", "delta", "gamma", "vega"))
-    return _Kinds(option, greeks & ~option)
+    if terms.given.isdisjoint(_OPTION_COLUMNS | _GREEKS_COLUMNS):  # the book that most agents have
+        none, every = np.zeros(len(terms), dtype=np.bool_), np.ones(len(terms), dtype=np.bool_)
+        return _Kinds(every, none, none, len(terms) > 0, any_greeks=False, any_option=False)
+    option = _any_flags(terms, _OPTION_COLUMNS)
+    greeks = _any_flags(terms, _GREEKS_COLUMNS) & ~option
+    linear = ~(option | greeks)
+    return _Kinds(linear, greeks, option, *(bool(np.count_nonzero(rows)) for rows in (linear, greeks, option)))
 
 
-def _any_flags(terms: PositionTerms, names: Sequence[str]) -> Flags:
+def _any_flags(terms: PositionTerms, names: frozenset[str]) -> Flags:
     """Return the rows (n,) that give any of the columns."""
     flags = np.zeros(len(terms), dtype=np.bool_)
-    for name in terms.given.intersection(names):
+    for name in terms.given & names:
         flags |= _flags(getattr(terms, name))
     return flags
 
@@ -135,9 +166,13 @@ _FOREIGN = {
 def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
     """Refuse rows that lack a term of their kind, or carry one of another kind. Raises InvalidError."""
     errors: list[FieldError] = []
-    for kind in ("linear", "greeks", "option"):
-        mask = cast("Flags", getattr(kinds, kind))
-        if not np.count_nonzero(mask):
+    masks = (
+        ("linear", kinds.any_linear, kinds.linear),
+        ("greeks", kinds.any_greeks, kinds.greeks),
+        ("option", kinds.any_option, kinds.option),
+    )
+    for kind, is_there, mask in masks:
+        if not is_there:
             continue
         for name in _NEEDS[kind]:
             column = getattr(terms, name)
@@ -148,7 +183,7 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
             if name in terms.given:
                 extra = mask & _flags(getattr(terms, name))
                 errors += [_field(i, name, "not_allowed", f"a {kind} position takes no {name}") for i in _first(extra)]
-    if "short" in terms.side:
+    if kinds.any_greeks and "short" in terms.side:
         short = kinds.greeks & np.array([side == "short" for side in terms.side], dtype=np.bool_)
         errors += [_field(i, "side", "not_allowed", "a greeks position is short by its delta") for i in _first(short)]
     if errors:
@@ -157,7 +192,7 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
 
 def _first(mask: Flags) -> list[int]:
     """Return the first few rows: enough to mend a request without a reply as long as it."""
-    return [int(i) for i in np.flatnonzero(mask)[:5]]
+    return [int(i) for i in mask.nonzero()[0][:5]]
 
 
 def _field(row: int, name: str, code: str, detail: str) -> FieldError:
@@ -177,22 +212,21 @@ class _Markets:
     table: Underlyings
     repeated: bool
     """Whether a symbol stands for two of the markets: with its underlying and without."""
-
-
-_MarketKey = tuple[str | None, str | None]
+    closest: Rows
+    """The markets (C,) in the order in which their marks price their underlying: itself, its perpetual, others."""
+    prices_asset: Sequence[tuple[str, bool]]
+    """Of each market in that order: its underlying, and whether it is that asset or its perpetual."""
 
 
 def _markets(terms: PositionTerms, parameters: MarketParameters) -> tuple[Rows, _Markets]:
     """Return each row's market (n,) and the markets, each distinct (symbol, underlying) resolved once."""
-    seen: dict[_MarketKey, int] = {}
-    code = [seen.setdefault(key, len(seen)) for key in zip(terms.symbol, terms.underlying, strict=True)]
-    keys = tuple(seen)
+    code, keys = terms.markets
     if len(keys) <= REMEMBERED_MARKETS_MAX:
         return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, code, parameters))
     return np.array(code, dtype=np.intp), _resolve(keys, code, parameters)
 
 
-def _check_underlyings(keys: Sequence[_MarketKey], code: Sequence[int], parameters: MarketParameters) -> None:
+def _check_underlyings(keys: Sequence[MarketKey], code: Sequence[int], parameters: MarketParameters) -> None:
     """Refuse an underlying other than the one that a listed instrument or asset has. Raises InvalidError."""
     for c, (symbol, underlying) in enumerate(keys):
         if symbol is None or underlying is None or not parameters.lists(symbol):
@@ -203,7 +237,7 @@ def _check_underlyings(keys: Sequence[_MarketKey], code: Sequence[int], paramete
             raise invalid(pointer, "conflicting_underlying", f"{symbol} is listed on {listed}, not on {underlying}")
 
 
-def _resolve(keys: Sequence[_MarketKey], code: Sequence[int], parameters: MarketParameters) -> _Markets:
+def _resolve(keys: Sequence[MarketKey], code: Sequence[int], parameters: MarketParameters) -> _Markets:
     """Return the markets of the keys; `code` says only which row to blame."""
     _check_underlyings(keys, code, parameters)
     under = [u if u is not None else parameters.underlying_of(s or "") for s, u in keys]
@@ -215,6 +249,8 @@ def _resolve(keys: Sequence[_MarketKey], code: Sequence[int], parameters: Market
     # the widest range of an underlying's markets in the book holds for all of them
     widest, price_range = np.zeros(len(names)), np.array([m.price_range for m in listed], dtype=np.float64)
     np.maximum.at(widest, underlying, price_range)
+    ranks = [_rank(symbol, name) for symbol, name in zip(symbols, under, strict=True)]
+    closest = sorted(range(len(keys)), key=lambda c: (ranks[c], symbols[c]))
     return _Markets(
         symbols=symbols,
         underlying=underlying,
@@ -224,7 +260,16 @@ def _resolve(keys: Sequence[_MarketKey], code: Sequence[int], parameters: Market
         price_range=price_range,
         table=underlying_table(names, widest, parameters),
         repeated=len(set(symbols)) < len(symbols),
+        closest=np.array(closest, dtype=np.intp),
+        prices_asset=[(under[c], ranks[c] < _RANK_OF_OTHERS) for c in closest],
     )
+
+
+_RANK_OF_OTHERS = 2
+
+
+def _rank(symbol: str, underlying: str) -> int:
+    return 0 if symbol == underlying else 1 if symbol == f"{underlying}-PERP" else _RANK_OF_OTHERS
 
 
 def _without_flat(markets: _Markets, code: Rows, is_open: Flags) -> _Markets:
@@ -236,17 +281,18 @@ def _without_flat(markets: _Markets, code: Rows, is_open: Flags) -> _Markets:
     return replace(markets, table=replace(markets.table, price_range=ranges))
 
 
-def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Floats) -> Floats:
-    """Return the lowest mark (C,) that the open rows give for each market's symbol, infinite where none does.
+def _lowest_marks(size: Floats, code: Rows, markets: _Markets, marks: Floats) -> Floats:
+    """Return the lowest of the marks (n,) that the open rows give for each market's symbol (C,), infinite without one.
 
-    It holds for the rows that give none, and prices the asset, so that the order of the rows does not matter.
+    The lowest holds for the rows that give none, and prices the asset, so that the order of the rows does not matter.
+    `size` (n,) is NaN where it was left out.
     """
-    lowest = np.full(len(markets.symbols), np.inf)
-    if "mark_price" not in terms.given:
-        return lowest
-    # a flat row prices nothing but itself
-    is_open = np.flatnonzero(terms.floats("size", 1.0) > 0.0)
-    np.fmin.at(lowest, code[is_open], marks[is_open])
+    lowest = np.empty(len(markets.symbols))
+    lowest.fill(np.inf)
+    if np.count_nonzero(size) < len(size):  # a flat row prices nothing but itself
+        is_open = size.nonzero()[0]
+        code, marks = code[is_open], marks[is_open]
+    np.fmin.at(lowest, code, marks)
     if not markets.repeated:
         return lowest
     # a symbol that stands with and without its underlying is two markets here, and one to its owner
@@ -258,15 +304,11 @@ def _lowest_marks(terms: PositionTerms, code: Rows, markets: _Markets, marks: Fl
 
 def _asset_marks(markets: _Markets, lowest: Floats) -> tuple[dict[str, float], dict[str, float]]:
     """Return the asset prices that the marks imply: of an asset itself or its perpetual, and of its other markets."""
-    best: dict[str, tuple[int, str, float]] = {}
-    for symbol, j, mark in zip(markets.symbols, markets.underlying.tolist(), lowest.tolist(), strict=True):
-        if mark == np.inf:
-            continue
-        name = markets.table.names[j]
-        rank = 0 if symbol == name else 1 if symbol == f"{name}-PERP" else 2
-        best[name] = min(best.get(name, (3, "", 0.0)), (rank, symbol, mark))
-    near = {name: price for name, (rank, _, price) in best.items() if rank < 2}
-    far = {name: price for name, (rank, _, price) in best.items() if rank == 2}
+    near: dict[str, float] = {}
+    far: dict[str, float] = {}
+    for (name, is_near), mark in zip(markets.prices_asset, lowest[markets.closest].tolist(), strict=True):
+        if mark < np.inf and name not in near and name not in far:
+            (near if is_near else far)[name] = mark
     return near, far
 
 
@@ -281,16 +323,15 @@ def build_portfolio(
     kinds = _kinds(terms)
     _check_columns(terms, kinds)
     code, markets = _markets(terms, parameters)
-    given_marks = terms.floats("mark_price")
-    lowest = _lowest_marks(terms, code, markets, given_marks)
+    marks, size = terms.floats("mark_price"), terms.floats("size")
+    lowest = _lowest_marks(size, code, markets, marks)
     prices.marks, prices.other_marks = _asset_marks(markets, lowest)
-    marks = given_marks
     if not all(terms.mark_price):
-        marks = _fill_marks(given_marks, lowest, kinds, code, markets, prices)
+        marks = _fill_marks(marks, lowest, kinds, code, markets, prices)
     underlying = markets.underlying[code]
     under_prices = _underlying_prices(kinds, markets, prices, underlying)
     side = np.array([_SIGN[s] for s in terms.side], dtype=np.float64)
-    units = _units(terms, code, markets)
+    units = _units(terms, size, code, markets)
     notional = units * marks
     delta, options = side, no_options()
     if kinds.any_option:
@@ -306,7 +347,7 @@ def build_portfolio(
     if np.count_nonzero(notional) < len(notional):
         markets = _without_flat(markets, code, notional > 0.0)
     return Portfolio(
-        symbols=_labels(terms, kinds, code, markets),
+        symbols=_labels(terms, kinds),
         underlying=underlying,
         notional=notional,
         delta=delta,
@@ -317,7 +358,7 @@ def build_portfolio(
         initial_rate=_initial_rate(terms, markets.initial_rate[code]),
         maintenance_rate=markets.maintenance_rate[code],
         is_option=kinds.option,
-        isolated=_isolated(terms.margin_mode),
+        isolated=_isolated(terms),
         allocated=terms.floats("allocated_collateral"),
         options=options,
         underlyings=markets.table,
@@ -325,18 +366,21 @@ def build_portfolio(
     )
 
 
-def _units(terms: PositionTerms, code: Rows, markets: _Markets) -> Floats:
-    """Return size x contract size (n,); a contract size beside the position goes before its market's."""
+def _units(terms: PositionTerms, size: Floats, code: Rows, markets: _Markets) -> Floats:
+    """Return size x contract size (n,), 0 without a size; a position's own contract size goes before its market's."""
     contract = markets.contract_size[code]
     if "contract_size" in terms.given:
         own = terms.floats("contract_size")
         contract = np.where(np.isnan(own), contract, own)
-    return terms.floats("size", 0.0) * contract
+    units: Floats = size * contract
+    units[np.isnan(units)] = 0.0
+    return units
 
 
-def _labels(terms: PositionTerms, kinds: _Kinds, code: Rows, markets: _Markets) -> tuple[str, ...]:
+def _labels(terms: PositionTerms, kinds: _Kinds) -> tuple[str, ...]:
     if not kinds.any_option:
-        return tuple([markets.symbols[c] for c in code.tolist()])
+        # _check_columns has seen a symbol on every other row
+        return cast("tuple[str, ...]", tuple(terms.symbol))
     rows = zip(terms.symbol, terms.underlying, terms.expiry, terms.strike, terms.type, strict=True)
     return tuple([s if s is not None else _option_label(u, e, k, t) for s, u, e, k, t in rows])
 
@@ -389,9 +433,8 @@ def _unrealized_pnl(terms: PositionTerms, kinds: _Kinds, units: Floats, marks: F
     if "entry_price" not in terms.given:
         return np.zeros(len(units))
     entry = terms.floats("entry_price")
-    unknown = np.isnan(entry) | ~kinds.linear
     pnl: Floats = units * (marks - entry)
-    pnl[unknown] = 0.0
+    pnl[np.isnan(entry) | ~kinds.linear] = 0.0
     return pnl
 
 
@@ -410,10 +453,10 @@ def _with_option_delta(delta: Floats, notional: Floats, options: Options) -> Flo
     return filled
 
 
-def _isolated(modes: Sequence[str | None]) -> Flags:
-    if "isolated" not in modes:
-        return np.zeros(len(modes), dtype=np.bool_)
-    return np.array([mode == "isolated" for mode in modes], dtype=np.bool_)
+def _isolated(terms: PositionTerms) -> Flags:
+    if "margin_mode" not in terms.given:
+        return np.zeros(len(terms), dtype=np.bool_)
+    return np.array([mode == "isolated" for mode in terms.margin_mode], dtype=np.bool_)
 
 
 def _options(

@@ -29,16 +29,19 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
     changed = {k: v for k, v in asdict(settings).items() if v != getattr(before.settings, k)}
     if not changed:
         return before
+    _check_call(before, changed)
     if "execution" in changed and before.pending:
         detail = f"{len(before.pending)} orders wait for fills of the venue: cancel them first"
         raise conflict("/execution", "orders_pending", detail)
+    if "execution" in changed and before.positions:
+        detail = f"{len(before.positions)} positions are open where orders were filled until now: close them first"
+        raise conflict("/execution", "positions_open", detail)
     after = replace(before, settings=settings)
-    _check_call(before, changed)
     _check_levels(scene, settings)
     if "margin_mode" in changed:
         _check_mode(scene, before, after)
     await accounts.put_account_settings(tx, before.agent_id, changed)
-    if "drawdown_ladder" in changed and before.settings.drawdown_ladder == "off":
+    if after.settings.follows_peak and not before.settings.follows_peak:
         await watch.start_fall(tx, before.agent_id)
     await audit.record(tx, "account.settings", before.agent_id, before.agent_id, **changed)
     return after
@@ -54,6 +57,8 @@ def _check_call(before: Book, changed: Mapping[str, Any]) -> None:
             raise _under_call(_POINTERS.get(name, f"/{name}"))
     if changed.get("auto_liquidate") is False:
         raise _under_call("/auto_liquidate")
+    if "execution" in changed:
+        raise _under_call("/execution")
 
 
 def _under_call(pointer: str) -> ConflictError:

@@ -8,19 +8,20 @@ tell of it in one transaction. Asking twice, late or for nothing does no harm.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import func, insert, select, update
+from sqlalchemy.exc import DBAPIError
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
 from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
-from app.domain.gates import stale_symbols
 from app.domain.health import Health
 from app.domain.liquidate import Slice, Target
 from app.domain.margin_calls import (
@@ -38,24 +39,27 @@ from app.domain.margin_calls import (
     situation,
     step,
 )
-from app.domain.money import plain, to_decimal, to_float
+from app.domain.money import plain, to_decimal
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
-from app.errors import InvalidError, NotFoundError
-from app.services import accounts, audit, book, events, liquidation, prevention, venue, watch
+from app.errors import InvalidError, NotFoundError, PrimeriskError
+from app.services import accounts, audit, book, events, liquidation, prevention, shards, staleness, venue, watch
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
 from app.services.wallet import Names
+
+log = logging.getLogger(__name__)
 
 CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
 """Changes of state in one decision: more than the longest way through a life."""
 STEP_SHARE_MIN = 0.005
 """A step of liquidation closes at least this share of what may be closed, however small the positions are."""
-SLICES_A_STEP_MAX = 200
+SLICES_A_STEP_MAX, POSITIONS_USUAL = 3_000, 15
+"""Slices in one step, times the positions of the book that each of them assesses: 200 of a usual book."""
 RETRY_STALE = timedelta(seconds=1)
 
 
@@ -81,6 +85,13 @@ class StoredCall:
     figures: Mapping[str, Any]
     attempts: int
     respond_by: datetime | None
+    uncovered: Decimal
+    exhausted_at: datetime | None
+
+    @property
+    def lost(self) -> Decimal:
+        """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
+        return self.deficit + self.uncovered
 
     def as_call(self) -> Call:
         """Return what the pure step needs of it."""
@@ -124,6 +135,8 @@ class _Case:
     figures: AccountFigures
     call: StoredCall | None
     stale: frozenset[str] = frozenset()
+    in_doubt: bool = False
+    """Whether so much is stale that figures as they are decide nothing for the better."""
     told: tuple[str, ...] = ()
     escalated: bool = False
 
@@ -147,12 +160,12 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
         figures = scene.figures(held)
     except InvalidError:
         return Decided(await _postpone(tx, call, scene.now))
-    case = _Case(held, scene, figures, call, frozenset(_stale(scene, figures)))
-    if case.stale and _hangs_on_stale(case):
-        seen = await watch.look(tx, scene, held, figures)
-        policy = held.settings.policy(scene.market.parameters.policy)
-        band = watch.band_of(held, seen, policy)
-        return Decided(await _postpone(tx, call, scene.now), (), seen.levels, band, waits=True)
+    stale = staleness.stale(scene, figures)
+    in_doubt = not staleness.is_grain(figures, staleness.at_best(scene, held, figures, stale))
+    case = _Case(held, scene, figures, call, stale, in_doubt)
+    if case.in_doubt and _hangs_on_stale(case):
+        case = replace(case, call=await _postpone(tx, call, scene.now))
+        return await _look(tx, case, rules)
     case = await _without_moot(tx, case)
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
@@ -165,13 +178,18 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
 
 async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
     """Tell what has changed of the account's levels, and cut what its drawdown ladder asks for."""
-    held, scene = case.held, case.scene
+    held, scene, figures = case.held, case.scene, case.figures
     policy = held.settings.policy(scene.market.parameters.policy)
-    seen = await watch.look(tx, scene, held, case.figures)
-    if not case.stale and (case.call is None or case.call.state not in ("expired", "liquidating")):
-        await prevention.step_down(tx, scene, held, case.figures, seen, rules.slippage)
+    is_sure = not case.in_doubt
+    seen = await watch.look(tx, held, figures, policy, sorted(case.stale), is_sure=is_sure)
+    if is_sure and (case.call is None or case.call.state not in ("expired", "liquidating")):
+        try:
+            async with tx.connection.begin_nested():  # whatever becomes of a cut, the call stands
+                await prevention.step_down(tx, scene, held, figures, seen, rules.slippage, case.stale)
+        except (PrimeriskError, DBAPIError):
+            log.exception("the drawdown ladder of %s can't be applied", held.agent_id)
     band = watch.band_of(held, seen, policy)
-    return Decided(case.call, case.told, seen.levels, band, waits=bool(case.stale), escalated=case.escalated)
+    return Decided(case.call, case.told, seen.levels, band, waits=case.in_doubt, escalated=case.escalated)
 
 
 async def _without_moot(tx: Tx, case: _Case) -> _Case:
@@ -212,13 +230,15 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
 
 async def _wait(tx: Tx, case: _Case, call: StoredCall, what: Wait, judged: Situation) -> _Case:
     """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
-    is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting
-    if not is_exhausted or call.next_action_at is None:
+    is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.in_doubt
+    if not is_exhausted:
         return replace(case, call=await _set(tx, call, next_action_at=what.until))
-    deficit = call.deficit + _uncovered(case.figures)
-    moved = await _set(tx, call, next_action_at=what.until, deficit=deficit, figures=_figures(case))
-    await _tell(tx, "liquidation.exhausted", _figures(case), moved, deficit=plain(deficit))
-    await audit.record(tx, "margin_call.exhausted", moved.id, moved.agent_id, deficit=str(deficit))
+    now, uncovered = case.scene.now, _uncovered(case.figures)
+    moved = await _set(tx, call, next_action_at=what.until, uncovered=uncovered, exhausted_at=call.exhausted_at or now)
+    if call.exhausted_at is not None:
+        return replace(case, call=moved)
+    await _tell(tx, "liquidation.exhausted", _figures(case), moved, deficit=plain(moved.lost))
+    await audit.record(tx, "margin_call.exhausted", moved.id, moved.agent_id, deficit=str(moved.lost))
     return _with(case, moved, "liquidation.exhausted")
 
 
@@ -245,6 +265,7 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
         "deadline_at": what.deadline,
         "next_action_at": what.deadline,
         "reminders": 0,
+        "expired_at": None,
         "figures": _figures(case),
     }
     moved = await _set(tx, call, **changed)
@@ -268,10 +289,9 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
             return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
         case "completed":
             case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
-            # what was told as exhausted has its deficit already
-            uncovered = ZERO if call.next_action_at is None else _uncovered(case.figures)
-            moved = await _end(tx, call, "completed", now, deficit=call.deficit + uncovered)
-            told = {"deficit": plain(moved.deficit), "slices": moved.slices, "cancelled_orders": cancelled}
+            uncovered = max(call.uncovered, _uncovered(case.figures))
+            moved = await _end(tx, call, "completed", now, uncovered=uncovered)
+            told = {"deficit": plain(moved.lost), "slices": moved.slices, "cancelled_orders": cancelled}
             await _tell(tx, "liquidation.completed", _figures(case), moved, **told)
         case "cured":
             case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
@@ -279,7 +299,7 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
             await _tell(tx, "margin_call.cured", _figures(case), moved, cancelled_orders=cancelled)
         case _:
             moved = await _end(tx, call, "lapsed", now)
-    await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.deficit))
+    await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.lost))
     kind = {"completed": "liquidation.completed", "cured": "margin_call.cured"}.get(moved.state)
     return True, _with(case, moved, *(() if kind is None else (kind,)))
 
@@ -305,7 +325,7 @@ async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: An
 def _situation(case: _Case) -> Situation:
     """Return what the call is judged on. Of the pool nothing is breached that a stale price might make good."""
     judged = _judged(case, case.figures.health)
-    return replace(judged, pool=_judged(case, _at_best(case)).pool) if case.stale else judged
+    return replace(judged, pool=_judged(case, _at_best(case)).pool) if case.in_doubt else judged
 
 
 def _judged(case: _Case, health: Health) -> Situation:
@@ -321,48 +341,14 @@ def _judged(case: _Case, health: Health) -> Situation:
     )
 
 
+def _at_best(case: _Case) -> Health:
+    return staleness.at_best(case.scene, case.held, case.figures, case.stale)
+
+
 def _hangs_on_stale(case: _Case) -> bool:
     """Whether there is nothing to do that does not depend on a stale price: no breach, and no call to end."""
     nothing_at_stake = case.call is not None and case.figures.health.required_initial == 0.0
     return _situation(case).cause is None and not nothing_at_stake
-
-
-def _stale(scene: Scene, figures: AccountFigures) -> list[str]:
-    return stale_symbols(figures, scene.now, scene.price_age_max.total_seconds())
-
-
-def _at_best(case: _Case) -> Health:
-    """Return the account's health if each stale price had moved in its favour by the range that the risk core scans.
-
-    Stale collateral counts without haircut besides, and a position on a stale mark needs no margin: a breach that
-    stands even so does not hang on what is stale, be it a grain of a coin whose feed has ended.
-    """
-    figures, parameters = case.figures, case.scene.market.parameters
-    table, health = figures.portfolio, figures.health
-    more, less = 0.0, 0.0
-    for asset, holding in case.held.holdings.items():
-        if asset in case.stale:
-            terms, price = parameters.asset(asset), figures.prices[asset].value
-            more += to_float(holding.held) * price * (terms.haircut + terms.price_range)
-            more += to_float(holding.owed) * price * terms.price_range
-    columns = (table.underlying, table.notional, table.initial_rate)
-    for position, j, notional, rate in zip(case.held.positions, *(c.tolist() for c in columns), strict=True):
-        if liquidation.mark_symbol(figures, position.symbol, table.underlyings.names[j]) in case.stale:
-            more += notional * float(table.underlyings.price_range[j])
-            less += notional * rate
-    equity = health.equity + more
-    initial = max(0.0, health.required_initial - less)
-    maintenance = max(0.0, health.required_maintenance - less)
-    insolvent = equity < 0.0 or (equity == 0.0 and initial > 0.0)
-    used = None if insolvent else initial / equity if initial else 0.0
-    return replace(
-        health,
-        equity=equity,
-        required_initial=initial,
-        required_maintenance=maintenance,
-        utilization=used,
-        insolvent=insolvent,
-    )
 
 
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
@@ -373,7 +359,7 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
     await accounts.lock_account(tx, case.held.agent_id)
     least = STEP_SHARE_MIN * sum(target.notional for target in case.targets)
     closed = 0.0
-    for _ in range(SLICES_A_STEP_MAX):
+    for _ in range(max(1, SLICES_A_STEP_MAX // max(POSITIONS_USUAL, len(case.held.positions)))):
         chosen = liquidation.next_slice(case.held, case.scene, case.figures, rules, case.targets)
         target = chosen.target.item
         if case.held.settings.execution == "venue" and isinstance(target, OpenPosition):
@@ -381,7 +367,9 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
             return await _ask(tx, replace(case, held=held), call, rules, 1, cancelled)
         case, call = await _close(tx, case, call, chosen, rules)
         closed += chosen.target.notional
-        if closed >= least or not chosen.is_whole or not isinstance(_next(case), Liquidate):
+        if closed >= least or not chosen.is_whole or (case.in_doubt and _hangs_on_stale(case)):
+            break
+        if not isinstance(_next(case), Liquidate):
             break
     return case
 
@@ -390,7 +378,7 @@ async def _close(tx: Tx, case: _Case, call: StoredCall, chosen: Slice, rules: Ru
     closed = await liquidation.close(tx, case.scene, case.held, chosen, rules, call.id)
     after = replace(case, held=closed.book, figures=case.scene.figures(closed.book))
     changed = {"slices": call.slices + 1, "deficit": call.deficit + closed.deficit, "figures": _figures(after)}
-    moved = await _set(tx, call, next_action_at=case.scene.now, **changed)
+    moved = await _set(tx, call, next_action_at=case.scene.now, exhausted_at=None, **changed)
     await _tell(tx, "liquidation.executed", _figures(after), moved, **closed.told)
     return _with(after, moved, "liquidation.executed"), moved
 
@@ -447,8 +435,8 @@ async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: T
         figures = _shown(after)
         if call.ended_at is not None and not done.book.positions:
             uncovered = max(ZERO, _uncovered(after) - _uncovered(scene.figures(before)))
-    deficit = call.deficit + trade.deficit + uncovered
-    moved = await _set(tx, call, slices=call.slices + 1, deficit=deficit, figures=figures)
+    changed = {"deficit": call.deficit + trade.deficit, "uncovered": call.uncovered + uncovered, "figures": figures}
+    moved = await _set(tx, call, slices=call.slices + 1, **changed)
     told = {
         "position_id": done.fill.position_id,
         "order_id": done.order.id,
@@ -460,7 +448,7 @@ async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: T
         "fee": plain(done.fill.fee),
         "realized_pnl": plain(trade.realized_pnl),
         "is_whole": trade.after is None,
-        "deficit": plain(deficit),
+        "deficit": plain(moved.lost),
     }
     await _tell(tx, "liquidation.executed", figures, moved, **told)
 
@@ -524,12 +512,14 @@ async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
     await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
 
 
-async def due(tx: Tx, limit: int) -> list[str]:
-    """Return agents whose calls are due, and keep other workers off them until the transaction ends."""
+async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
+    """Return agents of these shards whose calls are due, the longest due first."""
     columns = margin_calls.c
     query = (
         select(columns.agent_id)
-        .where(columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now)
+        .where(
+            columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now, shards.within(columns.agent_id, within)
+        )
         .order_by(columns.next_action_at)
         .limit(limit)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from decimal import Decimal
 
 from app.db.session import Tx
@@ -18,10 +19,18 @@ from app.services.watch import Watch
 REASON = "drawdown_ladder"
 
 
-async def step_down(tx: Tx, scene: Scene, held: Book, figures: AccountFigures, seen: Watch, slippage: Decimal) -> None:
+async def step_down(
+    tx: Tx,
+    scene: Scene,
+    held: Book,
+    figures: AccountFigures,
+    seen: Watch,
+    slippage: Decimal,
+    stale: Collection[str] = (),
+) -> None:
     """Cut what the rung asks for, once a fall, where the account says so. The book is held.
 
-    One that trades at a venue is only told.
+    One that trades at a venue is only told, and nothing is sold at a stale mark.
     """
     settings = held.settings
     if settings.drawdown_ladder != "apply" or settings.execution == "venue" or seen.rung <= seen.rung_applied:
@@ -30,7 +39,10 @@ async def step_down(tx: Tx, scene: Scene, held: Book, figures: AccountFigures, s
     asked = ladder.plan(held, figures, policy, seen.rung, seen.rung_applied)
     await accounts.lock_account(tx, held.agent_id)
     for cut in asked.cuts:
-        contract, mark = by_mark(scene.market, cut.position.symbol)
+        symbol = cut.position.symbol
+        if {symbol, scene.market.parameters.underlying_of(symbol)} & set(stale):
+            continue
+        contract, mark = by_mark(scene.market, symbol)
         price = forced_price(mark.exact, cut.position.side, slippage)
         trade = plan(held, cut.order, contract, price, "", tx.now)
         held = (await trading.fill(tx, held, cut.order, trade, Names(), Labels(REASON))).book

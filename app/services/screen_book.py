@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.db.session import Database
-from app.domain.book_columns import MODES, BookColumns, HoldingColumns, PositionColumns
+from app.domain.book_columns import MODES, BookColumns, HoldingColumns, PositionColumns, book_columns
 from app.domain.portfolio import Rows
 from app.services.shards import SHARDS
 
@@ -122,16 +122,22 @@ async def load_all(database: Database, shards: Collection[int] | None = None) ->
 
 
 async def load_changed(
-    database: Database, known: Mapping[str, int], horizon: str, shards: Collection[int] | None = None
+    database: Database,
+    known: Callable[[str], int | None],
+    horizon: str,
+    shards: Collection[int] | None = None,
 ) -> Loaded:
-    """Return the books that changed since a snapshot with this horizon, but for those `known` at their version.
+    """Return the books that changed since a snapshot with this horizon, but for those whose `known` version it is.
 
     Of some shards, where they are given. Raises DatabaseUnavailableError.
     """
     among = _Chosen.shards(shards)
     async with database.snapshot() as connection:
         rows = await connection.fetch(_CHANGED.format(among.clause), among.value, horizon)
-        chosen = _Chosen.agents([agent for agent, version in rows if known.get(agent) != version])
+        agents = [agent for agent, version in rows if known(agent) != version]
+        if not agents:
+            return Loaded(book_columns([]), await connection.fetchval(_HORIZON))
+        chosen = _Chosen.agents(agents)
         positions, backing = await _positions(connection, chosen), await _backing(connection, chosen)
         return Loaded(_columns(positions, backing), await connection.fetchval(_HORIZON))
 

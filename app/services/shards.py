@@ -7,9 +7,10 @@ the holder's connection hangs, and because it can be seen.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 
-from sqlalchemy import DateTime, Integer, Text, bindparam, select, text, update
+from sqlalchemy import ColumnElement, DateTime, Integer, Text, bindparam, func, select, text, true, update
 
 from app.db.session import Tx
 from app.db.tables import screen_shards
@@ -34,6 +35,12 @@ _CLAIM = text(
     bindparam("until", type_=DateTime(timezone=True)),
     bindparam("most", type_=Integer),
 )
+
+
+def within(agent_id: ColumnElement[str], shards: Collection[int]) -> ColumnElement[bool]:
+    """Return the condition that an agent is in one of the shards."""
+    shard = func.hashtextextended(agent_id, 0).op("&")(SHARDS - 1)
+    return true() if len(shards) == SHARDS else shard.in_(shards)
 
 
 async def hold(tx: Tx, worker_id: str) -> frozenset[int]:

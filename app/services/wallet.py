@@ -15,7 +15,7 @@ from app.db.tables import SERVICE_PATTERN, reservations
 from app.domain.book import ZERO, Book, OpenReservation
 from app.domain.money import checked_amount, plain
 from app.domain.moves import Move, agent, house, pay_in
-from app.errors import NotFoundError, conflict, invalid
+from app.errors import InvalidError, NotFoundError, conflict, invalid
 from app.services import ledger, market_rules, watch
 from app.services.ledger import Occasion
 from app.services.margin import Scene
@@ -67,8 +67,19 @@ async def deposit(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal,
     if asset not in held.holdings:
         scene.require_room(after)
     batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "deposit"), moves)
-    await watch.shift_peak(tx, held.agent_id, scene.worth(asset, amount))
+    await _shift_peak(tx, scene, held, scene.worth(asset, amount))
     return Booked(batch, amount, after)
+
+
+async def _shift_peak(tx: Tx, scene: Scene, held: Book, flow: float) -> None:
+    """Let an account's peak move with what comes in or leaves, so that its drawdown stays what it was."""
+    if not held.settings.follows_peak:
+        return
+    try:
+        equity = scene.figures(held).equity
+    except InvalidError:  # a price is missing: the drawdown is not known
+        equity = 0.0
+    await watch.shift_peak(tx, held.agent_id, equity, flow)
 
 
 async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal, named: Names) -> Booked:
@@ -83,7 +94,7 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
     after = held.after_moves(moves)
     scene.require_margin(held, after, "/amount")
     batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "withdrawal"), moves)
-    await watch.shift_peak(tx, held.agent_id, -scene.worth(asset, amount))
+    await _shift_peak(tx, scene, held, -scene.worth(asset, amount))
     return Booked(batch, amount, after)
 
 

@@ -18,7 +18,6 @@ from app.db.session import Tx
 from app.db.tables import account_watch
 from app.domain import ladder
 from app.domain.book import Book
-from app.domain.gates import stale_symbols
 from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.parameters import HealthPolicy
@@ -26,7 +25,6 @@ from app.domain.quote import AccountFigures
 from app.domain.trade import Order
 from app.domain.watch import Band, Scale, clear_level, drawdown, quiet_band, settled_level
 from app.services import events
-from app.services.margin import Scene
 
 ORDERS_TOLD_MAX = 50
 
@@ -52,23 +50,25 @@ class Watch:
         return ranks(self.zone, self.alert_level)
 
 
-async def look(tx: Tx, scene: Scene, held: Book, figures: AccountFigures) -> Watch:
-    """Tell what has changed of an account since it was last looked at. The book is locked."""
+async def look(
+    tx: Tx, held: Book, figures: AccountFigures, policy: HealthPolicy, stale: Sequence[str], *, is_sure: bool
+) -> Watch:
+    """Tell what has changed of an account since it was last looked at. The book is locked.
+
+    Where prices are `stale` that is told once, and nothing else unless what hangs on them is too little to matter.
+    """
     before = await _load(tx, held.agent_id)
-    stale = stale_symbols(figures, scene.now, scene.price_age_max.total_seconds())
-    if stale:
-        after = replace(before, stale=True)
-        if not before.stale:
-            await events.emit(tx, "market.stale", held.agent_id, {"symbols": stale[:20]})
-    else:
-        after = await _tell_changes(tx, scene, held, figures, replace(before, stale=False))
+    after = replace(before, stale=bool(stale))
+    if stale and not before.stale:
+        await events.emit(tx, "market.stale", held.agent_id, {"symbols": list(stale[:20])})
+    if is_sure:
+        after = await _tell_changes(tx, held, figures, after, policy)
     if after != before:
         await _store(tx, held.agent_id, after)
     return after
 
 
-async def _tell_changes(tx: Tx, scene: Scene, held: Book, figures: AccountFigures, before: Watch) -> Watch:
-    policy = held.settings.policy(scene.market.parameters.policy)
+async def _tell_changes(tx: Tx, held: Book, figures: AccountFigures, before: Watch, policy: HealthPolicy) -> Watch:
     health = figures.health
     zone = settled_level(zones(policy), before.zone, health.utilization)
     level = settled_level(levels(policy), before.alert_level, health.margin_ratio)
@@ -150,11 +150,17 @@ async def start_fall(tx: Tx, agent_id: str) -> None:
     await tx.connection.execute(begun.values(peak_equity=0, rung=0, rung_applied=0, stopped=False))
 
 
-async def shift_peak(tx: Tx, agent_id: str, change: float) -> None:
-    """Move an account's peak with what comes in or leaves: neither is a profit nor a drawdown."""
-    columns = account_watch.c
-    moved = func.greatest(columns.peak_equity + to_decimal(round(change, SETTLEMENT_DECIMALS)), 0)
-    await tx.connection.execute(update(account_watch).where(columns.agent_id == agent_id).values(peak_equity=moved))
+async def shift_peak(tx: Tx, agent_id: str, equity: float, flow: float) -> None:
+    """Scale an account's peak as a flow scales its equity, USD: neither a profit nor a drawdown, nor less of one.
+
+    Where there was no equity the flow is added.
+    """
+    peak = account_watch.c.peak_equity
+    scaled = peak * to_decimal((equity + flow) / equity) if equity > 0.0 else peak + to_decimal(flow)
+    moved = func.greatest(func.round(scaled, SETTLEMENT_DECIMALS), 0)
+    await tx.connection.execute(
+        update(account_watch).where(account_watch.c.agent_id == agent_id).values(peak_equity=moved)
+    )
 
 
 async def told_levels(tx: Tx, agents: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
@@ -195,7 +201,7 @@ async def followed(tx: Tx, policy: HealthPolicy, agents: Sequence[str] | None = 
 def band_of(held: Book, seen: Watch, policy: HealthPolicy) -> Band | None:
     """Return the band of equity within which there is nothing to tell of an account; None: its peak is not followed."""
     settings = held.settings
-    if settings.trailing_stop is None and settings.drawdown_ladder == "off":
+    if not settings.follows_peak:
         return None
     is_on = settings.drawdown_ladder != "off"
     return _band(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "20261122_0530"
-down_revision: str | None = "20261122_0520"
+down_revision: str | None = "20261122_0525"
 
 DAILY_CLOSES = """
 CREATE TABLE daily_closes (

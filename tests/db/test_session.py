@@ -106,9 +106,9 @@ async def test_connections_killed_in_the_pool_go_unnoticed(database: Database, d
 
 
 async def test_an_empty_pool_is_an_outage(database_url: URL) -> None:
-    settings = make_settings(database_pool_size=1, database_connect_seconds=0.2)
+    settings = make_settings(database_pool_size=2, database_connect_seconds=0.2)
     database = Database(database_url, settings)
-    async with database.transaction("holder"):
+    async with database.transaction("holder"), database.transaction("another"):
         with pytest.raises(DatabaseUnavailableError):
             await database.ping()
     await database.ping()

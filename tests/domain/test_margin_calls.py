@@ -143,7 +143,8 @@ SOLD = replace(ASKED, slices=1)
         (ALONE_EXPIRED, NEAR, own(), 300, Become("cured")),
         (ALONE_LIQUIDATING, ISOLATED, own(), 300, Liquidate()),
         (ALONE_LIQUIDATING, NEAR, own(), 300, Become("completed")),
-        (ALONE_LIQUIDATING, SHORT, own(), 300, Become("completed")),  # the pool has a call of its own next
+        (ALONE_LIQUIDATING, SHORT, own(), 300, Open(at(600))),
+        (ALONE_EXPIRED, BREACH, own(auto=False), 300, Open(at(600))),  # else a grain would keep the pool from a call
         (opened(), ISOLATED, own(), 10, Wait(at(150))),  # and that of the pool waits for both
         # what has begun is finished
         (LIQUIDATING, BREACH, own(auto=False), 300, Liquidate()),

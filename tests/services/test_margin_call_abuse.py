@@ -16,7 +16,7 @@ from app.domain.book import Book
 from app.domain.liquidate import fewest
 from app.domain.quote import AccountFigures
 from app.errors import ConflictError
-from app.services import account, liquidation
+from app.services import account, liquidation, market
 from app.services.liquidation import Rules
 from app.services.margin import Scene
 from tests.services.calls import BREACH, CONNECTIONS, DEEP, PRICES, RULES, Calls
@@ -66,8 +66,8 @@ async def test_a_grain_whose_feed_has_ended_holds_nothing_up(calls: Calls, amoun
     await calls.desk.deposit(agent_id, "DOGE", amount)
     await calls.desk.prices({"BTC": DEEP})
     await _let_go_stale(calls.desk, "DOGE")
-    decided = [await calls.decide(agent_id, AGE) for _ in range(5)]
-    assert decided[0].waits
+    for _ in range(5):
+        await calls.decide(agent_id, AGE)
     [call] = await calls.calls(agent_id)
     assert call.state == "completed"
     assert set(await calls.told(agent_id)) >= {"market.stale", "margin_call.opened", "liquidation.executed"}
@@ -94,6 +94,56 @@ async def test_nothing_is_sold_at_a_stale_mark(calls: Calls) -> None:
         await calls.decide(agent_id, AGE)
     assert await calls.sizes(agent_id) == {"SOL-PERP": 10}
     assert (await calls.only(agent_id)).state == "liquidating"
+
+
+async def test_a_stale_leg_that_hedges_a_fresh_one_hides_no_breach(calls: Calls) -> None:
+    """Long 1.2 BTC-PERP, short .5 of a contract whose own mark has stopped: equity falls by 50,000 all the same."""
+    desk = calls.desk
+    listed: market.InstrumentChange = {"underlying": "BTC", "kind": "future"}
+    async with desk.database.transaction(ACTOR) as tx:
+        await market.put_instrument(tx, "BTC-DEC", listed)
+    await desk.prices({"BTC-DEC": "60000"})
+    agent_id = await desk.agent("30000", grace_period_seconds=0)
+    await desk.order(agent_id, "buy", "1.2", "BTC-PERP")
+    await desk.order(agent_id, "sell", "0.5", "BTC-DEC")
+    await desk.prices({"BTC": DEEP})
+    await _let_go_stale(desk, "BTC-DEC")
+    for _ in range(4):
+        await calls.decide(agent_id, AGE)
+    assert set(await calls.sizes(agent_id)) == {"BTC-DEC"}
+
+
+async def test_a_grain_keeps_no_level_no_stop_and_no_rung_from_being_told(calls: Calls) -> None:
+    agent_id = await calls.desk.agent("20000", trailing_stop=0.1, drawdown_ladder="apply")
+    await calls.desk.order(agent_id, "buy", "0.3")
+    await calls.desk.deposit(agent_id, "DOGE", "0.0001")
+    await calls.decide(agent_id)
+    await calls.desk.prices({"BTC": "35000"})
+    await _let_go_stale(calls.desk, "DOGE")
+    await calls.decide(agent_id, AGE)
+    told = await calls.events(agent_id)
+    assert {"market.stale", "trailing_stop.breached", "drawdown.changed"} <= set(told)
+    assert (await calls.sizes(agent_id))["BTC-PERP"] < Decimal("0.2")
+
+
+async def test_what_is_not_covered_is_counted_once_however_often_prices_go_stale(calls: Calls) -> None:
+    """20,000 of loss on 15,000, and a reservation that stays."""
+    desk = calls.desk
+    agent_id = await desk.agent("15000", grace_period_seconds=0)
+    await desk.order(agent_id, "buy", "0.4", leverage=5)
+    await desk.reserve(agent_id, "2000", reducible=False)
+    await desk.deposit(agent_id, "DOGE", "1")
+    await desk.prices({"BTC": "10000"})
+    for _ in range(3):
+        for _ in range(4):
+            await calls.decide(agent_id, AGE)
+        await _let_go_stale(desk, "DOGE")
+        await calls.decide(agent_id, AGE)
+        await desk.prices({"DOGE": "0.1", "BTC": "10000"})
+    call = await calls.only(agent_id)
+    assert call.state == "liquidating"
+    assert Decimal(4_999) < call.lost <= Decimal(5_000)
+    assert (await calls.told(agent_id)).count("liquidation.exhausted") == 1
 
 
 # --- isolated positions
@@ -196,6 +246,7 @@ async def test_nothing_is_reserved_under_an_expired_call(calls: Calls) -> None:
         ({"grace_period_seconds": 10}, False),
         ({"notice_delay_seconds": 1}, True),
         ({"auto_liquidate": False}, True),
+        ({"execution": "venue"}, True),
         ({"auto_liquidate": True}, False),
         ({"breach_utilization": None}, True),
         ({"breach_utilization": 0.84}, True),

@@ -351,7 +351,7 @@ async def test_what_is_not_covered_is_recorded_as_a_deficit(calls: Calls) -> Non
     call = made[-1].call
     assert call is not None
     # 20,000 - 0.5 x 50,000
-    assert (call.state, call.deficit, call.slices) == ("completed", Decimal(5_000), 3)
+    assert (call.state, call.lost, call.slices) == ("completed", Decimal(5_000), 3)
     assert await calls.desk.money(agent_id) == {"owed": 5_000}
     [[data]] = await calls.desk.rows("SELECT data FROM events WHERE type = 'liquidation.completed'")
     assert data["deficit"] == 5_000
@@ -621,9 +621,9 @@ async def test_where_nothing_is_left_to_close_the_call_lives_and_its_deficit_is_
     for _ in range(6):
         await calls.decide(agent_id)
     call = await calls.only(agent_id)
-    assert (call.state, call.deficit, call.next_action_at) == ("liquidating", Decimal(700), None)
+    assert (call.state, call.lost, call.next_action_at) == ("liquidating", Decimal(700), None)
     assert (await calls.told(agent_id))[-2:] == ["liquidation.executed", "liquidation.exhausted"]
     await calls.desk.deposit(agent_id, "USDC", 9_000)
     await calls.decide(agent_id)
     call = await calls.only(agent_id)
-    assert (call.state, call.deficit) == ("completed", Decimal(700))
+    assert (call.state, call.lost) == ("completed", Decimal(700))

@@ -29,7 +29,7 @@ SIZE = Decimal(300)
 async def desk(database_url: URL) -> AsyncIterator[Desk]:
     database = Database(database_url, make_settings(database_pool_size=12))
     made = Desk(database)
-    await made.prices({"X": START})
+    await made.prices({"X": START, "Y": START})
     await made.market.refresh()
     yield made
     await database.close()
@@ -137,6 +137,28 @@ async def test_what_comes_in_or_leaves_is_no_drawdown(desk: Desk) -> None:
     await decide(desk, agent_id)
     assert await told(desk, agent_id) == []
     assert await told(desk, agent_id, "trailing_stop.breached") == []
+
+
+async def test_a_withdrawal_under_a_drawdown_leaves_it_what_it_was(desk: Desk) -> None:
+    agent_id = await trader(desk, drawdown_ladder="notify")
+    await fall(desk, agent_id, "0.03")
+    await desk.withdraw(agent_id, "USDC", 80_000)
+    await decide(desk, agent_id)
+    assert await told(desk, agent_id) == []
+    await desk.deposit(agent_id, "USDC", 500_000)
+    await decide(desk, agent_id)
+    assert await told(desk, agent_id) == []
+
+
+async def test_dust_that_can_t_be_divided_is_closed_and_keeps_no_call_from_being_made(desk: Desk) -> None:
+    agent_id = await trader(desk, drawdown_ladder="apply")
+    await desk.order(agent_id, "buy", "0.000000000000000001", "Y-PERP")
+    await decide(desk, agent_id)
+    await desk.prices({"X": 79})  # 6.3 % down
+    await decide(desk, agent_id)
+    left = {p.symbol: p.size for p in (await desk.book(agent_id)).positions}
+    assert set(left) == {"X-PERP"}
+    assert float(left["X-PERP"]) == pytest.approx(270, rel=1e-6)
 
 
 async def test_switched_on_the_ladder_begins_at_what_there_is(desk: Desk) -> None:

@@ -51,7 +51,7 @@ async def test_a_refresh_brings_what_changed_and_nothing_else(
     loaded = await screen_book.load_all(database)
     screen = Screen(PARAMETERS, PRICES)
     screen.update(loaded.columns)
-    known = screen.versions()
+    known = screen.version_of
     none = await screen_book.load_changed(database, known, loaded.horizon)
     assert list(none.columns.agents) == []
     changed, closed = screen.agents[3], screen.agents[7]
@@ -83,10 +83,10 @@ async def test_a_change_that_commits_late_is_not_missed(database: Database, conn
             await other.execute(statement, screen.agents[1])
         finally:
             await other.close()
-        first = await screen_book.load_changed(database, screen.versions(), loaded.horizon)
+        first = await screen_book.load_changed(database, screen.version_of, loaded.horizon)
         assert list(first.columns.agents) == [screen.agents[1]]
         screen.update(first.columns)
-    second = await screen_book.load_changed(database, screen.versions(), first.horizon)
+    second = await screen_book.load_changed(database, screen.version_of, first.horizon)
     assert list(second.columns.agents) == [screen.agents[0]]
 
 

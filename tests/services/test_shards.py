@@ -101,5 +101,5 @@ async def test_changes_are_read_of_the_shards_asked_for(database: Database) -> N
     screen.update(loaded.columns)
     async with database.transaction("test") as tx:
         await tx.connection.execute(text("UPDATE accounts SET version = version + 1"))
-    changed = await screen_book.load_changed(database, screen.versions(), loaded.horizon, mine)
+    changed = await screen_book.load_changed(database, screen.version_of, loaded.horizon, mine)
     assert sorted(changed.columns.agents) == sorted(screen.agents)

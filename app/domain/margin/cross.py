@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from app.domain.black76 import Floats
 from app.domain.margin.isolated import position_margin
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.portfolio import Portfolio
@@ -18,8 +17,12 @@ def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """
     del terms
     initial_rate, maintenance_rate = portfolio.highest_rates
-    initial = _shares(portfolio, initial_rate, portfolio.initial_rate)
-    maintenance = _shares(portfolio, maintenance_rate, portfolio.maintenance_rate)
+    u = portfolio.underlying
+    directed = np.sign(portfolio.taylor_delta)[u] * portfolio.exposure
+    initial, maintenance = initial_rate[u] * directed, maintenance_rate[u] * directed
+    if portfolio.has_options:
+        initial = np.where(portfolio.is_option, position_margin(portfolio, portfolio.initial_rate), initial)
+        maintenance = np.where(portfolio.is_option, position_margin(portfolio, portfolio.maintenance_rate), maintenance)
     return MarginResult(
         model="cross",
         initial_margin=float(initial.sum()),
@@ -36,11 +39,3 @@ def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         },
         parameters={},
     )
-
-
-def _shares(portfolio: Portfolio, by_underlying: Floats, own_rate: Floats) -> Floats:
-    direction = np.sign(portfolio.taylor_delta)
-    shares = (by_underlying * direction)[portfolio.underlying] * portfolio.exposure
-    if not len(portfolio.options):
-        return shares
-    return np.where(portfolio.is_option, position_margin(portfolio, own_rate), shares)

@@ -16,7 +16,7 @@ def position_margin(portfolio: Portfolio, rate: Floats) -> Floats:
     size x underlying price + its value.
     """
     margin = rate * portfolio.notional
-    if len(portfolio.options):
+    if portfolio.has_options:
         options = portfolio.options
         short = margin[options.row] - options.value
         margin[options.row] = np.where(options.quantity >= 0.0, options.value, short)

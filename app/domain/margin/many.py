@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.correlation import correlation_matrix
 from app.domain.margin.portfolio import Sides, floor_by_underlying, join
 from app.domain.parameters import CorrelationTable, MarketParameters
@@ -116,7 +116,7 @@ class Correlations:
         # one more row for all that is not listed
         self._stress, self._hedge = (_beyond(listed, table) for table in self._tables)
 
-    @cached_property
+    @computed
     def sound(self) -> bool:
         """Whether a book on unlisted assets alone has a correlation matrix, whatever its signs.
 

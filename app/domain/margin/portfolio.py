@@ -7,12 +7,14 @@ credit than a concentration is charged. The same-cell scan over all underlyings 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.correlation import (
     REPAIR_SIZE_MAX,
     is_positive_semidefinite,
@@ -35,6 +37,8 @@ from app.errors import invalid
 _THIRDS = (-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0)
 _PRICES = np.array([-1.0, *(price for price in _THIRDS for _ in range(3)), 1.0])
 _VOLS = np.array([1.0, *(vol for _ in _THIRDS for vol in (-1.0, 0.0, 1.0)), 1.0])
+KEPT_SIZE_MAX = REPAIR_SIZE_MAX
+"""Underlyings up to which correlations are kept: all that may need a repair are, which takes long."""
 _TAIL = np.array([True, *[False] * 21, True])
 CELLS = len(_PRICES)
 # in the order of the price, so that each side is a slice; both hold the cells where only volatility moves
@@ -42,18 +46,33 @@ DOWN_CELLS = slice(0, 13)
 UP_CELLS = slice(10, 23)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The 23 cells in multiples of ranges, laid out over J underlyings, and as they are shown."""
+
+    grid: ScenarioGrid
+    price_moves: Sequence[float]
+    vol_moves: Sequence[float]
+    weights: Sequence[float]
+
+
 def cells(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
     """Return the 23 cells over each underlying's ranges: a tail, 7 prices x 3 volatilities, the other tail."""
-
-    def make() -> ScenarioGrid:
-        multiples = np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES
-        weights = np.where(_TAIL, models.portfolio_tail_weight, 1.0)
-        return scan(table.price_range, table.volatility_range, multiples, _VOLS, weights, term_scaled=True)
-
-    return table.derived(("cells", models), make)
+    return _cells(table, models).grid
 
 
-@dataclass(frozen=True, slots=True)
+def _cells(table: Underlyings, models: ModelParameters) -> _Cells:
+    multiple, weight = models.portfolio_tail_multiple, models.portfolio_tail_weight
+
+    def make() -> _Cells:
+        multiples, weights = np.where(_TAIL, multiple, 1.0) * _PRICES, np.where(_TAIL, weight, 1.0)
+        grid = scan(table.price_range, table.volatility_range, multiples, _VOLS, weights, term_scaled=True)
+        return _Cells(grid, multiples.tolist(), _VOLS.tolist(), weights.tolist())
+
+    return table.derived(("cells", multiple, weight), make)
+
+
+@dataclass(frozen=True, eq=False)
 class Sides:
     """Losses by underlying (J,), USD >= 0: the worst with the price down and with it up, and their cells."""
 
@@ -62,15 +81,15 @@ class Sides:
     down_cell: Indices
     up_cell: Indices
 
-    @property
+    @computed
     def directional(self) -> Floats:
         """D = D - U."""
         return self.down - self.up
 
-    @property
+    @computed
     def two_sided(self) -> Floats:
         """N = min(D, U)."""
-        return cast("Floats", np.minimum(self.down, self.up))
+        return np.minimum(self.down, self.up)
 
 
 def sides(pnl: Floats) -> Sides:
@@ -104,29 +123,46 @@ def signed_correlation(directional: Floats, stress: Floats, hedge: Floats) -> Fl
 
 def join(losses: Sides, table: Underlyings) -> Joint:
     """Return the joined loss; a ρ' (or ρ) that is no correlation matrix is replaced by the nearest one."""
-    directional, two_sided = losses.directional, losses.two_sided
-    signed = signed_correlation(directional, table.stress, table.hedge)
-    first, by_directional, signed_distance = _norm(directional, signed, table)
-    second, by_two_sided, stress_distance = _norm(two_sided, table.stress, table)
+    first, by_directional, signed_distance = _norm(losses.directional, table)
+    second, by_two_sided, stress_distance = _norm(losses.two_sided, table)
     return Joint(first + second, by_directional, by_two_sided, max(signed_distance, stress_distance))
 
 
-def _norm(vector: Floats, matrix: Floats, table: Underlyings) -> tuple[float, Floats, float]:
-    """Return √(x'Mx), its gradient and the distance of the repair; zeros of x need no correlation."""
-    gradient = np.zeros_like(vector)
-    live = np.flatnonzero(vector)
+def _norm(vector: Floats, table: Underlyings) -> tuple[float, Floats, float]:
+    """Return √(x'ρ'x), its gradient and the distance of the repair; zeros of x need no correlation.
+
+    Of losses that are all of one sign, ρ' is the stress correlation.
+    """
+    gradient = np.zeros(len(vector))
+    signs = np.sign(vector)
+    live = signs.nonzero()[0]
     if not live.size:
         return 0.0, gradient, 0.0
     x = vector[live]
-    part, distance = sound_correlation(matrix if live.size == vector.size else matrix[np.ix_(live, live)], table)
-    product = part @ x
-    norm = float(np.sqrt(max(0.0, float(x @ product))))
+    matrix, distance = _live_correlation(signs, live, table)
+    product = matrix @ x
+    norm = math.sqrt(max(0.0, float(x @ product)))
     if norm > 0.0:
         gradient[live] = product / norm
     return norm, gradient, distance
 
 
-def sound_correlation(matrix: Floats, table: Underlyings) -> tuple[Floats, float]:
+def _live_correlation(signs: Floats, live: Indices, table: Underlyings) -> tuple[Floats, float]:
+    """Return ρ' of the losses that are not 0 and the distance of its repair.
+
+    It depends on their signs alone, which for one agent hardly ever change: small ones are kept.
+    """
+
+    def make() -> tuple[Floats, float]:
+        matrix = signed_correlation(signs, table.stress, table.hedge)
+        return sound_correlation(matrix if live.size == signs.size else matrix[np.ix_(live, live)])
+
+    if signs.size > KEPT_SIZE_MAX:
+        return make()
+    return table.derived(("correlation", signs.tobytes()), make)
+
+
+def sound_correlation(matrix: Floats) -> tuple[Floats, float]:
     """Return the matrix, or the nearest correlation matrix, and their distance. Raises InvalidError past its limit."""
     if is_positive_semidefinite(matrix):
         return matrix, 0.0
@@ -136,8 +172,7 @@ def sound_correlation(matrix: Floats, table: Underlyings) -> tuple[Floats, float
             "correlation_not_repairable",
             f"the correlation matrix is not positive semidefinite and has over {REPAIR_SIZE_MAX} underlyings",
         )
-    # along a move the signs of the losses, and with them the matrix, hardly ever change
-    nearest = table.derived(("repaired", matrix.tobytes()), lambda: nearest_correlation(matrix))
+    nearest = nearest_correlation(matrix)
     return nearest, float(np.linalg.norm(nearest - matrix))
 
 
@@ -153,7 +188,7 @@ def concentration(gross: Floats, prices: Floats, table: Underlyings, rate: float
     `gross` (J,) is exposure in USD; size is gross / price, in units as the limit is.
     """
     if not table.any_limit:
-        return np.zeros_like(gross)
+        return np.zeros(gross.shape)
     size = gross / prices
     ratio = np.fmax(np.where(np.isnan(table.concentration_limit), 1.0, size / table.concentration_limit), 1.0)
     return rate * table.price_range * gross * (np.sqrt(ratio) - 1.0)
@@ -172,7 +207,7 @@ def check_priced(portfolio: Portfolio) -> None:
 
 def long_option_cap(portfolio: Portfolio) -> float:
     """Return the book's value where every open position is a long option, else infinity."""
-    if not len(portfolio.options) or (portfolio.options.quantity < 0.0).any():
+    if not portfolio.has_options or (portfolio.options.quantity < 0.0).any():
         return float("inf")
     only_options = bool(portfolio.is_option[portfolio.notional > 0.0].all())
     return portfolio.options_value if only_options else float("inf")
@@ -182,7 +217,7 @@ def long_option_cap(portfolio: Portfolio) -> float:
 class _Scan:
     """The scanned book: weighted profit and loss by underlying (J, 23) and in total (23,), and the losses' joins."""
 
-    grid: ScenarioGrid
+    cells: _Cells
     pnl: Floats
     each_option: Floats
     total: Floats
@@ -198,12 +233,12 @@ class _Scan:
 
 def _scan(portfolio: Portfolio, models: ModelParameters) -> _Scan:
     table = portfolio.underlyings
-    grid = cells(table, models)
-    pnl, each_option = pnl_by_underlying(portfolio, grid)
-    pnl = pnl * grid.weights
+    cells = _cells(table, models)
+    pnl, each_option = pnl_by_underlying(portfolio, cells.grid)
+    pnl *= cells.grid.weights
     total, losses = pnl.sum(axis=0), sides(pnl)
     joint = join(losses, table)
-    return _Scan(grid, pnl, each_option, total, losses, joint, int(worst_scenarios(total)))
+    return _Scan(cells, pnl, each_option, total, losses, joint, int(worst_scenarios(total)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +303,9 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         add_ons={"concentration": float(required.add_on.sum())},
         worst=Worst(required.rule, binding, 0.0 - max(required.risk, required.floor)),
         scenarios=ScenarioTable(
-            price_move=(np.where(_TAIL, models.portfolio_tail_multiple, 1.0) * _PRICES).tolist(),
-            vol_move=_VOLS.tolist(),
-            weight=scan.grid.weights.tolist(),
+            price_move=scan.cells.price_moves,
+            vol_move=scan.cells.vol_moves,
+            weight=scan.cells.weights,
             pnl=scan.total,
             in_ranges=[True] * len(_PRICES),
             vol_in_ranges=True,
@@ -327,8 +362,8 @@ def _floor_shares(portfolio: Portfolio, models: ModelParameters) -> Floats:
 
 def _risk_shares(portfolio: Portfolio, scan: _Scan, rule: str) -> Floats:
     """Return each position's loss (n,) in the cells that bind, each underlying's weighed by its derivative."""
-    grid, losses = scan.grid, scan.losses
-    chosen = np.zeros_like(grid.moves)
+    grid, losses = scan.cells.grid, scan.losses
+    chosen = np.zeros(grid.moves.shape)
     if rule == "parallel":
         chosen[:, scan.worst_cell] = grid.weights[scan.worst_cell]
     else:

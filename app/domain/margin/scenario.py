@@ -5,23 +5,31 @@ from __future__ import annotations
 import numpy as np
 
 from app.domain.margin.result import MarginResult, MarginTerms, ScenarioTable, Worst, worst_scenarios
-from app.domain.portfolio import Portfolio
+from app.domain.portfolio import Portfolio, Underlyings
 from app.domain.revalue import pnl_by_underlying, position_pnl
-from app.domain.scenarios import lay_out
+from app.domain.scenarios import NAMED, ScenarioGrid, lay_out
+
+
+def _grid(terms: MarginTerms, table: Underlyings) -> ScenarioGrid:
+    def make() -> ScenarioGrid:
+        return lay_out(terms.scenarios, table.names, table.price_range)
+
+    named = NAMED.get(terms.scenario_set) is terms.scenarios
+    return table.derived(("scenarios", terms.scenario_set), make) if named else make()
 
 
 def scenario(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return IM = max(0, -min over scenarios of the book's profit and loss) x factor, MM = fraction x IM."""
     models = terms.parameters.models
     table = portfolio.underlyings
-    grid = lay_out(terms.scenarios, table.names, table.price_range)
+    grid = _grid(terms, table)
     by_underlying, each_option = pnl_by_underlying(portfolio, grid)
-    by_underlying = by_underlying * grid.weights
+    by_underlying *= grid.weights
     total = by_underlying.sum(axis=0)
     binding = int(worst_scenarios(total))
     worst = float(total[binding])
     initial = max(0.0, -worst) * models.scenario_factor
-    chosen = np.zeros_like(grid.moves)
+    chosen = np.zeros(grid.moves.shape)
     if worst < 0.0:
         chosen[:, binding] = grid.weights[binding]
     share = 0.0 - models.scenario_factor * position_pnl(portfolio, grid, each_option, chosen)

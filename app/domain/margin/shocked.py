@@ -200,13 +200,13 @@ def _joint(pnl: Floats, table: Underlyings) -> Floats:
     down = np.maximum(0.0, -pnl[:, :, DOWN_CELLS].min(axis=2))
     up = np.maximum(0.0, -pnl[:, :, UP_CELLS].min(axis=2))
     two_sided = np.minimum(down, up)
-    joint = _norms(down - up, lambda signs: signed_correlation(signs, table.stress, table.hedge), table)
+    joint = _norms(down - up, lambda signs: signed_correlation(signs, table.stress, table.hedge))
     if two_sided.any():
-        joint += _norms(two_sided, lambda _: table.stress, table)
+        joint += _norms(two_sided, lambda _: table.stress)
     return joint
 
 
-def _norms(vectors: Floats, correlation: Callable[[Floats], Floats], table: Underlyings) -> Floats:
+def _norms(vectors: Floats, correlation: Callable[[Floats], Floats]) -> Floats:
     """Return √(x'Mx) of each row (B, J), M being that of its signs; zeros of x need no correlation."""
     patterns, which = np.unique(np.sign(vectors), axis=0, return_inverse=True)
     norms = np.zeros(len(vectors))
@@ -214,7 +214,7 @@ def _norms(vectors: Floats, correlation: Callable[[Floats], Floats], table: Unde
         live = np.flatnonzero(signs)
         if live.size:
             members = np.flatnonzero(which.reshape(-1) == k)
-            part, _ = sound_correlation(correlation(signs)[np.ix_(live, live)], table)
+            part, _ = sound_correlation(correlation(signs)[np.ix_(live, live)])
             x = vectors[np.ix_(members, live)]
             norms[members] = np.sqrt(np.maximum(0.0, ((x @ part) * x).sum(axis=1)))
     return norms

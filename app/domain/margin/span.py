@@ -32,7 +32,8 @@ def scan_risk(gains: Floats) -> tuple[Floats, Indices]:
     Strategic Investment", ch. 34.
     """
     binding = worst_scenarios(gains)
-    worst = np.take_along_axis(gains, binding[..., None], axis=-1)[..., 0]
+    rows = gains.reshape(-1, gains.shape[-1])
+    worst = rows[np.arange(len(rows)), binding.ravel()].reshape(binding.shape)
     return np.maximum(0.0, -worst), binding + 1
 
 
@@ -50,7 +51,7 @@ def _charge_columns(charges: Sequence[SpanCharges]) -> dict[str, Floats]:
 def _grid(table: Underlyings, models: ModelParameters) -> ScenarioGrid:
     scenarios = span_scenarios(1.0, models.span_tail_multiple, models.span_tail_weight)
     return table.derived(
-        ("span", models),
+        ("span", models.span_tail_multiple, models.span_tail_weight),
         lambda: scan(
             table.price_range,
             table.volatility_range,
@@ -74,7 +75,7 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     grid = _grid(table, models)
     weights = grid.weights
     pnl, each_option = pnl_by_underlying(portfolio, grid)
-    pnl = pnl * weights
+    pnl *= weights
     risk, binding = scan_risk(pnl)
     charges = [terms.span_charges.get(name, _NO_CHARGES) for name in table.names]
     required = requirement(risk, charges)
