@@ -19,8 +19,9 @@ from sqlalchemy import ARRAY, BigInteger, Date, DateTime, Numeric, Text, bindpar
 
 from app.db.session import Tx
 from app.db.tables import HISTORY, daily_closes
-from app.domain.closes import DEVIATIONS_MAX, Close, Gap, Outlier, Panel, missing_days, outliers, panel
+from app.domain.closes import DEVIATIONS_MAX, Close, Gap, Outlier, missing_days, outliers
 from app.domain.money import plain, to_float
+from app.domain.panel import Panel, panel_of_closes
 from app.errors import ConflictError, FieldError, InvalidError, invalid
 from app.services import audit
 from app.services import market_rules as rules
@@ -273,21 +274,21 @@ async def list_closes(
 
 
 async def load_panel(tx: Tx, assets: Sequence[str], days: int, last: date | None = None) -> Panel:
-    """Return the closes of assets over a window: of `days` daily returns, up to the day `last`.
+    """Return the panel of assets over a window of `days` daily returns, up to the day `last`.
 
     Left out, `last` is the latest day on which any of the assets has a close. The panel has a row for each day and says
-    which closes are missing; where nothing is stored at all it is empty.
+    which returns are missing; where nothing is stored at all it is empty.
     """
     columns = daily_closes.c
     if last is None:
         query = select(func.max(columns.day)).where(columns.asset.in_(assets))
         last = (await tx.connection.execute(query)).scalar_one()
+    found: dict[str, dict[date, float]] = {asset: {} for asset in assets}
     if last is None:
-        return Panel(tuple(assets), (), np.empty((0, len(assets))))
+        return panel_of_closes(found)
     first = last - timedelta(days=days)
     chosen: Any = select(columns.asset, columns.day, columns.close)
     chosen = chosen.where(columns.asset.in_(assets), columns.day.between(first, last))
-    found: dict[str, dict[date, float]] = {}
     for asset, day, close in await tx.connection.execute(chosen):
-        found.setdefault(asset, {})[day] = to_float(close)
-    return panel(assets, first, last, found)
+        found[asset][day] = to_float(close)
+    return panel_of_closes(found, first, last)
