@@ -26,6 +26,7 @@ from app.api import (
     prices,
     problems,
     quotes,
+    quotes_var,
     trading,
     wallet,
     webhooks,
@@ -41,6 +42,7 @@ from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services import retention
 from app.services.accounts import KeyRing
+from app.services.history_cache import HistoryCache
 from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
@@ -68,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
         streams=Streams(database, metrics, settings.event_streams_max),
+        history=HistoryCache(database),
     )
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a host of its author's
         redoc_url=None,
@@ -80,6 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.parts = parts
     for router in (
         quotes.router,
+        quotes_var.router,
         what_if.router,
         account.router,
         wallet.router,
