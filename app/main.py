@@ -18,6 +18,8 @@ from app.api import (
     account,
     agents,
     audit,
+    backtest,
+    correlation,
     events,
     history,
     margin_calls,
@@ -84,6 +86,8 @@ def create_app(settings: Settings) -> FastAPI:
     for router in (
         quotes.router,
         quotes_var.router,
+        backtest.router,
+        correlation.router,
         what_if.router,
         account.router,
         wallet.router,
@@ -135,7 +139,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _retentions(settings: Settings) -> tuple[retention.Retention, ...]:
-    return retention.retentions(settings.price_history_days, settings.event_days)
+    return retention.retentions(settings.price_history_days, settings.event_days, settings.snapshot_days)
 
 
 async def _refused_parameters(_: Request, error: Exception) -> Response:

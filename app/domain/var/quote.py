@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from app.domain.black76 import Floats
 from app.domain.covariance import Covariance, Estimator, Pair, covariance_of, estimate, pairs_of
 from app.domain.panel import HISTORY_DAYS, HISTORY_DAYS_MIN, History, Panel
 from app.domain.parameters import CorrelationTable, MarketParameters, Regime
@@ -164,11 +163,3 @@ def _monte_carlo(portfolio: Portfolio, covariance: Covariance, terms: VarTerms) 
     )
     risk = monte_carlo(portfolio, covariance.matrix, asked)
     return VarQuote(risk, monte_carlo_components(portfolio, covariance.matrix, risk, asked), (), covariance)
-
-
-def parametric_deviations(exposures: Floats, covariance: Covariance, days: float = 1.0) -> Floats:
-    """Return √(x'Σx)·√(days/365) (A,), USD, of the exposures (A, J) of many books, USD."""
-    x = exposures * covariance.volatility
-    variance = np.einsum("aj,aj->a", x @ covariance.correlation, x)
-    deviations: Floats = np.sqrt(np.maximum(variance, 0.0) * days / 365.0)
-    return deviations
