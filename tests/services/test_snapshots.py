@@ -51,7 +51,9 @@ async def _of(service: Service, agent: Agent) -> list[Snapshot]:
 
 async def _a_day_passes(service: Service, days: int = 1) -> None:
     """Make every snapshot older, as no clock of the tests can be set."""
-    statement = "UPDATE account_snapshots SET day = day - cast(:n AS int), taken_at = taken_at - make_interval(days => cast(:n AS int))"
+    statement = """
+        UPDATE account_snapshots
+        SET day = day - cast(:n AS int), taken_at = taken_at - make_interval(days => cast(:n AS int))"""
     async with _database(service).transaction("test") as tx:
         for shift in (1_000 + days, -1_000):  # by way of far away: on the way no two stand on one day
             await tx.connection.execute(text(statement), {"n": shift})
