@@ -18,6 +18,8 @@ from app.api import (
     account,
     agents,
     audit,
+    backtest,
+    correlation,
     events,
     history,
     margin_calls,
@@ -26,6 +28,7 @@ from app.api import (
     prices,
     problems,
     quotes,
+    quotes_var,
     trading,
     wallet,
     webhooks,
@@ -41,6 +44,7 @@ from app.db.session import Database, parse_database_url
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services import retention
 from app.services.accounts import KeyRing
+from app.services.history_cache import HistoryCache
 from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
@@ -68,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         limiter=RateLimiter(settings.requests_per_second, settings.requests_burst),
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
         streams=Streams(database, metrics, settings.event_streams_max),
+        history=HistoryCache(database),
     )
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a host of its author's
         redoc_url=None,
@@ -80,6 +85,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.parts = parts
     for router in (
         quotes.router,
+        quotes_var.router,
+        backtest.router,
+        correlation.router,
         what_if.router,
         account.router,
         wallet.router,
@@ -131,7 +139,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _retentions(settings: Settings) -> tuple[retention.Retention, ...]:
-    return retention.retentions(settings.price_history_days, settings.event_days)
+    return retention.retentions(settings.price_history_days, settings.event_days, settings.snapshot_days)
 
 
 async def _refused_parameters(_: Request, error: Exception) -> Response:

@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     ] = True
     price_history_days: Annotated[int, Field(ge=1, le=3_650, description="how long bars of prices are kept")] = 30
     event_days: Annotated[int, Field(ge=7, le=3_650, description="how long events and deliveries are kept")] = 90
+    snapshot_days: Annotated[
+        int, Field(ge=2, le=3_650, description="how long the daily snapshots of accounts are kept")
+    ] = 730
     close_deviations_max: Annotated[
         float, Field(gt=0, description="robust deviations past which a daily close asks for confirmation")
     ] = 12.0

@@ -123,6 +123,11 @@ class Metrics:
         self.screen_shards = Gauge(
             "primerisk_screen_shards", "Shards of the accounts that this process screens.", registry=self.registry
         )
+        self.account_snapshots = Counter(
+            "primerisk_account_snapshots_total",
+            "Daily snapshots of accounts that were written.",
+            registry=self.registry,
+        )
         self.screen_seconds = Histogram(
             "primerisk_screen_seconds",
             "Time of one look of the screen, with what it reads.",

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.screening import Watchman
-from app.services import delivery, heartbeat, margin_calls, shards
+from app.services import delivery, heartbeat, margin_calls, shards, snapshots
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
 from app.services.market_cache import MarketCache
@@ -126,6 +126,7 @@ class Worker:
         self._alive_until = time.monotonic() + FIRST_LOOK_SECONDS_MAX
         self._shards: frozenset[int] = frozenset()
         age_max = timedelta(seconds=settings.price_age_seconds_max)
+        self._snapshots = snapshots.Snapshots(self.id, database)
         self._watchman = Watchman(self.id, database, market, age_max)
         self._rules = Rules(
             settings.liquidation_policy,
@@ -142,6 +143,7 @@ class Worker:
                 asyncio.create_task(self._forever(self._watch)),
                 asyncio.create_task(self._forever(self._fire_timers)),
                 asyncio.create_task(self._forever(self._beat)),
+                asyncio.create_task(self._forever(self._take_snapshots)),
                 asyncio.create_task(self._forever(lambda: self._deliver(sender))),
                 *(asyncio.create_task(self._forever(self._decide_on)) for _ in range(DECISIONS_AT_ONCE)),
             ]
@@ -191,6 +193,13 @@ class Worker:
                 due = await margin_calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
             self._agenda.add(due, urgent=True)
             await asyncio.sleep(self._settings.worker_poll_seconds)
+
+    async def _take_snapshots(self) -> None:
+        """Write down what each account of this worker's shards is worth, once a UTC day."""
+        while True:
+            taken = await self._snapshots.round(self._market.view, self._shards)
+            self._metrics.account_snapshots.inc(taken.count)
+            await asyncio.sleep(0.0 if taken.more else snapshots.EVERY_SECONDS)
 
     async def _deliver(self, sender: Sender) -> None:
         await delivery.run(self._database, sender, self._settings, self._metrics, self.id)

@@ -19,13 +19,13 @@ from rich.table import Table
 
 from app.domain.backtest import BacktestTerms, backtest_book
 from app.domain.black76 import Floats
+from app.domain.panel import Panel
 from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Portfolio
 from app.domain.prices import PriceFinder
 from app.domain.terms import PositionTerms, build_portfolio
 from app.domain.var.contributions import historical_components
 from app.domain.var.historical import HistoricalTerms, historical
-from app.domain.var.history import ReturnPanel
 from app.domain.var.monte_carlo import MonteCarloTerms, monte_carlo
 from benchmarks.books import AS_OF
 from benchmarks.timing import best_seconds
@@ -54,11 +54,11 @@ def covariance_of(assets: int) -> Floats:
     return np.outer(volatility, volatility) * correlation
 
 
-def panel(days: int, portfolio: Portfolio) -> ReturnPanel:
+def panel(days: int, portfolio: Portfolio) -> Panel:
     """Return drawn daily returns of the portfolio's underlyings."""
     names = portfolio.underlyings.names
     returns = 0.04 * np.random.default_rng(5).standard_normal((days, len(names)))
-    return ReturnPanel(names, np.arange(days).astype("datetime64[D]"), np.clip(returns, -0.5, 0.5))
+    return Panel(names, np.arange(days).astype("datetime64[D]"), np.clip(returns, -0.5, 0.5))
 
 
 def plain_losses(weights: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

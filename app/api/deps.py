@@ -13,6 +13,7 @@ from app.api.workshop import Workshop
 from app.db.session import Database
 from app.errors import ForbiddenError, UnauthorizedError
 from app.services.accounts import Caller, KeyRing, Scope
+from app.services.history_cache import HistoryCache
 from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
 from app.services.rates import RateLimiter
@@ -39,6 +40,7 @@ class Parts:
     limiter: RateLimiter
     workshop: Workshop
     streams: Streams
+    history: HistoryCache
 
 
 def parts_of(request: Request) -> Parts:

@@ -10,12 +10,14 @@ from fastapi.openapi.utils import get_openapi
 
 from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
+from app.api.backtest import BacktestIn
 from app.api.history import HistoryPost
 from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
 from app.api.trading import CancelPost, CollateralPost, FillPost, OrderPost, ReducePost
+from app.api.var_request import VarQuoteIn
 from app.api.wallet import AmountIn, PartIn, ReservationPost
 from app.api.webhooks import NothingIn, RecoverPost, WebhookPost
 from app.api.what_if import WhatIfIn
@@ -41,6 +43,8 @@ BODIES = (
     ReducePost,
     CollateralPost,
     WhatIfIn,
+    VarQuoteIn,
+    BacktestIn,
     AcknowledgePost,
     AgentPost,
     KeyPost,

@@ -405,8 +405,8 @@ def _overridden(parameters: MarketParameters, market: MarketIn, settings: Mappin
         changed,
         models=models,
         policy=policy,
-        stress=_table(changed.stress, market.correlation, "/market/correlation"),
-        hedge=_table(changed.hedge, market.hedge_correlation, "/market/hedge_correlation"),
+        stress=correlation_table(changed.stress, market.correlation, "/market/correlation"),
+        hedge=correlation_table(changed.hedge, market.hedge_correlation, "/market/hedge_correlation"),
     )
 
 
@@ -431,7 +431,10 @@ def _factors(parameters: MarketParameters, settings: Mapping[str, float]) -> tup
     return models, policy
 
 
-def _table(table: CorrelationTable, given: Mapping[str, Mapping[str, float]] | None, pointer: str) -> CorrelationTable:
+def correlation_table(
+    table: CorrelationTable, given: Mapping[str, Mapping[str, float]] | None, pointer: str
+) -> CorrelationTable:
+    """Return the table with the request's own pairs. Raises InvalidError for a pair that is none, or given twice."""
     if given is None:
         return table
     pairs = dict(table.pairs)

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Column,
     Date,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
@@ -483,6 +484,25 @@ screen_shards = Table(
     _check("shard", "shard >= 0"),
     _check("lease", "(worker_id IS NULL) = (lease_until IS NULL)"),
     info={"owner": "shards"},
+)
+
+# What an account was worth once a UTC day, and the loss of the next day that was then forecast of it, USD.
+account_snapshots = Table(
+    "account_snapshots",
+    metadata,
+    Column("agent_id", Text, ForeignKey("accounts.agent_id"), primary_key=True),
+    Column("day", Date, primary_key=True),
+    _moment("taken_at"),
+    Column("equity", Double, nullable=False),
+    Column("value", Double, nullable=False),  # as equity, no haircut taken: what profit and loss is measured in
+    Column("flows", Double),  # what came in less what went out since the snapshot before; null: there is none
+    Column("gross", Double, nullable=False),
+    Column("var_95", Double),
+    Column("var_99", Double),
+    Column("ledger_id", BigInteger, nullable=False),  # the last entry that is counted; 0: there is none
+    _check("forecast", "(var_95 IS NULL) = (var_99 IS NULL) AND var_95 >= 0 AND var_99 >= 0"),
+    Index("account_snapshots_day_idx", "day"),
+    info={"owner": "snapshots"},
 )
 
 APPEND_ONLY = (

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from scipy.special import bdtr, chdtrc, ndtri, xlogy
 
 from app.domain.black76 import Floats
+from app.domain.panel import HISTORY_DAYS, HISTORY_DAYS_MIN, Dates, History, missing_history
 from app.domain.scenarios import floored
 from app.domain.var.historical import AGE_DECAY, VOLATILITY_DECAY, HistoricalMethod
-from app.domain.var.history import HISTORY_DAYS, HISTORY_DAYS_MIN, Dates, History, missing_history, rescaled
 from app.domain.var.tail import age_weights, checked_confidences, rank_of, weighted_place
+from app.domain.var.volatility import rescaled
 from app.errors import invalid
 
 BacktestMethod = Literal["normal"] | HistoricalMethod

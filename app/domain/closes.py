@@ -1,13 +1,12 @@
-"""Daily closes: which of them look wrong, where days are missing, and the returns of several assets side by side."""
+"""Daily closes: which of them look wrong, and where days are missing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -40,7 +39,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Days of an asset without a close, both ends included."""
+    """Days of an asset without a close, or without a return, both ends included."""
 
     asset: str
     first: date
@@ -112,50 +111,3 @@ def missing_days(asset: str, days: Sequence[date]) -> list[Gap]:
     """Return the gaps between days in order."""
     day = timedelta(days=1)
     return [Gap(asset, a + day, b - day) for a, b in pairwise(days) if b - a > day]
-
-
-@dataclass(frozen=True, slots=True)
-class Returns:
-    """Simple daily returns (T, A), each of the day that it ends on; `left_out` days of the window have none."""
-
-    assets: tuple[str, ...]
-    days: tuple[date, ...]
-    values: Floats
-    left_out: int
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Closes (D, A) of assets on each day of a window, NaN where there is none."""
-
-    assets: tuple[str, ...]
-    days: tuple[date, ...]
-    closes: Floats
-
-    @cached_property
-    def gaps(self) -> list[Gap]:
-        """Days without a close, by asset, at the ends of the window too."""
-        found = []
-        for k, name in enumerate(self.assets):
-            # +1 where a gap begins, −1 one past its end
-            edges = np.diff(np.isnan(self.closes[:, k]).astype(np.intp), prepend=0, append=0)
-            begins: list[int] = np.flatnonzero(edges == 1).tolist()
-            ends: list[int] = np.flatnonzero(edges == -1).tolist()
-            found += [Gap(name, self.days[a], self.days[b - 1]) for a, b in zip(begins, ends, strict=True)]
-        return found
-
-    def returns(self) -> Returns:
-        """Return close/close of the day before − 1 on the days on which all assets have both."""
-        if len(self.days) < 2:
-            return Returns(self.assets, (), np.empty((0, len(self.assets))), 0)
-        values = self.closes[1:] / self.closes[:-1] - 1.0
-        whole = np.flatnonzero(~np.isnan(values).any(axis=1))
-        days = tuple(self.days[k + 1] for k in whole.tolist())
-        return Returns(self.assets, days, values[whole], len(values) - len(days))
-
-
-def panel(assets: Sequence[str], first: date, last: date, closes: Mapping[str, Mapping[date, float]]) -> Panel:
-    """Return the closes of the assets on every day from first to last."""
-    days = tuple(first + timedelta(days=k) for k in range((last - first).days + 1))
-    table = np.array([[closes.get(a, {}).get(d, np.nan) for a in assets] for d in days], dtype=np.float64)
-    return Panel(tuple(assets), days, table.reshape(len(days), len(assets)))

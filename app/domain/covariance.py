@@ -15,14 +15,12 @@ import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.correlation import Repaired, correlation_matrix, repaired
-from app.domain.panel import Panel
+from app.domain.panel import HISTORY_DAYS_MIN, Panel
 from app.domain.parameters import CorrelationTable, MarketParameters
 from app.domain.portfolio import Flags, Rows
 from app.errors import InvalidError, invalid, pointer_to
 
 YEAR_DAYS = 365.0
-HISTORY_DAYS_MIN = 60
-"""Days below which an asset, or what two assets have in common, counts as without history."""
 _VARIANCE_MIN = 1e-24
 """Daily variance below which a price stands still, and goes with no other."""
 

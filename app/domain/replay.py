@@ -52,8 +52,8 @@ def replay(account: StressAccount, panel: Panel, window_days: int = 1, count: in
     gaps = np.isnan(moves[chosen]) & loose
     known = np.nan_to_num(moves[chosen]).T
     return Replay(
-        first=tuple(panel.days[t] for t in chosen.tolist()),
-        last=tuple(panel.days[t + window_days - 1] for t in chosen.tolist()),
+        first=tuple(panel.dates[chosen].tolist()),
+        last=tuple(panel.dates[chosen + window_days - 1].tolist()),
         moves=known,
         missing=tuple(_named(account, row) for row in gaps),
         stressed=stress(account, price_shocks(known)),

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from sqlalchemy import ARRAY, BigInteger, Date, DateTime, Numeric, Text, bindparam, func, select, text, tuple_
 
 from app.db.session import Tx
-from app.db.tables import HISTORY, daily_closes
-from app.domain.closes import DEVIATIONS_MAX, Close, Gap, Outlier, Panel, missing_days, outliers, panel
+from app.db.tables import HISTORY, daily_closes, market_state
+from app.domain.closes import DEVIATIONS_MAX, Close, Gap, Outlier, missing_days, outliers
 from app.domain.money import plain, to_float
+from app.domain.panel import Panel
 from app.errors import ConflictError, FieldError, InvalidError, invalid
 from app.services import audit
 from app.services import market_rules as rules
@@ -273,21 +274,36 @@ async def list_closes(
 
 
 async def load_panel(tx: Tx, assets: Sequence[str], days: int, last: date | None = None) -> Panel:
-    """Return the closes of assets over a window: of `days` daily returns, up to the day `last`.
+    """Return the panel of assets over a window of `days` daily returns, up to the day `last`.
 
     Left out, `last` is the latest day on which any of the assets has a close. The panel has a row for each day and says
-    which closes are missing; where nothing is stored at all it is empty.
+    which returns are missing; where nothing is stored at all it is empty.
     """
-    columns = daily_closes.c
+    names = list(dict.fromkeys(assets))
     if last is None:
-        query = select(func.max(columns.day)).where(columns.asset.in_(assets))
+        query = select(func.max(daily_closes.c.day)).where(daily_closes.c.asset.in_(names))
         last = (await tx.connection.execute(query)).scalar_one()
     if last is None:
-        return Panel(tuple(assets), (), np.empty((0, len(assets))))
+        return Panel(tuple(names), np.empty(0, dtype="datetime64[D]"), np.empty((0, len(names))))
     first = last - timedelta(days=days)
-    chosen: Any = select(columns.asset, columns.day, columns.close)
-    chosen = chosen.where(columns.asset.in_(assets), columns.day.between(first, last))
-    found: dict[str, dict[date, float]] = {}
-    for asset, day, close in await tx.connection.execute(chosen):
-        found.setdefault(asset, {})[day] = to_float(close)
-    return panel(assets, first, last, found)
+    levels = np.full((days + 1, len(names)), np.nan)
+    found = await tx.connection.execute(_WINDOW, {"assets": names, "first": first, "last": last})
+    for asset, rows, closes in found:
+        levels[rows, names.index(asset)] = closes
+    return Panel.from_closes(names, np.datetime64(first, "D") + np.arange(days + 1), levels)
+
+
+# an asset a row: a million closes are two arrays of floats each, and not a million rows of decimals
+_WINDOW = text(
+    """
+    SELECT asset, array_agg(day - :first), array_agg(close::float8) FROM daily_closes
+    WHERE asset = ANY (:assets) AND day BETWEEN :first AND :last GROUP BY asset
+    """
+).bindparams(bindparam("assets", type_=ARRAY(Text)), bindparam("first", type_=Date), bindparam("last", type_=Date))
+
+
+async def history_version(tx: Tx) -> int:
+    """Return how far the history has come."""
+    query = select(market_state.c.version).where(market_state.c.name == HISTORY)
+    found: int = (await tx.connection.execute(query)).scalar_one()
+    return found

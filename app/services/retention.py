@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.session import Database, Tx
 from app.errors import DatabaseUnavailableError
-from app.services import events, idempotency, outbox, price_history
+from app.services import events, idempotency, outbox, price_history, snapshots
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Retention:
     age: timedelta
 
 
-def retentions(price_history_days: int, event_days: int) -> tuple[Retention, ...]:
+def retentions(price_history_days: int, event_days: int, snapshot_days: int) -> tuple[Retention, ...]:
     """Return everything that has a time to be kept; an event goes after its deliveries."""
     told = timedelta(days=event_days)
     return (
@@ -44,6 +44,7 @@ def retentions(price_history_days: int, event_days: int) -> tuple[Retention, ...
         Retention(events.purge, told),
         Retention(price_history.purge, timedelta(days=price_history_days)),
         Retention(idempotency.purge, timedelta(hours=IDEMPOTENCY_KEY_HOURS)),
+        Retention(snapshots.purge, timedelta(days=snapshot_days)),
     )
 
 

@@ -121,6 +121,12 @@ async def load_all(database: Database, shards: Collection[int] | None = None) ->
         return Loaded(_columns(positions, backing), await first.fetchval(_HORIZON))
 
 
+async def load_some(connection: asyncpg.Connection, agents: Sequence[str]) -> BookColumns:
+    """Return the books of these agents as a snapshot sees them."""
+    chosen = _Chosen.agents(agents)
+    return _columns(await _positions(connection, chosen), await _backing(connection, chosen))
+
+
 async def load_changed(
     database: Database,
     known: Callable[[str], int | None],

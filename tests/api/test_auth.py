@@ -24,6 +24,11 @@ ASSETS = "/api/market/assets"
 ANY, AGENT, MARKET, ADMIN = "any key", "agent", "market", "admin"
 NEEDS = {
     "POST /api/quotes/margin": ANY,
+    "POST /api/quotes/var": ANY,
+    "POST /api/quotes/backtest": ANY,
+    "GET /api/market/correlation": ANY,
+    "GET /api/account/backtest": AGENT,
+    "GET /api/account/snapshots": AGENT,
     "GET /api/market/assets": ANY,
     "PUT /api/market/assets": ADMIN,
     "GET /api/market/assets/{asset}": ANY,

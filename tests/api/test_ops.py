@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TYPES = {
     "primerisk_idempotent_replays": "counter",
     "primerisk_orders": "counter",
+    "primerisk_account_snapshots": "counter",
     "primerisk_margin_events": "counter",
     "primerisk_decision_seconds": "histogram",
     "primerisk_decision_failures": "counter",

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.domain.var.history import ReturnPanel
+from app.domain.panel import Panel
 
 CLOSES = Path(__file__).resolve().parents[2] / "../shared/data/crypto_daily_closes.csv"
 needs_closes = pytest.mark.skipif(not CLOSES.exists(), reason=f"no closes at {CLOSES}")
 
 
-def panel() -> ReturnPanel:
+def panel() -> Panel:
     with CLOSES.open() as lines:
         header, *rows = csv.reader(lines)
     closes = np.array([[float(x) for x in row[1:]] for row in rows])
-    return ReturnPanel.from_closes(header[1:], np.array([row[0] for row in rows], dtype="datetime64[D]"), closes)
+    return Panel.from_closes(header[1:], np.array([row[0] for row in rows], dtype="datetime64[D]"), closes)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from app.domain.closes import Gap, missing_days, outliers, panel, robust_deviation
+from app.domain.closes import Gap, missing_days, outliers, robust_deviation
 
 CLOSES = Path(__file__).resolve().parents[2] / "../shared/data/crypto_daily_closes.csv"
 DRAWN = settings(max_examples=100, deadline=None, derandomize=True)
@@ -143,19 +143,3 @@ def test_gaps() -> None:
     ]
     assert [gap.days for gap in missing_days("X", days)] == [1, 4]
     assert missing_days("X", []) == []
-
-
-def test_a_panel_lines_days_up() -> None:
-    day = [START + timedelta(days=k) for k in range(6)]
-    closes = {
-        "A": {day[0]: 100.0, day[1]: 110.0, day[2]: 99.0, day[4]: 50.0, day[5]: 60.0},
-        "B": {day[1]: 10.0, day[2]: 11.0, day[3]: 11.0, day[4]: 22.0},
-    }
-    found = panel(["A", "B"], day[0], day[5], closes)
-    assert found.closes.shape == (6, 2)
-    assert found.gaps == [Gap("A", day[3], day[3]), Gap("B", day[0], day[0]), Gap("B", day[5], day[5])]
-    returns = found.returns()
-    assert (returns.days, returns.left_out) == ((day[2],), 4)
-    assert returns.values.tolist() == [[pytest.approx(-0.1), pytest.approx(0.1)]]
-    nothing = panel(["A"], day[0], day[0], {}).returns()
-    assert (nothing.values.shape, nothing.days) == ((0, 1), ())

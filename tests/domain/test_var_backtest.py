@@ -25,8 +25,8 @@ from app.domain.backtest import (
     traffic_light,
     transitions_of,
 )
+from app.domain.panel import History
 from app.domain.var.historical import HistoricalMethod, HistoricalTerms, historical
-from app.domain.var.history import History
 from app.errors import InvalidError
 from tests.domain.closes import needs_closes, panel
 from tests.domain.var_books import DRAWN, drawn_history, exposed, seeds

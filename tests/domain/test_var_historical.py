@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skfolio.measures import cvar, value_at_risk
 
+from app.domain.panel import Panel
 from app.domain.var.contributions import historical_components
 from app.domain.var.historical import HistoricalMethod, HistoricalTerms, historical
-from app.domain.var.history import ReturnPanel, rescaled
 from app.domain.var.tail import age_weights, sample_tails, weighted_tails
+from app.domain.var.volatility import rescaled
 from app.errors import InvalidError
 from tests.domain.book import NOW, Book, linear
 from tests.domain.closes import needs_closes, panel
@@ -274,13 +275,13 @@ def test_short_histories_are_named() -> None:
     assert refused.value.figures["history"]["BTC"] == {"days": 59, "required": 60}
 
 
-def closes(days: int, gap: int | None = None) -> ReturnPanel:
+def closes(days: int, gap: int | None = None) -> Panel:
     dates = np.datetime64("2025-01-01") + np.arange(days + 1)
     prices = np.exp(np.cumsum(0.03 * np.random.default_rng(1).standard_normal((days + 1, 3)), axis=0))
     prices[:150, 2] = np.nan
     if gap is not None:
         prices, dates = np.delete(prices, gap, axis=0), np.delete(dates, gap)
-    return ReturnPanel.from_closes(NAMES, dates.astype("datetime64[D]"), prices)
+    return Panel.from_closes(NAMES, dates.astype("datetime64[D]"), prices)
 
 
 def test_only_what_is_short_is_named() -> None:
@@ -301,7 +302,7 @@ def test_days_in_common_count() -> None:
     returns = full.returns.copy()
     returns[:30, 0] = returns[70:, 1] = np.nan
     with pytest.raises(InvalidError, match="in common") as refused:
-        ReturnPanel(full.assets, full.dates, returns).history(full.assets)
+        Panel(full.assets, full.dates, returns).history(full.assets)
     assert {k: v["days"] for k, v in refused.value.figures["history"].items()} == {"BTC": 70, "ETH": 70}
 
 
@@ -322,10 +323,10 @@ def test_a_return_over_a_gap_is_no_daily_return() -> None:
 def test_bad_panels_and_windows_are_refused() -> None:
     dates = np.datetime64("2025-01-01") + np.arange(3)
     with pytest.raises(InvalidError) as refused:
-        ReturnPanel.from_closes(("BTC", "ETH"), dates, np.array([[1.0, 1.0], [2.0, 0.0], [3.0, 1.0]]))
+        Panel.from_closes(("BTC", "ETH"), dates, np.array([[1.0, 1.0], [2.0, 0.0], [3.0, 1.0]]))
     assert refused.value.errors[0].pointer == "/history/ETH"
     with pytest.raises(InvalidError):
-        ReturnPanel(("BTC",), dates, np.array([[0.1], [-1.0], [0.0]]))
+        Panel(("BTC",), dates, np.array([[0.1], [-1.0], [0.0]]))
     with pytest.raises(InvalidError, match="window"):
         closes(300).history(("BTC",), 59)
     with pytest.raises(ValueError, match="returns of"):

@@ -13,8 +13,8 @@ from scipy import integrate, stats
 
 from app.domain.black76 import Floats
 from app.domain.var.contributions import Deviations, VarParts, parametric_parts
-from app.domain.var.history import ewma_variance
 from app.domain.var.parametric import Moments, NormalTail, cornish_fisher, is_monotone, parametric
+from app.domain.var.volatility import ewma_variance
 from app.errors import InvalidError
 from tests.domain.book import linear
 from tests.domain.var_books import (

@@ -10,9 +10,9 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from app.domain.black76 import Floats
+from app.domain.panel import History
 from app.domain.portfolio import Portfolio
 from app.domain.var.historical import HistoricalRisk, HistoricalTerms, historical
-from app.domain.var.history import History
 from tests.domain.book import PRICES, Book, Row, greeks, linear, option
 
 NAMES = ("BTC", "ETH", "SOL")

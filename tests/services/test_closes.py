@@ -198,15 +198,15 @@ async def test_a_panel_of_a_window(database: Database) -> None:
         whole = await load_panel(tx, ["ETH", "BTC"], 20)
         early = await load_panel(tx, ["BTC"], 5, day(9))
         nothing = await load_panel(tx, ["DOGE"], 20)
-    assert (whole.days[0], whole.days[-1], whole.closes.shape) == (day(9), day(29), (21, 2))
-    assert whole.gaps == [Gap("ETH", day(10), day(11)), Gap("ETH", day(29), day(29))]
-    assert whole.closes[3].tolist() == [float(eth[12].close), float(btc[12].close)]
-    returns = whole.returns()
-    assert (len(returns.days), returns.left_out) == (16, 4)
-    assert early.returns().values[:, 0].tolist() == [
+    assert whole.assets == ("ETH", "BTC")
+    assert whole.dates.tolist() == [day(t) for t in range(10, 30)]
+    assert whole.gaps == [Gap("ETH", day(10), day(12)), Gap("ETH", day(29), day(29))]
+    assert whole.returns[3].tolist() == [pytest.approx(float(s[13].close) / float(s[12].close) - 1) for s in (eth, btc)]
+    assert len(whole.history(("BTC", "ETH"), 20, 1)) == 16
+    assert early.returns[:, 0].tolist() == [
         pytest.approx(float(btc[k + 1].close) / float(btc[k].close) - 1) for k in range(4, 9)
     ]
-    assert (nothing.days, nothing.closes.shape, nothing.returns().values.shape) == ((), (0, 1), (0, 1))
+    assert (nothing.dates.tolist(), nothing.returns.shape) == ([], (0, 1))
 
 
 async def test_the_table_itself_refuses_what_is_no_close(database: Database) -> None:

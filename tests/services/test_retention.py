@@ -16,7 +16,7 @@ from app.services import idempotency, retention
 from app.services.idempotency import Named
 from app.services.prices import post_prices
 
-KEPT = retention.retentions(price_history_days=2, event_days=10)
+KEPT = retention.retentions(price_history_days=2, event_days=10, snapshot_days=100)
 
 
 async def _fill(database: Database) -> None:

@@ -9,9 +9,9 @@ from datetime import date
 from typing import Literal, cast
 
 from app.domain.black76 import Floats
+from app.domain.panel import HISTORY_DAYS_MIN, History, missing_history
 from app.domain.portfolio import Portfolio
 from app.domain.scenarios import floored
-from app.domain.var.history import HISTORY_DAYS_MIN, History, missing_history, rescaled
 from app.domain.var.revalue import losses_at, not_modelled
 from app.domain.var.tail import (
     SampleTail,
@@ -22,6 +22,7 @@ from app.domain.var.tail import (
     scaled,
     weighted_tails,
 )
+from app.domain.var.volatility import rescaled
 from app.errors import invalid
 
 HistoricalMethod = Literal["plain", "age_weighted", "filtered"]

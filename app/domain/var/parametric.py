@@ -12,7 +12,7 @@ from scipy.special import ndtri
 
 from app.domain.black76 import Floats
 from app.domain.correlation import is_positive_semidefinite
-from app.domain.var.history import HISTORY_DAYS_MIN, missing_history
+from app.domain.panel import HISTORY_DAYS_MIN, missing_history
 from app.domain.var.tail import YEAR_DAYS, checked_confidences, checked_horizon
 from app.errors import invalid
 

@@ -1,0 +1,123 @@
+"""Value at risk of a portfolio, or of the caller's stored book."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from app.api.body import encoder
+from app.api.booking import owner_for
+from app.api.deps import Parts, body_of, caller_of, document, parts_of
+from app.api.quote_request import Limits, quote_terms, quote_time
+from app.api.var_reply import service_reply, var_reply
+from app.api.var_request import (
+    VAR_QUOTE,
+    VarQuoteIn,
+    as_named_here,
+    check_var_work,
+    margin_body,
+    service_risks,
+    service_terms,
+    used_parameters,
+    var_terms,
+)
+from app.domain.panel import Panel
+from app.domain.quote import QuoteTerms
+from app.domain.var.exposures import Exposed, exposed
+from app.domain.var.quote import VarTerms, moving_stablecoins, var_quote
+from app.errors import ForbiddenError, pointers_by
+from app.services import book
+from app.services.accounts import Caller
+from app.services.history_cache import Known
+from app.services.market_cache import MarketView
+
+router = APIRouter(prefix="/api/quotes", tags=["quotes"])
+
+AgentId = Annotated[str | None, Query(max_length=64, description="whose book: for keys of an admin")]
+NO_HISTORY = Known(Panel((), np.empty(0, dtype="datetime64[D]"), np.empty((0, 0))), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A body, its terms, and the book that it is about, with every underlying that this may be exposed to."""
+
+    body: VarQuoteIn
+    terms: VarTerms
+    book: QuoteTerms
+    view: MarketView
+    now: datetime
+    names: tuple[str, ...]
+
+
+@router.post("/var", openapi_extra=document("Value at risk and expected shortfall", request=VarQuoteIn))
+async def quote_var(request: Request, agent_id: AgentId = None) -> Response:
+    """VaR and ES of a portfolio or of the stored book, their parts, and what they stand on."""
+    parts = parts_of(request)
+    caller = await caller_of(request)
+    body = await body_of(request, VAR_QUOTE)
+    now = parts.database.clock.now()
+    held = await account_terms(parts, caller, agent_id) if body.book is not None else None
+    asked = await parts.workshop.run(_asked, parts, body, held, now)
+    known = NO_HISTORY
+    if asked.terms.needs_history:
+        known = await parts.history.panel(asked.names, asked.terms.window_days)
+    reply = await parts.workshop.run(_quote, parts, asked, known)
+    return Response(reply, media_type="application/json")
+
+
+async def account_terms(parts: Parts, caller: Caller, agent_id: str | None) -> QuoteTerms:
+    """Return the stored book of a caller. Raises ForbiddenError, NotFoundError."""
+    if not caller.may("agent"):
+        raise ForbiddenError("the key lacks the scope agent", code="scope_missing")
+    owner = owner_for(caller, agent_id)
+    held = await book.read(parts.database, owner.agent_id)
+    view = parts.market.view
+    return held.quote_terms(view.parameters, view.prices)
+
+
+def _asked(parts: Parts, body: VarQuoteIn, held: QuoteTerms | None, now: datetime) -> Asked:
+    terms = var_terms(body)
+    service_terms(body, len(terms.confidences))
+    portfolio = margin_body(body)
+    view = parts.market.view
+    if held is None:
+        held = quote_terms(portfolio, view.parameters, Limits.of(parts.settings), now)
+    as_of = quote_time(portfolio, now)
+    holdings = {item.asset for item in (*held.collateral, *held.liabilities)}
+    largest = exposed(held, view.prices, as_of, moving=holdings).portfolio
+    check_var_work(largest, terms, Limits.of(parts.settings))
+    return Asked(body, terms, held, view, as_of, largest.underlyings.names)
+
+
+def _quote(parts: Parts, asked: Asked, known: Known) -> bytes:
+    started = time.perf_counter()
+    found = exposed_now(asked.book, asked.view, asked.now, known.panel, asked.terms)
+    parameters = asked.book.margin.parameters
+    with pointers_by(as_named_here):
+        quote = var_quote(found.portfolio, known.panel, parameters, asked.terms)
+    parts.metrics.quote_seconds.labels("var").observe(time.perf_counter() - started)
+    parts.metrics.quote_positions.labels("var").observe(len(found.portfolio))
+    figures = [tail.value_at_risk for tail in quote.risk.tails]
+    if not np.isfinite([*figures, *(tail.expected_shortfall for tail in quote.risk.tails)]).all():
+        raise ArithmeticError("a quote came out without a number")
+    reply = {"as_of": asked.now} | var_reply(found, quote, asked.terms)
+    if asked.body.services is not None:
+        reply["services"] = service_reply(service_risks(asked.body, figures), asked.terms.confidences)
+    reply["parameters"] = used_parameters(asked.terms, parameters, asked.view.price_version)
+    if asked.terms.needs_history:
+        reply["parameters"]["history_version"] = known.version
+    return encoder.encode(reply)
+
+
+def exposed_now(terms: QuoteTerms, view: MarketView, now: datetime, panel: Panel, asked: VarTerms) -> Exposed:
+    """Return the book with its collateral as exposures, stablecoins where they move. Raises InvalidError."""
+    parameters = terms.margin.parameters
+    held = dict.fromkeys(item.asset for item in (*terms.collateral, *terms.liabilities))
+    stable = [name for name in held if parameters.asset(name).kind == "stable"]
+    return exposed(terms, view.prices, now, moving_stablecoins(stable, panel, asked, parameters))

@@ -1,0 +1,266 @@
+"""The body of a VaR quote, and the terms that it asks for. Knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from app.api.body import Body, Moment, Request
+from app.api.quote_request import (
+    Correlation,
+    DebtIn,
+    HoldingIn,
+    Limits,
+    MarginQuoteIn,
+    MarketIn,
+    PositionIn,
+    Signed,
+    Symbol,
+    Text,
+    correlation_table,
+    fields_given,
+)
+from app.domain.panel import HISTORY_DAYS
+from app.domain.parameters import CorrelationTable, MarketParameters, Regime
+from app.domain.portfolio import Portfolio
+from app.domain.var.historical import AGE_DECAY, VOLATILITY_DECAY, HistoricalMethod
+from app.domain.var.monte_carlo import DEGREES, Distribution
+from app.domain.var.parametric import CONFIDENCES, Moments
+from app.domain.var.quote import CovarianceChoice, VarMethod, VarTerms
+from app.domain.var.services import SERVICE_CORRELATIONS, ServiceRisk, service_value_at_risk
+from app.domain.var.tail import checked_confidences, checked_horizon
+from app.errors import invalid, pointer_to, pointers_by
+
+WINDOW_DAYS_MAX = 3_650
+SERVICES_MAX = 32
+COMPONENT_ROWS_MAX = 25_000
+"""Positions times confidences of one reply."""
+PATHS = 100_000
+HOURS_A_DAY = 24.0
+
+ServiceName = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,31}(?!\\n)$")]
+Numbers = float | list[float]
+"""One, or one for each confidence."""
+Volatility = Annotated[float, Meta(ge=0, le=100)]
+Window = Annotated[int, Meta(ge=60, le=WINDOW_DAYS_MAX)]
+Decay = Annotated[float, Meta(gt=0, lt=1)]
+
+
+class VarQuoteIn(Request):
+    """POST /api/quotes/var: a portfolio, or `book` account for the caller's stored one."""
+
+    positions: list[PositionIn] | None = None
+    collateral: list[HoldingIn] | None = None
+    liabilities: list[DebtIn] | None = None
+    book: Literal["account"] | None = None
+    method: VarMethod | None = None
+    confidence: Numbers | None = None
+    horizon_days: float | None = None
+    horizon_hours: float | None = None
+    window_days: Window | None = None
+    weighting: HistoricalMethod | None = None
+    age_decay: Decay | None = None
+    volatility_decay: Decay | None = None
+    distribution: Distribution | None = None
+    nu: float | None = None
+    paths: int | None = None
+    seed: int | None = None
+    z: Numbers | None = None
+    skew: Signed | None = None
+    excess_kurtosis: Signed | None = None
+    covariance: CovarianceChoice | None = None
+    regime: Regime | None = None
+    vols: dict[Symbol, Volatility] | None = None
+    correlation: dict[Symbol, dict[Symbol, Correlation]] | None = None
+    services: dict[ServiceName, Numbers] | None = None
+    service_correlation: dict[ServiceName, dict[ServiceName, Correlation]] | None = None
+    market: MarketIn | None = None
+    as_of: Moment | None = None
+    name: Text | None = None
+
+
+VAR_QUOTE = Body(VarQuoteIn)
+
+_OF_METHOD: Mapping[str, tuple[VarMethod, ...]] = {
+    "weighting": ("historical",),
+    "age_decay": ("historical",),
+    "volatility_decay": ("historical",),
+    "distribution": ("monte_carlo",),
+    "nu": ("monte_carlo",),
+    "paths": ("monte_carlo",),
+    "seed": ("monte_carlo",),
+    "z": ("parametric", "cornish_fisher"),
+    "skew": ("cornish_fisher",),
+    "excess_kurtosis": ("cornish_fisher",),
+    "covariance": ("parametric", "cornish_fisher", "monte_carlo"),
+    "regime": ("parametric", "cornish_fisher", "monte_carlo"),
+    "vols": ("parametric", "cornish_fisher", "monte_carlo"),
+    "correlation": ("parametric", "cornish_fisher", "monte_carlo"),
+}
+_OF_BOOK = ("positions", "collateral", "liabilities", "market", "as_of")
+
+
+def var_terms(body: VarQuoteIn) -> VarTerms:
+    """Return what the body asks for. Raises InvalidError with pointers."""
+    method = body.method or "parametric"
+    given = fields_given(body)
+    for name, methods in _OF_METHOD.items():
+        if name in given and method not in methods:
+            raise invalid(f"/{name}", "not_allowed", f"the method {method} takes no {name}")
+    with pointers_by(as_named_here):
+        confidences = checked_confidences(CONFIDENCES if body.confidence is None else _listed(body.confidence) or [])
+    return VarTerms(
+        method=method,
+        confidences=confidences,
+        horizon_days=_horizon(body),
+        window_days=body.window_days or HISTORY_DAYS,
+        weighting=body.weighting or "plain",
+        age_decay=AGE_DECAY if body.age_decay is None else body.age_decay,
+        volatility_decay=VOLATILITY_DECAY if body.volatility_decay is None else body.volatility_decay,
+        distribution=body.distribution or "normal",
+        degrees=DEGREES if body.nu is None else body.nu,
+        paths=PATHS if body.paths is None else body.paths,
+        seed=body.seed or 0,
+        z=_each(body.z, len(confidences), "/z"),
+        moments=_moments(body),
+        covariance=_covariance(body),
+        regime=body.regime or "normal",
+        volatilities=body.vols or {},
+        correlations=correlation_table(CorrelationTable({}, 0.0), body.correlation, "/correlation").pairs,
+    )
+
+
+def margin_body(body: VarQuoteIn) -> MarginQuoteIn:
+    """Return the portfolio of the body as that of a margin quote. Raises InvalidError where it names a book too."""
+    if body.book is not None:
+        extra = next((name for name in _OF_BOOK if getattr(body, name) is not None), None)
+        if extra is not None:
+            raise invalid(f"/{extra}", "not_allowed", f"{extra} is that of the stored book: leave it out, or the book")
+    elif body.positions is None and not body.collateral and not body.liabilities:
+        raise invalid("/positions", "missing_field", 'give positions or collateral, or "book": "account"')
+    return MarginQuoteIn(
+        positions=body.positions or [],
+        collateral=body.collateral,
+        liabilities=body.liabilities,
+        market=body.market,
+        as_of=body.as_of,
+    )
+
+
+def service_terms(body: VarQuoteIn, confidences: int) -> Mapping[str, Sequence[float]]:
+    """Return the VaR of the services besides trading, one for each confidence. Raises InvalidError."""
+    services = body.services or {}
+    if len(services) > SERVICES_MAX:
+        raise invalid("/services", "too_many_items", f"at most {SERVICES_MAX} services")
+    if "trading" in services:
+        raise invalid("/services/trading", "not_allowed", "the VaR of trading is that of the book")
+    return {name: _each(own, confidences, pointer_to("services", name)) or [] for name, own in services.items()}
+
+
+def service_risks(body: VarQuoteIn, trading: Sequence[float]) -> list[ServiceRisk]:
+    """Return the risk across services for each confidence's VaR of trading. Raises InvalidError."""
+    own = service_terms(body, len(trading))
+    table = correlation_table(SERVICE_CORRELATIONS, body.service_correlation, "/service_correlation")
+    return [
+        # a book that gains even then has nothing to lose
+        service_value_at_risk({"trading": max(0.0, var), **{n: v[i] for n, v in own.items()}}, table)
+        for i, var in enumerate(trading)
+    ]
+
+
+def check_var_work(portfolio: Portfolio, terms: VarTerms, limits: Limits) -> None:
+    """Refuse a book on too many underlyings, or what would take too long. Raises InvalidError."""
+    underlyings = len(portfolio.prices)
+    if underlyings > limits.underlyings_max:
+        detail = f"at most {limits.underlyings_max} different underlyings, collateral too, not {underlyings}"
+        raise invalid("/positions", "too_many_underlyings", detail)
+    milliseconds = estimated_var_work(portfolio, terms)
+    rows = len(portfolio) * len(terms.confidences)
+    if milliseconds > limits.quote_milliseconds_max or rows > COMPONENT_ROWS_MAX:
+        detail = (
+            f"some {milliseconds / 1e3:,.1f} s of work and {rows:,} components, over the limit of"
+            f" {limits.quote_milliseconds_max / 1e3:g} s and {COMPONENT_ROWS_MAX:,}: ask for fewer paths, days,"
+            " options, underlyings or confidences"
+        )
+        raise invalid("", "too_much_work", detail)
+
+
+def estimated_var_work(portfolio: Portfolio, terms: VarTerms) -> float:
+    """Return roughly the milliseconds of one core that a quote takes, from what was measured on small machines."""
+    options, underlyings = len(portfolio.options), len(portfolio.prices)
+    days, paths = terms.window_days, terms.paths if terms.method == "monte_carlo" else 0
+    scenarios = days if terms.method in ("historical", "cornish_fisher") else paths
+    cells = scenarios * underlyings * (2e-5 if portfolio.is_linear else 2e-4) + scenarios * options * 4e-4
+    if terms.method == "historical":
+        return 1.0 + cells + (days * underlyings * 1e-4 if terms.weighting == "filtered" else 0.0)
+    joint = days * underlyings**2 * (4e-5 if terms.covariance == "ewma" else 1e-6) * (terms.covariance != "given")
+    # a matrix that is none is repaired: eigenvalues, many times where it is small and a few where it is large
+    repair = 3e-6 * underlyings**3 + 0.1 * underlyings * (underlyings <= REPAIRED_OFTEN_MAX) * (underlyings > 2)
+    drawn = paths * underlyings**2 * 2e-6 if not portfolio.is_linear else 0.0
+    return 1.0 + cells + joint + repair + 2.0 * drawn
+
+
+REPAIRED_OFTEN_MAX = 40
+
+
+def _horizon(body: VarQuoteIn) -> float:
+    if body.horizon_days is not None and body.horizon_hours is not None:
+        raise invalid("/horizon_hours", "not_allowed", "give horizon_days or horizon_hours, not both")
+    if body.horizon_hours is None:
+        return checked_horizon(1.0 if body.horizon_days is None else body.horizon_days)
+    with pointers_by(lambda _: "/horizon_hours"):
+        return checked_horizon(body.horizon_hours / HOURS_A_DAY)
+
+
+def _covariance(body: VarQuoteIn) -> CovarianceChoice:
+    """Return the choice: the one named, or what is given says it. Raises InvalidError where they disagree."""
+    if body.correlation is not None and body.regime is not None:
+        raise invalid("/regime", "not_allowed", "give correlations, or the regime whose they are")
+    implied: CovarianceChoice = "given" if body.correlation is not None else "sample"
+    implied = "regime" if body.regime is not None else implied
+    chosen = body.covariance or implied
+    if body.covariance is None and body.vols is not None and implied == "sample":
+        return "given"
+    if implied not in ("sample", chosen):
+        name = "regime" if body.regime is not None else "correlation"
+        raise invalid(f"/{name}", "not_allowed", f"the covariance {chosen} takes no {name}")
+    return chosen
+
+
+def _moments(body: VarQuoteIn) -> Moments | None:
+    if body.skew is None and body.excess_kurtosis is None:
+        return None
+    return Moments(body.skew or 0.0, body.excess_kurtosis or 0.0)
+
+
+def _listed(numbers: Numbers | None) -> list[float] | None:
+    return numbers if numbers is None or isinstance(numbers, list) else [numbers]
+
+
+def _each(numbers: Numbers | None, count: int, pointer: str) -> list[float] | None:
+    found = _listed(numbers)
+    if found is not None and len(found) != count:
+        raise invalid(pointer, "wrong_length", f"give one number for each of the {count} confidences")
+    return found
+
+
+def as_named_here(pointer: str) -> str:
+    """Return a pointer of the domain's by the name that its field has in the body."""
+    return pointer.replace("/confidences", "/confidence", 1).replace("/degrees", "/nu", 1)
+
+
+def used_parameters(terms: VarTerms, parameters: MarketParameters, price_version: int) -> dict[str, object]:
+    """Return what the figures were made with: the method's own terms, and the versions of the market."""
+    chosen: dict[str, object] = {"version": parameters.version, "price_version": price_version}
+    if terms.needs_history:
+        chosen["window_days"] = terms.window_days
+    if terms.method == "historical":
+        return chosen | {"weighting": terms.weighting}
+    chosen["covariance"] = terms.covariance
+    if terms.covariance == "regime":
+        chosen["regime"] = terms.regime
+    if terms.covariance == "ewma":
+        chosen["decay"] = parameters.models.covariance_decay
+    return chosen
