@@ -53,7 +53,11 @@ async def owner_of(
 
     Raises ForbiddenError, NotFoundError.
     """
-    caller = await caller_of(request, "agent")
+    return owner_for(await caller_of(request, "agent"), agent_id)
+
+
+def owner_for(caller: Caller, agent_id: str | None) -> Owner:
+    """Return whose book a caller with the scope agent acts on, as `owner_of` does."""
     if agent_id is not None and not _AGENT_ID.fullmatch(agent_id):
         raise NotFoundError("There is no such agent.", code="agent_not_found")
     if agent_id is None and caller.agent_id is not None:

@@ -13,8 +13,11 @@ from app.api.agents import AgentPost, KeyPost
 from app.api.history import HistoryPost
 from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
+from app.api.plans import DeleverageIn, DrawdownIn
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
+from app.api.sizing_request import SizingIn
+from app.api.stress import StressIn
 from app.api.trading import CancelPost, CollateralPost, FillPost, OrderPost, ReducePost
 from app.api.wallet import AmountIn, PartIn, ReservationPost
 from app.api.webhooks import NothingIn, RecoverPost, WebhookPost
@@ -41,6 +44,10 @@ BODIES = (
     ReducePost,
     CollateralPost,
     WhatIfIn,
+    StressIn,
+    SizingIn,
+    DeleverageIn,
+    DrawdownIn,
     AcknowledgePost,
     AgentPost,
     KeyPost,
