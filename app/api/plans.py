@@ -105,7 +105,7 @@ def estimated_work(policy: DeleveragePolicy, positions: int, *, is_portfolio: bo
 
     An assessment of the book and a reduction of it, times how many of them the search was seen to make.
     """
-    each = 1.0 + positions * 0.006 + (0.6 if is_portfolio else 0.0)
+    each = 0.95 + positions * 0.003 + (0.7 if is_portfolio else 0.0)
     copies = positions**2 * 1.5e-4
     if policy == "keep_top_n":
         return 2.0 * each + copies
@@ -114,7 +114,7 @@ def estimated_work(policy: DeleveragePolicy, positions: int, *, is_portfolio: bo
     searched = min(positions, SEARCHED_MAX)
     restarts = 70.0 * searched if searched <= RESTARTED_MAX else 250.0 + 15.0 * searched
     if is_portfolio:
-        restarts = 170.0 * searched if searched <= RESTARTED_MAX else 1_100.0 + 70.0 * searched
+        restarts = 240.0 * searched if searched <= RESTARTED_MAX else 1_500.0 + 90.0 * searched
     return (restarts + positions / SEARCHED_MAX) * each + copies
 
 

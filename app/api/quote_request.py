@@ -291,9 +291,10 @@ def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
 
 
 def fields_given(struct: Struct) -> dict[str, Any]:
-    """Return the fields that the caller set."""
-    defaults = zip(struct.__struct_fields__, struct.__struct_defaults__, strict=True)
-    return {name: value for name, default in defaults if (value := getattr(struct, name)) is not default}
+    """Return the fields that the caller set; one without a default always is."""
+    names, defaults = struct.__struct_fields__, struct.__struct_defaults__
+    padded = zip(names, (msgspec.NODEFAULT,) * (len(names) - len(defaults)) + defaults, strict=True)
+    return {name: value for name, default in padded if (value := getattr(struct, name)) is not default}
 
 
 def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
