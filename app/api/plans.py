@@ -115,6 +115,7 @@ def estimated_work(policy: DeleveragePolicy, positions: int, *, is_portfolio: bo
     restarts = 70.0 * searched if searched <= RESTARTED_MAX else 250.0 + 15.0 * searched
     if is_portfolio:
         restarts = 240.0 * searched if searched <= RESTARTED_MAX else 1_500.0 + 90.0 * searched
+    each += 5e-5 * searched * positions  # every point of the search closes a part of what is searched
     return (restarts + positions / SEARCHED_MAX) * each + copies
 
 
