@@ -57,9 +57,9 @@ class ParametersPut(wire.Request):
 
 
 class CorrelationPut(wire.Request):
-    """PUT /api/market/correlations: one pair of a matrix, or (pair left out) what every other pair has."""
+    """PUT /api/market/correlations: one pair of a matrix, or (pair left out, no regime) what every other pair has."""
 
-    matrix: Literal["stress", "hedge"]
+    matrix: Literal["stress", "hedge", "normal", "sideways", "sell_off", "liquidity_crisis"]
     value: float
     pair: Annotated[list[str], Meta(min_length=2, max_length=2)] | None = None
     version: Annotated[int, Meta(ge=0)] | None = None
@@ -180,7 +180,7 @@ async def put_parameters(request: Request, caller: AdminCaller) -> Response:
 
 @router.put("/correlations", openapi_extra=document("Set a correlation", request=CorrelationPut, scope="admin"))
 async def put_correlation(request: Request, caller: AdminCaller) -> Response:
-    """Set one pair's correlation in the stress or the hedge matrix."""
+    """Set one pair's correlation in the stress matrix, the hedge matrix or that of a regime."""
     change = await body_of(request, _CORRELATION)
     pair = None if change.pair is None else (change.pair[0], change.pair[1])
     parts = parts_of(request)

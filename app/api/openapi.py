@@ -14,8 +14,11 @@ from app.api.backtest import BacktestIn
 from app.api.history import HistoryPost
 from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
+from app.api.plans import DeleverageIn, DrawdownIn
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
+from app.api.sizing_request import SizingIn
+from app.api.stress import StressIn
 from app.api.trading import CancelPost, CollateralPost, FillPost, OrderPost, ReducePost
 from app.api.var_request import VarQuoteIn
 from app.api.wallet import AmountIn, PartIn, ReservationPost
@@ -45,6 +48,10 @@ BODIES = (
     WhatIfIn,
     VarQuoteIn,
     BacktestIn,
+    StressIn,
+    SizingIn,
+    DeleverageIn,
+    DrawdownIn,
     AcknowledgePost,
     AgentPost,
     KeyPost,

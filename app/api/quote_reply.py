@@ -16,7 +16,7 @@ from app.api.quote_request import PositionIn
 from app.domain.black76 import Floats
 from app.domain.health import Advisory
 from app.domain.margin.result import MarginResult, MarginTerms
-from app.domain.parameters import CorrelationTable, MarketParameters
+from app.domain.parameters import CorrelationTable, MarketParameters, Pairs
 from app.domain.portfolio import Portfolio
 from app.domain.quote import MarginQuote
 from app.domain.terms import REMEMBERED_MARKETS_MAX
@@ -104,7 +104,11 @@ def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginT
         "collateral": _collateral(quote),
         "advisories": [*quote.advisories, *_price_advisories(quote, stale_seconds)],
         "prices": quote.prices,
-        "parameters": _parameters(quote, terms),
+        "parameters": parameters_shown(
+            tuple(dict.fromkeys([*quote.portfolio.underlyings.names, *quote.collateral.assets])),
+            quote.portfolio.symbols,
+            terms,
+        ),
     }
 
 
@@ -218,10 +222,10 @@ def _price_advisories(quote: MarginQuote, stale_seconds: float) -> list[Advisory
     ]
 
 
-def _parameters(quote: MarginQuote, terms: MarginTerms) -> dict[str, Any]:
+def parameters_shown(names: tuple[str, ...], of_positions: Sequence[str], terms: MarginTerms) -> dict[str, Any]:
+    """Return the parameters that a quote of these assets and positions was made with."""
     parameters = terms.parameters
-    names = tuple(dict.fromkeys([*quote.portfolio.underlyings.names, *quote.collateral.assets]))
-    symbols = tuple(dict.fromkeys(quote.portfolio.symbols))
+    symbols = tuple(dict.fromkeys(of_positions))
     # the books that agents keep asking for are on the same few markets: their parameters are encoded once
     key = ("reply", names, symbols) if len(names) + len(symbols) <= REMEMBERED_MARKETS_MAX else None
     figures = _figures(names, symbols, parameters)
@@ -271,11 +275,16 @@ def market_parameters_reply(parameters: MarketParameters) -> dict[str, Any]:
         "settings": parameters.policy,
         "stress_correlation": _whole(parameters.stress),
         "hedge_correlation": _whole(parameters.hedge),
+        "regime_correlations": {regime: _listed(pairs) for regime, pairs in parameters.regimes.items()},
     }
 
 
 def _whole(table: CorrelationTable) -> dict[str, Any]:
-    return {"pairs": {f"{a}:{b}": rho for (a, b), rho in table.pairs.items()}, "other": table.other}
+    return {"pairs": _listed(table.pairs), "other": table.other}
+
+
+def _listed(pairs: Pairs) -> dict[str, float]:
+    return {f"{a}:{b}": rho for (a, b), rho in pairs.items()}
 
 
 def is_finite(quote: MarginQuote) -> bool:

@@ -164,6 +164,11 @@ class MarketIn(Request):
         """Whether no parameter is overridden."""
         return _overrides(self).count(None) == len(_OVERRIDES)
 
+    @property
+    def correlates(self) -> bool:
+        """Whether correlations are overridden, so that the matrices of margin may need a repair."""
+        return not (self.correlation is None and self.hedge_correlation is None)
+
 
 _OVERRIDES = tuple(name for name in MarketIn.__struct_fields__ if name != "prices")
 _overrides = attrgetter(*_OVERRIDES)
@@ -218,6 +223,17 @@ class Limits:
 
 def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
     """Return what the body asks for, over the given parameters. Raises InvalidError with pointers."""
+    terms = read_terms(body, parameters, limits, now)
+    repairs = body.market is not None and body.market.correlates
+    check_work(
+        estimated_work(terms.positions, terms.margin.parameters, terms.margin_mode, repairs=repairs),
+        limits,
+    )
+    return terms
+
+
+def read_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
+    """Return what `quote_terms` does of a body whose work is judged elsewhere. Raises InvalidError with pointers."""
     _check_lengths(body, limits)
     # the struct is made from the parameter classes, so the type checker can't follow it
     own = cast("Struct | None", body.settings)
@@ -228,8 +244,7 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
     positions = position_terms(body.positions)
-    repairs = market is not None and not (market.correlation is None and market.hedge_correlation is None)
-    check_terms(positions, parameters, mode, limits, quote_time(body, now), repairs=repairs)
+    check_rows(positions, parameters, limits, quote_time(body, now))
     return QuoteTerms(
         positions=positions,
         collateral=_holdings(body.collateral or ()),
@@ -254,13 +269,16 @@ def check_terms(
     mode: MarginMode,
     limits: Limits,
     now: datetime,
-    *,
-    repairs: bool = False,
 ) -> None:
     """Refuse rows past a limit, with names that are none, or that ask for too much work. Raises InvalidError."""
-    _check_length("/positions", terms, limits.positions_max)
+    check_rows(terms, parameters, limits, now)
+    check_work(estimated_work(terms, parameters, mode), limits)
+
+
+def check_rows(terms: PositionTerms, parameters: MarketParameters, limits: Limits, now: datetime) -> None:
+    """Refuse rows past a limit or with names that are none. Raises InvalidError."""
+    check_length("/positions", terms, limits.positions_max)
     _check_positions(terms, parameters, limits, now)
-    check_work(estimated_work(terms, parameters, mode, repairs=repairs), limits)
 
 
 def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
@@ -276,23 +294,24 @@ def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
 
 
 def fields_given(struct: Struct) -> dict[str, Any]:
-    """Return the fields that the caller set."""
-    defaults = zip(struct.__struct_fields__, struct.__struct_defaults__, strict=True)
-    return {name: value for name, default in defaults if (value := getattr(struct, name)) is not default}
+    """Return the fields that the caller set; one without a default always is."""
+    names, defaults = struct.__struct_fields__, struct.__struct_defaults__
+    padded = zip(names, (msgspec.NODEFAULT,) * (len(names) - len(defaults)) + defaults, strict=True)
+    return {name: value for name, default in padded if (value := getattr(struct, name)) is not default}
 
 
 def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
-    _check_length("/positions", body.positions, limits.positions_max)
-    _check_length("/collateral", body.collateral, limits.positions_max)
-    _check_length("/liabilities", body.liabilities, limits.positions_max)
-    _check_length("/reservations", body.reservations, limits.positions_max)
+    check_length("/positions", body.positions, limits.positions_max)
+    check_length("/collateral", body.collateral, limits.positions_max)
+    check_length("/liabilities", body.liabilities, limits.positions_max)
+    check_length("/reservations", body.reservations, limits.positions_max)
     if body.market is not None:
-        _check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
+        check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
         for name, items in zip(_OVERRIDES, _overrides(body.market), strict=True):
             if items is not None:
-                _check_length(f"/market/{name}", items, OVERRIDES_MAX)
+                check_length(f"/market/{name}", items, OVERRIDES_MAX)
     if isinstance(body.scenarios, list):
-        _check_length("/scenarios", body.scenarios, limits.scenarios_max)
+        check_length("/scenarios", body.scenarios, limits.scenarios_max)
 
 
 def _underlyings(terms: PositionTerms, parameters: MarketParameters) -> int:
@@ -318,14 +337,17 @@ def estimated_work(
     return once + (underlyings + 1) * (110 if curved else 22) * assessment
 
 
-def check_work(milliseconds: float, limits: Limits) -> None:
+_LESS_WORK = "fewer underlyings and options, or for another settings.margin_mode"
+
+
+def check_work(milliseconds: float, limits: Limits, pointer: str = "/positions", instead: str = _LESS_WORK) -> None:
     """Refuse what would take too long. Raises InvalidError."""
     if milliseconds > limits.quote_milliseconds_max:
         detail = (
             f"some {milliseconds / 1e3:,.0f} s of work, over the limit of {limits.quote_milliseconds_max / 1e3:g} s: "
-            "ask for fewer underlyings and options, or for another settings.margin_mode"
+            f"ask for {instead}"
         )
-        raise invalid("/positions", "too_much_work", detail)
+        raise invalid(pointer, "too_much_work", detail)
 
 
 def _check_positions(terms: PositionTerms, parameters: MarketParameters, limits: Limits, now: datetime) -> None:
@@ -350,7 +372,8 @@ def _check_expiries(expiries: Sequence[datetime | None], latest: datetime) -> No
             raise invalid(pointer, "expiry_too_far", f"an expiry lies within {YEARS_TO_EXPIRY_MAX} years")
 
 
-def _check_length(pointer: str, items: Sized | None, most: int) -> None:
+def check_length(pointer: str, items: Sized | None, most: int) -> None:
+    """Refuse more items than the limit. Raises InvalidError."""
     if items is not None and len(items) > most:
         raise invalid(pointer, "too_many_items", f"at most {most} items, not {len(items)}")
 
@@ -434,7 +457,7 @@ def _factors(parameters: MarketParameters, settings: Mapping[str, float]) -> tup
 def correlation_table(
     table: CorrelationTable, given: Mapping[str, Mapping[str, float]] | None, pointer: str
 ) -> CorrelationTable:
-    """Return the table with the request's own pairs. Raises InvalidError for a pair that is none, or given twice."""
+    """Return the table with the pairs given in place of its own. Raises InvalidError with the pointer."""
     if given is None:
         return table
     pairs = dict(table.pairs)

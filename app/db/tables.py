@@ -212,7 +212,7 @@ correlation_parameters = Table(
     _key("b"),
     _version(),
     _number("value"),
-    _check("matrix", "matrix IN ('stress', 'hedge')"),
+    _check("matrix", "matrix IN ('stress', 'hedge', 'normal', 'sideways', 'sell_off', 'liquidity_crisis')"),
     # Sorted as Python sorts, by code point; the stars stand for every other pair.
     _check("pair", "a COLLATE \"C\" < b OR a = '*' AND b = '*'"),
     _check("value", "value >= -1 AND value <= 1"),

@@ -228,11 +228,20 @@ def reserved_value(
     reservations: Sequence[OpenReservation], parameters: MarketParameters, stored: Mapping[str, StoredPrice]
 ) -> float:
     """Return what reservations require, USD: the collateral value of what they hold, after haircut."""
+    return sum(reserved_by_asset(reservations, parameters, stored).values())
+
+
+def reserved_by_asset(
+    reservations: Sequence[OpenReservation], parameters: MarketParameters, stored: Mapping[str, StoredPrice]
+) -> dict[str, float]:
+    """Return what reservations of each asset require, USD, as `reserved_value` adds it up."""
     prices = PriceFinder(parameters, {}, stored)
-    return sum(
-        to_float(r.remaining) * prices.asset(r.asset, "/market/prices") * (1.0 - parameters.asset(r.asset).haircut)
-        for r in reservations
-    )
+    found: dict[str, float] = {}
+    for r in reservations:
+        price = prices.asset(r.asset, "/market/prices")
+        worth = to_float(r.remaining) * price * (1.0 - parameters.asset(r.asset).haircut)
+        found[r.asset] = found.get(r.asset, 0.0) + worth
+    return found
 
 
 _COLUMNS = tuple(field.name for field in fields(PositionTerms))

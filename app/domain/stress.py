@@ -20,7 +20,7 @@ from app.domain.health import Scales, scales
 from app.domain.margin.shocked import requirements
 from app.domain.parameters import MarketParameters, Regime
 from app.domain.portfolio import Flags, Portfolio, Rows, Underlyings, underlying_table
-from app.domain.prices import StoredPrice
+from app.domain.prices import Price, StoredPrice
 from app.domain.quote import QuoteTerms, pool_of, read_account
 from app.domain.revalue import CELLS_MAX, option_pnl, pnl_by_underlying
 from app.domain.scenarios import Scenario, ScenarioGrid, floored, lay_out
@@ -34,7 +34,7 @@ class StressAccount:
 
     `whole` holds all positions, `pool` those that share the collateral; both on the same J lanes, `names`. By lane, USD
     (J,): `backing` is collateral after haircut less debts, `reserved` what of the pool's reservations moves with the
-    asset; the rest of them stays.
+    asset; the rest of them stays. `prices` are those used.
     """
 
     whole: Portfolio
@@ -42,6 +42,7 @@ class StressAccount:
     collateral: Collateral
     backing: Floats
     reserved: Floats
+    prices: Mapping[str, Price]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ def stress_account(
     for asset, value in reserved.items():
         moving[lanes[asset]] += value
     pool = pool_of(widened, collateral, terms)
-    return StressAccount(widened, pool, collateral, pool.backing.on_underlying, moving)
+    return StressAccount(widened, pool, collateral, pool.backing.on_underlying, moving, account.prices)
 
 
 def _widened(book: Portfolio, collateral: Collateral, assets: Sequence[str], parameters: MarketParameters) -> Portfolio:

@@ -53,7 +53,7 @@ def levels_moved(scale: Scale, told: Ranks, values: Floats) -> Flags:
 
 def drawdown(peak: float, equity: float) -> float:
     """Return how far equity has fallen from its peak, a fraction; 0 where there was no peak."""
-    return 0.0 if peak <= 0.0 else max(0.0, 1.0 - equity / peak)
+    return 0.0 if peak <= 0.0 else max(0.0, (peak - equity) / peak)
 
 
 def clear_level(bound: float) -> float:

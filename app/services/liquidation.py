@@ -97,7 +97,7 @@ def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules, 
     stop = held.settings.policy(scene.market.parameters.policy).stop_utilization
 
     def relief(target: Target) -> float:
-        after = scene.figures(_reduced(scene, held, target, target.size, rules.slippage))
+        after = scene.figures(reduced(scene, held, target, target.size, rules.slippage))
         return figures.health.required_initial - after.health.required_initial
 
     ordered = liquidate.in_order(eligible, rules.policy, relief)
@@ -116,7 +116,7 @@ def _part(held: Book, scene: Scene, target: Target, level: float, slippage: Deci
     """Return the target, or the part of it that brings utilization to the level."""
 
     def reduce(before: Book, chosen: Target, size: Decimal) -> Book:
-        return _reduced(scene, before, chosen, size, slippage)
+        return reduced(scene, before, chosen, size, slippage)
 
     def enough(after: AccountFigures) -> bool:
         return _is_at(after, level)
@@ -276,7 +276,7 @@ def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, An
     def after(count: int) -> Book:
         left = held
         for target in ordered[:count]:
-            left = _reduced(scene, left, target, target.size, ZERO)
+            left = reduced(scene, left, target, target.size, ZERO)
         return left
 
     count = liquidate.fewest(len(doomed), len(ordered), lambda k: _is_at(scene.figures(after(k)), level))
@@ -310,7 +310,7 @@ def _ids(items: Collection[OpenPosition]) -> set[str]:
     return {item.id for item in items}
 
 
-def _reduced(scene: Scene, held: Book, target: Target, size: Decimal, slippage: Decimal) -> Book:
+def reduced(scene: Scene, held: Book, target: Target, size: Decimal, slippage: Decimal) -> Book:
     """Return the book after closing so much of a target, without writing anything."""
     if isinstance(target.item, OpenReservation):
         left = replace(target.item, remaining=target.item.remaining - size)

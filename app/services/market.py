@@ -37,6 +37,8 @@ from app.db.trading_tables import PENDING_STATES, orders, positions
 from app.domain.money import to_decimal, to_float
 from app.domain.parameters import (
     DEFAULT_ASSET,
+    REGIME_CORRELATIONS,
+    REGIMES,
     AssetKind,
     AssetParameters,
     CorrelationTable,
@@ -45,6 +47,8 @@ from app.domain.parameters import (
     InstrumentParameters,
     MarketParameters,
     ModelParameters,
+    Pairs,
+    Regime,
 )
 from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to, pointers_under
 from app.services import audit
@@ -62,7 +66,8 @@ ENTRIES_A_PUT_MAX = 10_000
 NAMES_A_CHANGE_MAX = 10
 """Names that a version's line spells out; the rows under the version say the others."""
 
-Matrix = Literal["stress", "hedge"]
+Matrix = Literal["stress", "hedge"] | Regime
+"""The tables of correlations; a regime's lists its own pairs alone, the others follow from the stress table."""
 ChangeKind = Literal["seed", "asset", "instrument", "model", "correlation"]
 T = TypeVar("T")
 
@@ -304,7 +309,12 @@ async def put_model_parameters(
 async def put_correlation(
     tx: Tx, matrix: Matrix, pair: tuple[str, str] | None, value: float, expected: int | None = None
 ) -> Versioned[float]:
-    """Set one pair's correlation, in either order, or (pair None) that of every pair that is not listed."""
+    """Set one pair's correlation, in either order, or (pair None) that of every pair that is not listed.
+
+    Raises InvalidError `pair_needed` for the latter of a regime.
+    """
+    if pair is None and matrix in REGIMES:
+        raise invalid("/pair", "pair_needed", "What other pairs have in a regime follows from the stress matrix.")
     a, b = _sorted_pair(pair)
     if value not in rules.CORRELATION:
         raise invalid("/value", "out_of_range", f"A correlation must be {rules.CORRELATION}.")
@@ -459,6 +469,7 @@ async def _parameters(tx: Tx, version: int) -> MarketParameters:
         instruments=MappingProxyType({i.symbol: i for i in instruments}),
         stress=_correlations(correlations, "stress"),
         hedge=_correlations(correlations, "hedge"),
+        regimes=MappingProxyType({regime: _regime_pairs(correlations, regime) for regime in REGIMES}),
         models=models,
         policy=policy,
     )
@@ -483,9 +494,18 @@ def _models(values: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy]
 
 
 def _correlations(rows: Iterable[RowMapping], matrix: Matrix) -> CorrelationTable:
-    pairs = {(r["a"], r["b"]): to_float(r["value"]) for r in rows if r["matrix"] == matrix}
+    pairs = _pairs(rows, matrix)
     other = pairs.pop((OTHER_PAIR, OTHER_PAIR))
     return CorrelationTable(MappingProxyType(pairs), other)
+
+
+def _regime_pairs(rows: Iterable[RowMapping], regime: Regime) -> Pairs:
+    """Return a regime's own pairs, those of the package where the database does not hold any yet."""
+    return MappingProxyType(_pairs(rows, regime) or dict(REGIME_CORRELATIONS[regime]))
+
+
+def _pairs(rows: Iterable[RowMapping], matrix: Matrix) -> dict[tuple[str, str], float]:
+    return {(r["a"], r["b"]): to_float(r["value"]) for r in rows if r["matrix"] == matrix}
 
 
 def _asset(row: RowMapping) -> AssetParameters:

@@ -32,6 +32,19 @@ async def test_the_example_of_new_parameters(service: Service) -> None:
     assert reply["version"] == body["version"] + 1
 
 
+async def test_the_risk_requests_work_as_they_stand(service: Service) -> None:
+    await service.prices(BTC=61_000)
+    alice = await service.agent()
+    await alice.deposit(USDC=20_000)
+    await alice.order("BTC-PERP", "buy", 0.5, leverage=3)
+    pattern = r"\$API/quotes/(stress|sizing|deleverage|drawdown) -H \"\$KEY\" -d '(\{.*?\})'"
+    found = re.findall(pattern, README, re.DOTALL)
+    assert len(found) == 6
+    for route, body in found:
+        answer = await alice.ask(f"/quotes/{route}", json.loads(body))
+        assert answer.status_code == 200, answer.text
+
+
 async def test_a_far_wing_has_a_small_margin_unless_a_minimum_is_set(service: Service) -> None:
     wing = OPTION | {"strike": 200_000, "expiry": "2027-01-22T08:00:00Z", "iv": 0.45}
     market = {"prices": {"BTC": 61_000}}

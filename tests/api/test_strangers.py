@@ -193,6 +193,20 @@ async def test_a_stranger_books_nothing_in_anothers_name(town: Town) -> None:
         problem(await town.b.ask(path, body, key=""), 401, "no_key")
     what_if = await town.b.ask(f"/quotes/what-if?agent_id={town.a.id}", {"close": ["BTC-PERP"]})
     problem(what_if, 404, "agent_not_found")
+    event = {"starts_at": "2027-01-01T00:00:00Z", "ends_at": "2027-01-02T00:00:00Z"}
+    of_account: dict[str, dict[str, Any]] = {
+        "stress": {},
+        "sizing": {"method": "pre_event_buffer", "event": event},
+        "deleverage": {},
+        "drawdown": {"peak_equity": 1},
+    }
+    for name, more in of_account.items():
+        body = {"book": "account", **more}
+        path = f"/quotes/{name}?agent_id={town.a.id}"
+        problem(await town.b.ask(path, body), 404, "agent_not_found")
+        problem(await town.b.ask(path, body, key=await town.service_key()), 403, "agent_key_needed")
+        problem(await town.b.ask(path, body, key="market"), 403, "scope_missing")
+        assert town.a.id not in str(await town.b.post(f"/quotes/{name}", body))
     problem(await town.b.send("PATCH", f"/account/settings?agent_id={town.a.id}", json={}), 404, "agent_not_found")
     assert (await town.a.get("/account"))["version"] == before["version"]
 

@@ -135,6 +135,13 @@ async def test_the_table_itself_refuses_unknown_scopes(database: Database, scope
         await _execute(database, insert(api_keys).values(row))
 
 
+async def test_the_regimes_are_seeded_and_no_other_matrix_is_known(database: Database) -> None:
+    async with database.transaction("test") as tx:
+        assert (await load_parameters(tx, 1)).regimes == MarketParameters().regimes
+    with pytest.raises(IntegrityError, match="correlation_parameters_matrix_check"):
+        await _execute(database, text("INSERT INTO correlation_parameters VALUES ('panic', 'BTC', 'ETH', 1, 0.9)"))
+
+
 @pytest.mark.parametrize(
     "values", ["'stress', 'ETH', 'BTC', 1, 0", "'stress', 'BTC', 'BTC', 1, 0", "'stress', 'A', 'B', 1, 'NaN'"]
 )

@@ -322,6 +322,17 @@ async def test_a_correlation_is_set_in_either_order(database: Database) -> None:
     assert (parameters.stress.between("BTC", "ETH"), parameters.hedge.other) == (0.95, 0.40)
 
 
+async def test_a_regime_has_pairs_of_its_own_and_nothing_for_the_others(database: Database) -> None:
+    assert await _put_correlation(database, "sell_off", ("ETH", "BTC"), 0.99) == Versioned(0.99, 2)
+    assert await _put_correlation(database, "normal", ("DOGE", "BTC"), 0.6) == Versioned(0.6, 3)
+    regimes = (await _parameters(database)).regimes
+    assert regimes["sell_off"] == {("BTC", "ETH"): 0.99, ("BTC", "SOL"): 0.90, ("ETH", "SOL"): 0.92}
+    assert regimes["normal"]["BTC", "DOGE"] == 0.6
+    with pytest.raises(InvalidError) as caught:
+        await _put_correlation(database, "sideways", None, 0.5)
+    assert caught.value.code == "pair_needed"
+
+
 @pytest.mark.parametrize(
     ("pair", "value"),
     [(("BTC", "ETH"), 1.01), (("BTC", "ETH"), float("nan")), (("BTC", "BTC"), 1.0), (("*", "BTC"), 0.5)],

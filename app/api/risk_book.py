@@ -1,0 +1,144 @@
+"""The book that stress, sizing and plans are about: a request's own portfolio, or the caller's stored account."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from fastapi import Query, Request
+
+from app.api.body import Body, Moment
+from app.api.body import Request as RequestIn
+from app.api.booking import owner_for
+from app.api.deps import Parts, body_of, caller_of, parts_of
+from app.api.quote_request import (
+    DebtIn,
+    HoldingIn,
+    Limits,
+    MarginQuoteIn,
+    MarketIn,
+    PositionIn,
+    ReservationIn,
+    SettingsIn,
+    quote_time,
+    read_terms,
+)
+from app.domain.book import ZERO, Book, reserved_by_asset
+from app.domain.liquidate import Assess, Reduce, Target
+from app.domain.parameters import MarketParameters
+from app.domain.prices import StoredPrice
+from app.domain.quote import QuoteTerms
+from app.domain.quoted_book import quoted_book
+from app.errors import ForbiddenError, invalid
+from app.services import book
+from app.services.accounts import Caller
+from app.services.liquidation import reduced
+from app.services.margin import Scene
+
+AgentId = Annotated[str | None, Query(description='whose book `"book":"account"` is: for keys of an admin')]
+
+_OF_REQUEST = ("positions", "collateral", "liabilities", "reservations", "market", "settings", "as_of")
+
+
+class RiskBookIn(RequestIn):
+    """Positions and collateral as a margin quote takes them, or the stored account."""
+
+    book: Literal["account"] | None = None
+    positions: list[PositionIn] | None = None
+    collateral: list[HoldingIn] | None = None
+    liabilities: list[DebtIn] | None = None
+    reservations: list[ReservationIn] | None = None
+    market: MarketIn | None = None
+    settings: SettingsIn | None = None  # type: ignore[valid-type]
+    as_of: Moment | None = None
+
+
+B = TypeVar("B", bound=RiskBookIn)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[B]):
+    """A request: who asks, for what, and the stored book where it is about that."""
+
+    caller: Caller
+    body: B
+    held: Book | None
+
+
+async def asked_of(request: Request, body: Body[B], agent_id: str | None) -> Asked[B]:
+    """Return what is asked for. Raises as `body_of` and `owner_for` do."""
+    caller = await caller_of(request)
+    given = await body_of(request, body)
+    if given.book is None:
+        return Asked(caller, given, None)
+    if not caller.may("agent"):
+        raise ForbiddenError("the key lacks the scope agent, which an account asks for", code="scope_missing")
+    for name in _OF_REQUEST:
+        if getattr(given, name) is not None:
+            raise invalid(f"/{name}", "not_with_account", "the account has its own, at the stored market")
+    owner = owner_for(caller, agent_id)
+    return Asked(caller, given, await book.read(parts_of(request).database, owner.agent_id))
+
+
+@dataclass(frozen=True, slots=True)
+class RiskBook:
+    """What is assessed, at which prices and when; `reserved` is what of the reservations is in which asset, USD."""
+
+    terms: QuoteTerms
+    stored: Mapping[str, StoredPrice]
+    now: datetime
+    reserved: Mapping[str, float]
+    repairs: bool
+
+    @property
+    def parameters(self) -> MarketParameters:
+        """The parameters, the request's own included."""
+        return self.terms.margin.parameters
+
+
+def risk_book(parts: Parts, asked: Asked[Any]) -> RiskBook:
+    """Return the book that a request is about. Raises InvalidError with pointers; no work is judged."""
+    view, now = parts.market.view, parts.database.clock.now()
+    held, body = asked.held, asked.body
+    if held is not None:
+        reserved = reserved_by_asset(held.reservations, view.parameters, view.prices)
+        return RiskBook(held.quote_terms(view.parameters, view.prices), view.prices, now, reserved, repairs=False)
+    if body.positions is None:
+        raise invalid("/positions", "missing", 'give positions (an empty list will do), or "book": "account"')
+    given: dict[str, Any] = {name: getattr(body, name) for name in _OF_REQUEST}
+    quote = MarginQuoteIn(**given)
+    limits = Limits.of(parts.settings)
+    terms = read_terms(quote, view.parameters, limits, now)
+    repairs = quote.market is not None and quote.market.correlates
+    return RiskBook(terms, view.prices, quote_time(quote, now), {}, repairs=repairs)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBook:
+    """A book that plans are worked out on, and how it is assessed and reduced."""
+
+    held: Book
+    assess: Assess
+    reduce: Reduce
+    parameters: MarketParameters
+    now: datetime
+
+
+def planned_book(parts: Parts, asked: Asked[Any]) -> PlannedBook:
+    """Return the book that a plan is asked for. Raises InvalidError, for options `linear_only`."""
+    if asked.held is None:
+        given = risk_book(parts, asked)
+        quoted = quoted_book(given.terms, given.stored, given.now)
+        return PlannedBook(quoted.book, quoted.assess, quoted.reduce, given.parameters, given.now)
+    settings = parts.settings
+    seconds = timedelta(seconds=settings.price_age_seconds_max)
+    scene = Scene(parts.market.view, parts.database.clock.now(), seconds, settings.account_items_max)
+
+    def reduce(held: Book, target: Target, size: Decimal) -> Book:
+        return reduced(scene, held, target, size, ZERO)
+
+    parameters = asked.held.quote_terms(scene.market.parameters, scene.market.prices).margin.parameters
+    return PlannedBook(asked.held, scene.figures, reduce, parameters, scene.now)
