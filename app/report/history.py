@@ -1,0 +1,52 @@
+"""Daily history as the report reads it: the one place that knows how the domain lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+
+import numpy as np
+
+from app.domain import closes
+from app.domain.panel import Panel, panel_of_closes
+from app.domain.var.history import HISTORY_DAYS, HISTORY_DAYS_MIN, History, ReturnPanel
+
+
+@dataclass(frozen=True, eq=False)
+class Daily:
+    """Daily returns: `whole` for replays, `recent`, the last 500 days of it, for covariances and VaR."""
+
+    whole: Panel
+    recent: Panel
+
+    def days(self, names: Sequence[str]) -> list[int]:
+        """Return how many recent returns each of these assets has."""
+        found: list[int] = np.isfinite(self.recent.of(names)).sum(axis=0).tolist()
+        return found
+
+    def window(self, names: Sequence[str]) -> History | None:
+        """Return the recent days on which all of these assets have a return, None where they are too few."""
+        returns = self.recent.of(names)
+        if np.isfinite(returns).all(axis=1).sum() < HISTORY_DAYS_MIN:
+            return None
+        return ReturnPanel(tuple(names), np.array(self.recent.days, dtype="datetime64[D]"), returns).history(names)
+
+
+def daily(panel: Panel) -> Daily:
+    """Return the panel with its last 500 days set apart."""
+    recent = replace(panel, days=panel.days[-HISTORY_DAYS:], returns=panel.returns[-HISTORY_DAYS:])
+    return Daily(panel, recent)
+
+
+def daily_of(found: Mapping[str, Mapping[date, float]]) -> Daily:
+    """Return the daily returns of positive closes by asset and day."""
+    return daily(panel_of_closes(found))
+
+
+def daily_of_stored(stored: closes.Panel) -> Daily:
+    """Return the daily returns of closes as they were stored."""
+    if not len(stored.days):
+        return daily_of({})
+    returns = stored.closes[1:] / stored.closes[:-1] - 1.0
+    return daily(Panel(stored.days[1:], stored.assets, returns))
