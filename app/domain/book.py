@@ -230,6 +230,17 @@ def reserved_value(
     )
 
 
+def reserved_by_asset(
+    reservations: Sequence[OpenReservation], parameters: MarketParameters, stored: Mapping[str, StoredPrice]
+) -> dict[str, float]:
+    """Return what reservations require, USD, by the asset that they hold: it moves with the asset's price."""
+    found: dict[str, float] = {}
+    for reservation in reservations:
+        value = reserved_value([reservation], parameters, stored)
+        found[reservation.asset] = found.get(reservation.asset, 0.0) + value
+    return found
+
+
 _COLUMNS = tuple(field.name for field in fields(PositionTerms))
 
 

@@ -98,14 +98,13 @@ def report_of(subject: Subject) -> Report:
 
 def _scenarios(terms: QuoteTerms) -> tuple[tuple[str, Scenario], ...]:
     """Return the scenarios of the request's own and of the named sets, each once, with the set that it is of."""
-    sets = {"own": terms.margin.scenarios} if terms.margin.scenario_set == "own" else {}
-    found: dict[int, tuple[str, Scenario]] = {}
-    seen: list[Scenario] = []
-    for name, scenarios in {**sets, **NAMED}.items():
+    own = {"own": terms.margin.scenarios} if terms.margin.scenario_set == "own" else {}
+    found: dict[object, tuple[str, Scenario]] = {}
+    for name, scenarios in {**own, **NAMED}.items():
         for scenario in scenarios:
-            if scenario not in seen:
-                seen.append(scenario)
-                found[len(found)] = name, scenario
+            shocks = tuple(sorted(scenario.shocks.items()))
+            key = (scenario.price_move, scenario.vol_move, scenario.in_ranges, shocks)
+            found.setdefault(key, (name, scenario))
     return tuple(found.values())
 
 

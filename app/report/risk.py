@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from app.domain.black76 import Floats
-from app.domain.covariance import Covariance, covariance_of, estimate
+from app.domain.covariance import HISTORY_DAYS_MIN, Covariance, covariance_of, estimate
 from app.domain.margin.result import MarginTerms
 from app.domain.portfolio import Portfolio
 from app.domain.regimes import regime_table
@@ -20,7 +20,7 @@ from app.domain.var.contributions import Components, historical_components, mont
 from app.domain.var.historical import HistoricalTerms, historical
 from app.domain.var.monte_carlo import PATHS_MIN, MonteCarloTerms, monte_carlo
 from app.domain.var.parametric import ParametricRisk, parametric
-from app.report.history import HISTORY_DAYS_MIN, Daily
+from app.report.history import Daily
 
 CONFIDENCES = (0.95, 0.99)
 PATHS = 100_000

@@ -17,7 +17,10 @@ _SHORT = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 def usd(value: float | None) -> str:
     """Return dollars and cents."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:,.2f}"
+    if value is None or math.isnan(value):
+        return NOTHING
+    shown = f"{value:,.2f}"
+    return "0.00" if shown == "-0.00" else shown
 
 
 def short(value: float) -> str:

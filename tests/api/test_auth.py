@@ -51,6 +51,7 @@ NEEDS = {
     "GET /api/audit": AGENT,
     "POST /api/quotes/what-if": AGENT,
     "GET /api/account": AGENT,
+    "GET /api/account/report": AGENT,
     "GET /api/account/settings": AGENT,
     "PATCH /api/account/settings": AGENT,
     "GET /api/portfolio/positions": AGENT,
