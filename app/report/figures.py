@@ -50,7 +50,7 @@ class ScenarioMap:
 
 @dataclass(frozen=True, slots=True)
 class StressRow:
-    """The account after one shock, USD; `note` names what has no history in it."""
+    """The account after one shock, USD; `missing` are the assets without history in it, which stand still."""
 
     label: str
     pnl: float
@@ -60,7 +60,7 @@ class StressRow:
     utilization: float | None
     status: str
     breached: bool
-    note: str = ""
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ def _replays(account: StressAccount, daily: Daily) -> list[StressRow]:
         except InvalidError:
             # no history, which the report says of itself
             continue
-        rows += _rows(_labels(found), found.stressed, [", ".join(names) for names in found.missing])
+        rows += _rows(_labels(found), found.stressed, found.missing)
     return rows
 
 
@@ -146,7 +146,7 @@ def _labels(found: Replay) -> list[str]:
     return [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
 
 
-def _rows(labels: Sequence[str], after: Stressed, missing: Sequence[str] = ()) -> list[StressRow]:
+def _rows(labels: Sequence[str], after: Stressed, missing: Sequence[tuple[str, ...]] = ()) -> list[StressRow]:
     return [
         StressRow(
             label=label,
@@ -157,7 +157,7 @@ def _rows(labels: Sequence[str], after: Stressed, missing: Sequence[str] = ()) -
             utilization=after.scales[s].utilization,
             status=after.scales[s].status,
             breached=bool(after.breached[s]),
-            note=f"stands still: {missing[s]}" if missing and missing[s] else "",
+            missing=missing[s] if missing else (),
         )
         for s, label in enumerate(labels)
     ]

@@ -31,6 +31,10 @@ BINS = 60
 TRIMMED = 0.001
 """The share of outcomes on either side that lies outside the histogram."""
 STEPS = 5
+APART = 0.12
+"""The gap before the columns of a heat map that stand off, in columns."""
+CROWDED = 110
+"""Characters of a heat map's column heads from which they are turned."""
 LABEL_CHARACTERS_MAX = 26
 _PLAIN = re.compile(r"[^A-Za-z0-9 ._:/+%,=()−–½×·%'-]")
 
@@ -175,7 +179,11 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """A table in colour: `values` (R, C), what stands in each cell, and lines that set the last columns apart."""
+    """A table in colour: `values` (R, C) and what stands in each cell.
+
+    `set_apart` columns at the end stand off, a rule lies above each row of `rules`, `slanted` cells are in italics;
+    `gain` names the colours of what is above zero.
+    """
 
     rows: Sequence[str]
     columns: Sequence[str]
@@ -184,45 +192,51 @@ class Cells:
     row_height: float = 0.25
     set_apart: int = 0
     rules: Sequence[int] = ()
-    faint: Sequence[Sequence[bool]] = ()
+    slanted: Sequence[Sequence[bool]] = ()
+    gain: str = "gain"
 
 
 def heat_map(caption: Caption, cells: Cells, largest: float) -> str:
     """Return the cells in eleven colours from -largest (loss) to largest (gain), 0 between."""
+    height, width = cells.values.shape
+    # where each column begins
+    lefts = [k + (APART if k >= width - cells.set_apart else 0.0) for k in range(width)]
 
     def draw(axes: Axes) -> None:
-        height, width = cells.values.shape
         for i in range(height):
-            for k in range(width):
-                at = (k + (0.12 if k >= width - cells.set_apart else 0.0), i)
-                colour = COLOURS[step(float(cells.values[i, k]), largest)]
-                box = Rectangle(at, 1.0, 1.0, facecolor=colour, edgecolor=COLOURS["paper"], linewidth=1.0)
-                # what lies within the axes takes no part in laying out, nor in finding limits: there are hundreds
-                box.set_in_layout(False)
-                axes.add_artist(box)
-                faint = bool(cells.faint) and cells.faint[i][k]
-                axes.text(
-                    at[0] + 0.5, i + 0.5, cells.texts[i][k], ha="center", va="center", fontsize=7.5,
-                    color=COLOURS["muted" if faint else "ink"], style="italic" if faint else "normal", in_layout=False,
-                )  # fmt: skip
+            for k, left in enumerate(lefts):
+                _cell(axes, cells, (i, k), left, largest)
         for rule in cells.rules:
             axes.axhline(rule, color=COLOURS["muted"], linewidth=0.8)
-        centres = [k + 0.5 + (0.12 if k >= width - cells.set_apart else 0.0) for k in range(width)]
         names = [label(name) for name in cells.columns]
-        crowded = max(map(len, names), default=0) * width > 110
+        crowded = max(map(len, names), default=0) * width > CROWDED
+        centres = [left + 0.5 for left in lefts]
         axes.set_xticks(centres, names, rotation=40 if crowded else 0, ha="left" if crowded else "center")
         axes.set_yticks([i + 0.5 for i in range(height)], [label(name) for name in cells.rows])
         axes.xaxis.tick_top()
         axes.tick_params(axis="x", labelcolor=COLOURS["ink"])
-        axes.set(xlim=(0.0, width + 0.12 * bool(cells.set_apart)), ylim=(height, 0.0))
+        axes.set(xlim=(0.0, lefts[-1] + 1.0), ylim=(height, 0.0))
         axes.spines[:].set_visible(False)
 
-    width = min(WIDTH, 2.2 + COLUMN * len(cells.columns))
-    return _drawn(caption, width, 0.55 + cells.row_height * len(cells.rows), draw)
+    return _drawn(caption, min(WIDTH, 2.2 + COLUMN * width), 0.55 + cells.row_height * height, draw)
 
 
-def step(value: float, largest: float) -> str:
+def _cell(axes: Axes, cells: Cells, at: tuple[int, int], left: float, largest: float) -> None:
+    i, k = at
+    colour = COLOURS[step(float(cells.values[i, k]), largest, cells.gain)]
+    box = Rectangle((left, i), 1.0, 1.0, facecolor=colour, edgecolor=COLOURS["paper"], linewidth=1.0)
+    # what lies within the axes takes no part in laying out, nor in finding limits: there are hundreds
+    box.set_in_layout(False)
+    axes.add_artist(box)
+    style = "italic" if cells.slanted and cells.slanted[i][k] else "normal"
+    axes.text(
+        left + 0.5, i + 0.5, cells.texts[i][k], ha="center", va="center", fontsize=7.5, color=COLOURS["ink"],
+        style=style, in_layout=False,
+    )  # fmt: skip
+
+
+def step(value: float, largest: float, gain: str = "gain") -> str:
     """Return the colour of a value: five steps each way by its size beside the largest, and one about 0."""
     share = abs(value) / largest if largest > 0.0 else 0.0
     level = min(STEPS, int(share * STEPS + 0.999)) if share > 0.005 else 0
-    return "even" if level == 0 else f"{'loss' if value < 0.0 else 'gain'}-{level}"
+    return "even" if level == 0 else f"{'loss' if value < 0.0 else gain}-{level}"

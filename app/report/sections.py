@@ -23,6 +23,7 @@ TOP = 20
 COLUMNS_TOP = 7
 ASSETS_TOP = 12
 SCENARIOS_TOP = 40
+MISSING_TOP = 4
 NEAR, CLOSE = 0.10, 0.25
 """Distances to liquidation up to which a bar is red, and amber."""
 QUANTILES = (0.01, 0.05, 0.25, 0.50, 0.75, 0.95, 0.99)
@@ -249,26 +250,16 @@ def _distance(name: str, at: float | None, *, there: bool) -> Bar:
 
 def stressed(report: Report) -> str:
     """Return the account after a fall and a rise, and on the worst days and weeks of the past."""
-    heads = (
-        "shock",
-        "note",
-        "status",
-        "breach",
-        "P&L",
-        "collateral",
-        "equity after",
-        "maintenance after",
-        "utilization",
-    )
     whole = report.subject.daily.whole
     told = (
         f"Replays are the worst days and weeks for this account between {whole.days[0]} and {whole.days[-1]}."
         if len(report.stress) > len(TWENTY_PERCENT)
         else "There is no daily history of what it holds, so no day of the past is replayed."
     )
-    table = Table(
-        "The whole account after each shock, USD", heads, [_stress_row(row) for row in report.stress], words=4
-    )
+    words = ("shock", "status", "breach")
+    figures = ("P&L", "collateral", "equity after", "maintenance after", "utilization")
+    rows = [_stress_row(row) for row in report.stress]
+    table = Table("The whole account after each shock, USD", [*words, *figures, "note"], rows, words=len(words))
     return section("stress", "Stress", paragraph(told), table_html(table))
 
 
@@ -276,7 +267,13 @@ def _stress_row(row: StressRow) -> list[str | Markup]:
     figures = (row.pnl, row.collateral_change, row.equity, row.maintenance)
     utilization = "undefined" if row.utilization is None else f"{row.utilization:.1%}"
     breach = level("breach") if row.breached else NOTHING
-    return [row.label, row.note, level(row.status), breach, *map(usd, figures), utilization]
+    return [row.label, level(row.status), breach, *map(usd, figures), utilization, _without(row.missing)]
+
+
+def _without(missing: Sequence[str]) -> str:
+    """Return which assets have no history in a replay, the first few by name."""
+    more = f" and {len(missing) - MISSING_TOP} more" if len(missing) > MISSING_TOP else ""
+    return f"stands still: {', '.join(missing[:MISSING_TOP])}{more}" if missing else ""
 
 
 def correlations(report: Report, beliefs: Believed) -> str:
@@ -286,17 +283,17 @@ def correlations(report: Report, beliefs: Believed) -> str:
     names = [found.names[j] for j in order.tolist()]
     matrix = found.correlation[np.ix_(order, order)]
     unknown = set(found.defaulted_pairs)
-    faint = [[(min(a, b), max(a, b)) in unknown for b in names] for a in names]
+    marked = [[(min(a, b), max(a, b)) in unknown for b in names] for a in names]
     texts = [
         [f"{rho:.2f}{'*' if mark else ''}" for rho, mark in zip(row, marks, strict=True)]
-        for row, marks in zip(matrix.tolist(), faint, strict=True)
+        for row, marks in zip(matrix.tolist(), marked, strict=True)
     ]
-    shown = sum(map(sum, faint)) // 2
+    shown = sum(map(sum, marked)) // 2
     caption = Caption(
         "correlations", title,
         f"The correlations of {len(names)} assets; {shown} of {len(names) * (len(names) - 1) // 2} pairs are defaults.",
     )  # fmt: skip
-    drawn = pictures.heat_map(caption, Cells(names, names, matrix, texts, row_height=0.36, faint=faint), 1.0)
+    drawn = pictures.heat_map(caption, Cells(names, names, matrix, texts, 0.36, slanted=marked, gain="like"), 1.0)
     table = Table(
         "Correlations; * is a default", ["asset", *names], [[n, *t] for n, t in zip(names, texts, strict=True)]
     )

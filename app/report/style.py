@@ -7,12 +7,14 @@ _LIGHT = """
 --loss:#b23a34;--gain:#2b7a52;--warn:#9a6200;--high:#b34d12;--even:#eef1f4;
 --loss-1:#fbeae8;--loss-2:#f7d5d1;--loss-3:#f1b9b3;--loss-4:#e89a92;--loss-5:#dd7b72;
 --gain-1:#e6f3ec;--gain-2:#cfe8da;--gain-3:#b0d8c2;--gain-4:#8cc5a6;--gain-5:#66af88;
+--like-1:#e8eff7;--like-2:#d2e0f0;--like-3:#b7cde6;--like-4:#98b7da;--like-5:#7ba1cd;
 """
 _DARK = """
 --paper:#12161c;--ink:#e8ecf1;--muted:#9aa5b4;--line:#2d3641;--accent:#6d9fd1;--soft:#1a2028;
 --loss:#f0908a;--gain:#7cc9a1;--warn:#e3b45a;--high:#f09a62;--even:#222a33;
 --loss-1:#33211f;--loss-2:#472624;--loss-3:#5e2d2a;--loss-4:#7a3632;--loss-5:#98423c;
 --gain-1:#1a2d25;--gain-2:#1d3a2d;--gain-3:#224a38;--gain-4:#295e46;--gain-5:#317556;
+--like-1:#1b2734;--like-2:#203247;--like-3:#263f5c;--like-4:#2d4d72;--like-5:#355c89;
 """
 
 CSS = (
@@ -52,11 +54,12 @@ th,td{padding:.24rem .8rem .24rem 0;text-align:left;border-bottom:1px solid var(
 th{font-weight:500}
 thead th{color:var(--muted);font-size:.8rem;vertical-align:bottom}
 .n{text-align:right;padding:.24rem 0 .24rem 1rem}
+.n+td:not(.n){padding-left:1.2rem}
 .pair{display:flex;flex-wrap:wrap;gap:.4rem 3rem;align-items:flex-start}
 .beside{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:1.5rem;align-items:start}
 @media (max-width:60rem){.beside{grid-template-columns:minmax(0,1fr)}}
-details table{font-size:.8rem}
-details .n{padding-left:.7rem}
+details table,.beside table{font-size:.8rem}
+details .n,.beside .n{padding-left:.7rem}
 details summary{cursor:pointer;color:var(--muted);font-size:.85rem}
 .level{font-weight:620}
 .good{color:var(--gain)}.warn{color:var(--warn)}.high{color:var(--high)}.bad{color:var(--loss)}

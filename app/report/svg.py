@@ -10,7 +10,7 @@ COLOURS = {
     for k, name in enumerate(
         (
             *("ink", "muted", "line", "paper", "accent", "loss", "gain", "warn", "even"),
-            *(f"{side}-{step}" for side in ("loss", "gain") for step in range(1, 6)),
+            *(f"{side}-{step}" for side in ("loss", "gain", "like") for step in range(1, 6)),
         )
     )
 }

@@ -28,7 +28,7 @@ class Markup:
 class Table:
     """A table: its caption, the heads of its columns, its rows. The first column names the row.
 
-    `words` of the columns, the first included, hold text and not numbers.
+    The first `words` columns hold text, and so does a column headed `note`; the others hold numbers.
     """
 
     caption: str
@@ -90,4 +90,4 @@ def _row(cells: Sequence[str | Markup], table: Table) -> str:
 
 
 def _class(column: int, table: Table) -> str:
-    return "" if column < table.words else ' class="n"'
+    return "" if column < table.words or table.heads[column] == "note" else ' class="n"'
