@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, agent, key, revoke, settings, quote, history import, demo."""
+"""The command line: serve, migrate, agent, key, revoke, settings, quote, report, history import, demo."""
 
 from __future__ import annotations
 
@@ -177,8 +177,21 @@ def quote(
     """Quote the margin of a portfolio, offline, with the parameters that the package ships."""
     from app import console  # noqa: PLC0415
 
-    raw = sys.stdin.buffer.read() if str(file) == "-" else _read(file)
-    console.print_quote(raw, read_settings(), as_json=as_json)
+    console.print_quote(_read(file), read_settings(), as_json=as_json)
+
+
+@cli.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="a portfolio as the API takes it; - for standard input")],
+    history: Annotated[Path | None, typer.Option(help="daily closes: a CSV as `history import` takes it")] = None,
+    out: Annotated[Path, typer.Option(help="where the page is written")] = Path("report.html"),
+    seed: Annotated[int, typer.Option(min=0, help="what the simulation is drawn from, where there is no history")] = 1,
+    show: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
+) -> None:
+    """Write a portfolio's risk report, one page of HTML with pictures, offline."""
+    from app import paper  # noqa: PLC0415
+
+    paper.write_report(_read(file), history, out, seed, read_settings(), show=show)
 
 
 @cli.command()
@@ -193,6 +206,9 @@ def demo(
 
 
 def _read(file: Path) -> bytes:
+    """Return what a file holds, - being standard input. Raises StartupError."""
+    if str(file) == "-":
+        return sys.stdin.buffer.read()
     try:
         return file.read_bytes()
     except OSError as error:

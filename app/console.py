@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -17,14 +16,11 @@ from app.api.quote_request import MARGIN_QUOTE, Limits, quote_terms, quote_time
 from app.db.session import system_now
 from app.domain.parameters import MarketParameters
 from app.domain.quote import margin_quote
-from app.errors import PrimeriskError, StartupError
+from app.errors import PrimeriskError, StartupError, one_line
+from app.report.words import move, number, price, usd
 from app.settings import Settings
 
 POSITIONS_SHOWN_MAX = 40
-PRICE_DIGITS, PRICE_DECIMALS_MIN, PRICE_DECIMALS_MAX = 5, 2, 16
-"""A price is shown with so many significant digits at least, within so many decimals."""
-MOVE_SHOWN_MAX = 10.0
-"""A move past it is shown as being past it: its digits say nothing."""
 
 _STYLE = {
     "safe": "green", "warning": "yellow", "critical": "bold red",
@@ -48,8 +44,7 @@ def print_quote(raw: bytes, settings: Settings, *, as_json: bool) -> None:
     try:
         reply = offline_quote(raw, settings)
     except PrimeriskError as error:
-        where = ", ".join(e.pointer for e in error.errors if e.pointer)
-        raise StartupError(f"{where}: {error}" if where else str(error)) from None
+        raise StartupError(one_line(error)) from None
     if as_json:
         sys.stdout.write(msgspec.json.format(reply, indent=2).decode() + "\n")
         return
@@ -74,7 +69,7 @@ def quote_tables(reply: dict[str, Any]) -> list[Table | Text | str]:
 def _summary(reply: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for name in ("equity", "collateral_value", "liabilities", "unrealized_pnl", "options_value"):
-        table.add_row(name.replace("_", " "), _usd(reply[name]))
+        table.add_row(name.replace("_", " "), usd(reply[name]))
     return table
 
 
@@ -86,7 +81,7 @@ def _models(reply: dict[str, Any]) -> Table:
     table.add_column("binding")
     for name, model in reply["models"].items():
         freed = f"{reply['capital_freed'][name]:.1%}"
-        table.add_row(name, _usd(model["initial_margin"]), _usd(model["maintenance_margin"]), freed, _binding(model))
+        table.add_row(name, usd(model["initial_margin"]), usd(model["maintenance_margin"]), freed, _binding(model))
     return table
 
 
@@ -95,13 +90,13 @@ def _binding(model: dict[str, Any]) -> str:
     if worst is None:
         return ""
     if worst["index"] is None or not model["scenarios"]:
-        return f"{worst['rule']}, {_usd(worst['pnl'])}"
+        return f"{worst['rule']}, {usd(worst['pnl'])}"
     scenario = model["scenarios"][worst["index"]]
     unit = " R" if scenario["price_move_unit"] == "price_range" else ""
-    move = f"{scenario['price_move']:+.2f}{unit}" if unit else f"{scenario['price_move']:+.1%}"
+    moves = f"{scenario['price_move']:+.2f}{unit}" if unit else f"{scenario['price_move']:+.1%}"
     in_ranges = scenario["vol_move_unit"] != "relative"
     vol = f"{scenario['vol_move']:+.0f} range" if in_ranges else f"{scenario['vol_move']:+.0%}"
-    return f"{worst['rule']}: price {move}, vol {vol}, {_usd(worst['pnl'])}"
+    return f"{worst['rule']}: price {moves}, vol {vol}, {usd(worst['pnl'])}"
 
 
 def _health(health: dict[str, Any]) -> Table:
@@ -109,11 +104,11 @@ def _health(health: dict[str, Any]) -> Table:
     for name in ("figure", "value", "band"):
         table.add_column(name, justify="right" if name == "value" else "left")
     for name, band in health["bands"].items():
-        table.add_row(name.replace("_", " "), _number(band["value"]), Text(band["band"], _STYLE[band["band"]]))
+        table.add_row(name.replace("_", " "), number(band["value"]), Text(band["band"], _STYLE[band["band"]]))
     for name in ("zone", "alert_level", "status"):
         table.add_row(name.replace("_", " "), "", Text(health[name], _STYLE[health[name]]))
     for name in ("required_initial", "required_maintenance", "free_margin", "headroom", "shortfall"):
-        table.add_row(name.replace("_", " "), _usd(health[name]), "")
+        table.add_row(name.replace("_", " "), usd(health[name]), "")
     table.add_row("health score", f"{health['health_score']:.1f}", "")
     return table
 
@@ -129,11 +124,11 @@ def _positions(reply: dict[str, Any]) -> Table:
     for p in shown:
         table.add_row(
             p["symbol"],
-            _usd(p["exposure"]),
-            _price(p["mark_price"]),
-            _usd(p["unrealized_pnl"]),
-            _usd(p["initial_margin"]),
-            _usd(p["maintenance_margin"]),
+            usd(p["exposure"]),
+            price(p["mark_price"]),
+            usd(p["unrealized_pnl"]),
+            usd(p["initial_margin"]),
+            usd(p["maintenance_margin"]),
             _at(p),
         )
     return table
@@ -144,7 +139,7 @@ def _at(position: dict[str, Any]) -> str:
         return "breached"
     if position["liquidation_price"] is None:
         return "none"
-    return f"{_price(position['liquidation_price'])} ({_move(position['liquidation_distance'])})"
+    return f"{price(position['liquidation_price'])} ({move(position['liquidation_distance'])})"
 
 
 def _liquidation(reply: dict[str, Any]) -> Text:
@@ -155,32 +150,12 @@ def _liquidation(reply: dict[str, Any]) -> Text:
 def _breach(far: dict[str, Any]) -> str:
     if far["breached"]:
         return "breached already"
-    return "no breach" if far["to_breach"] is None else f"breach at {_move(far['to_breach'])}"
+    return "no breach" if far["to_breach"] is None else f"breach at {move(far['to_breach'])}"
 
 
 def _liquidated(far: dict[str, Any]) -> str:
     """Say where liquidation begins, or, of an account that is there, where it would end."""
-    move = far["to_liquidation"]
+    to_end = far["to_liquidation"]
     if far["liquidatable"]:
-        return "in liquidation" if move is None else f"in liquidation until {_move(move)}"
-    return "no liquidation" if move is None else f"liquidation at {_move(move)}"
-
-
-def _move(move: float) -> str:
-    return f"over {MOVE_SHOWN_MAX:+,.0%}" if move > MOVE_SHOWN_MAX else f"{move:+.1%}"
-
-
-def _price(value: float | None) -> str:
-    """Return a price with its significant digits: many coins cost less than a cent."""
-    if not value:
-        return _usd(value)
-    decimals = PRICE_DIGITS - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:,.{min(max(decimals, PRICE_DECIMALS_MIN), PRICE_DECIMALS_MAX)}f}"
-
-
-def _usd(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+        return "in liquidation" if to_end is None else f"in liquidation until {move(to_end)}"
+    return "no liquidation" if to_end is None else f"liquidation at {move(to_end)}"

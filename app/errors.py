@@ -167,3 +167,9 @@ def invalid(pointer: str, code: str, detail: str) -> InvalidError:
 def conflict(pointer: str, code: str, detail: str, **figures: Any) -> ConflictError:
     """Return the 409 of one field; `figures` are further members of the problem document."""
     return ConflictError(detail, code=code, errors=(FieldError(pointer, code, detail),), figures=figures)
+
+
+def one_line(error: PrimeriskError) -> str:
+    """Return what an error says at a terminal: where, and what."""
+    where = ", ".join(e.pointer for e in error.errors if e.pointer)
+    return f"{where}: {error}" if where else str(error)

@@ -100,13 +100,15 @@ async def body_of(request: Request, body: Body[T], empty: bytes = b"") -> T:
     return body.decode(raw)
 
 
-def document(summary: str, *, request: Any = None, scope: str = "any key", status: int = 200) -> dict[str, Any]:
-    """Return the OpenAPI entry of a route: its body's schema, its scope and its errors by reference."""
+def document(
+    summary: str, *, request: Any = None, scope: str = "any key", status: int = 200, kind: str = "application/json"
+) -> dict[str, Any]:
+    """Return the OpenAPI entry of a route: its body's schema, its scope, its reply's kind, its errors by reference."""
     entry: dict[str, Any] = {
         "summary": summary,
         "description": f"Scope: {scope}.",
         "responses": {
-            str(status): {"description": "OK", "content": {"application/json": {"schema": {}}}},
+            str(status): {"description": "OK", "content": {kind: {"schema": {}}}},
             "default": {
                 "description": "An RFC 9457 problem document",
                 "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},

@@ -60,6 +60,7 @@ NEEDS = {
     "POST /api/quotes/deleverage": ANY,
     "POST /api/quotes/drawdown": ANY,
     "GET /api/account": AGENT,
+    "GET /api/account/report": AGENT,
     "GET /api/account/settings": AGENT,
     "PATCH /api/account/settings": AGENT,
     "GET /api/portfolio/positions": AGENT,
