@@ -197,6 +197,9 @@ class Worker:
     async def _take_snapshots(self) -> None:
         """Write down what each account of this worker's shards is worth, once a UTC day."""
         while True:
+            if not self._shards or self._market.view.read_at is None:
+                await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
+                continue
             taken = await self._snapshots.round(self._market.view, self._shards)
             self._metrics.account_snapshots.inc(taken.count)
             await asyncio.sleep(0.0 if taken.more else snapshots.EVERY_SECONDS)

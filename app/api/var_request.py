@@ -22,6 +22,7 @@ from app.api.quote_request import (
     correlation_table,
     fields_given,
 )
+from app.domain.correlation import REPAIR_SIZE_MAX
 from app.domain.panel import HISTORY_DAYS
 from app.domain.parameters import CorrelationTable, MarketParameters, Regime
 from app.domain.portfolio import Portfolio
@@ -192,17 +193,24 @@ def estimated_var_work(portfolio: Portfolio, terms: VarTerms) -> float:
     options, underlyings = len(portfolio.options), len(portfolio.prices)
     days, paths = terms.window_days, terms.paths if terms.method == "monte_carlo" else 0
     scenarios = days if terms.method in ("historical", "cornish_fisher") else paths
-    cells = scenarios * underlyings * (2e-5 if portfolio.is_linear else 2e-4) + scenarios * options * 4e-4
+    cells = scenarios * underlyings * (3e-5 if portfolio.is_linear else 2e-4) + scenarios * options * 4e-4
+    shown = 1.0 + len(portfolio) * len(terms.confidences) * 0.02
     if terms.method == "historical":
-        return 1.0 + cells + (days * underlyings * 1e-4 if terms.weighting == "filtered" else 0.0)
+        return shown + cells + (days * underlyings * 1e-4 if terms.weighting == "filtered" else 0.0)
     joint = days * underlyings**2 * (4e-5 if terms.covariance == "ewma" else 1e-6) * (terms.covariance != "given")
-    # a matrix that is none is repaired: eigenvalues, many times where it is small and a few where it is large
-    repair = 3e-6 * underlyings**3 + 0.1 * underlyings * (underlyings <= REPAIRED_OFTEN_MAX) * (underlyings > 2)
-    drawn = paths * underlyings**2 * 2e-6 if not portfolio.is_linear else 0.0
-    return 1.0 + cells + joint + repair + 2.0 * drawn
+    drawn = 0.0 if portfolio.is_linear else paths * underlyings**2 * 4e-6
+    return shown + cells + joint + drawn + _repair_work(underlyings, terms)
 
 
-REPAIRED_OFTEN_MAX = 40
+def _repair_work(underlyings: int, terms: VarTerms) -> float:
+    """Return the milliseconds of making a correlation matrix of one that is none: many rounds where it is small.
+
+    What history shows of its own hardly ever is none; what a request or a regime puts together may well be.
+    """
+    made_up = terms.covariance == "regime" or bool(terms.volatilities or terms.correlations)
+    if not made_up:
+        return 2e-5 * underlyings**3
+    return (2.2e-2 if underlyings <= REPAIR_SIZE_MAX else 2.2e-4) * underlyings**3
 
 
 def _horizon(body: VarQuoteIn) -> float:

@@ -135,8 +135,6 @@ class Snapshots:
 
         An account that can't be valued is passed over, and comes again when all others have been looked at.
         """
-        if view.read_at is None or not shards:
-            return Taken(0, more=False)
         async with self._database.snapshot() as connection:
             rows = await connection.fetch(_DUE, self._after, sorted(shards), ACCOUNTS_A_ROUND_MAX)
             agents = [row["agent_id"] for row in rows]

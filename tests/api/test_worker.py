@@ -74,3 +74,22 @@ async def test_an_account_that_an_outage_left_undecided_is_decided_on_later(data
             worker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await worker
+
+
+async def test_the_worker_writes_down_what_accounts_are_worth(database_url: URL) -> None:
+    async with running(database_url) as service:
+        agent = await service.agent("alice")
+        await service.prices(BTC=60_000)
+        await agent.deposit(USDC=20_000)
+        await agent.order("BTC-PERP", "buy", 0.5)
+        workers = [asyncio.create_task(worker_of(service.app.state.parts).run()) for _ in range(2)]
+        try:
+            async with asyncio.timeout(20):
+                while not (found := (await agent.get("/account/snapshots"))["snapshots"]):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+    assert len(found) == 1
+    assert (float(found[0]["equity"]), float(found[0]["gross"])) == (20_000, 30_000)
