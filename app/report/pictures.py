@@ -161,14 +161,15 @@ def bars(
         axes.axvline(0.0, color=COLOURS["muted"], linewidth=0.8)
         axes.set_yticks(places, [label(row.label) for row in rows])
         # room for the notes on both sides
-        room = 0.16 * (high - low)
+        room = 0.2 * (high - low)
         axes.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.4, -0.6), xlabel=unit)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
         for place, row, at, short_of in zip(places, rows, shown, cut, strict=True):
             side = -1 if at < 0.0 else 1
+            note = f"{row.note}, cut" if short_of else row.note
             axes.annotate(
-                f"{row.note}, cut" if short_of else row.note, (at, place), (4 * side, 0), textcoords="offset points", fontsize=8,
+                note, (at, place), (4 * side, 0), textcoords="offset points", fontsize=8,
                 ha="right" if side < 0 else "left", va="center", color=COLOURS["muted"], in_layout=False,
             )  # fmt: skip
         axes.xaxis.set_major_formatter(
