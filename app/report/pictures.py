@@ -141,26 +141,35 @@ def _mark(axes: Axes, mark: Mark, height: float, *, right: bool) -> None:
     )  # fmt: skip
 
 
-def bars(caption: Caption, rows: Sequence[Bar], unit: str, limits: tuple[float, float] | None = None) -> str:
-    """Return horizontal bars, first on top, each with its note at its end; bars past `limits` are cut there."""
+def bars(
+    caption: Caption, rows: Sequence[Bar], unit: str, limits: tuple[float, float] | None = None, others: int = 0
+) -> str:
+    """Return horizontal bars, first on top, each with its note at its end; bars past `limits` are cut there.
+
+    Without limits they reach as far as the longest but for the last `others`, which stand for many: past it these are
+    cut, pale, and say so.
+    """
 
     def draw(axes: Axes) -> None:
         values = [row.value or 0.0 for row in rows]
-        low, high = limits or _span(values)
+        low, high = limits or _span(values[: len(values) - others] or values)
         shown = np.clip(values, low, high).tolist()
         places = list(range(len(rows)))
-        axes.barh(places, shown, height=0.66, color=[COLOURS[row.colour] for row in rows], linewidth=0)
+        cut = [limits is None and at != value for at, value in zip(shown, values, strict=True)]
+        colours = [COLOURS["line" if short_of else row.colour] for row, short_of in zip(rows, cut, strict=True)]
+        axes.barh(places, shown, height=0.66, color=colours, linewidth=0)
         axes.axvline(0.0, color=COLOURS["muted"], linewidth=0.8)
         axes.set_yticks(places, [label(row.label) for row in rows])
         # room for the notes on both sides
-        room = 0.16 * (high - low)
+        room = 0.2 * (high - low)
         axes.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.4, -0.6), xlabel=unit)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
-        for place, row, at in zip(places, rows, shown, strict=True):
+        for place, row, at, short_of in zip(places, rows, shown, cut, strict=True):
             side = -1 if at < 0.0 else 1
+            note = f"{row.note}, cut" if short_of else row.note
             axes.annotate(
-                row.note, (at, place), (4 * side, 0), textcoords="offset points", fontsize=8,
+                note, (at, place), (4 * side, 0), textcoords="offset points", fontsize=8,
                 ha="right" if side < 0 else "left", va="center", color=COLOURS["muted"], in_layout=False,
             )  # fmt: skip
         axes.xaxis.set_major_formatter(

@@ -23,7 +23,7 @@ TOP = 20
 COLUMNS_TOP = 7
 ASSETS_TOP = 12
 SCENARIOS_TOP = 40
-MISSING_TOP = 4
+MISSING_TOP = 2
 NEAR, CLOSE = 0.10, 0.25
 """Distances to liquidation up to which a bar is red, and amber."""
 QUANTILES = (0.01, 0.05, 0.25, 0.50, 0.75, 0.95, 0.99)
@@ -101,14 +101,16 @@ def components(report: Report, risk: Risk) -> str:
         order = order[np.argsort(-var[order], kind="stable")]
         columns = [_with_rest(column, order, rest) for column in (exposure, var, es)]
         labels = [*(names[i] for i in order.tolist()), *_others(rest)]
-        found.append(_components(what, labels, columns, parts.confidence))
+        found.append(_components(what, labels, columns, parts.confidence, others=len(labels) - len(order)))
     note = (
         f"Parts of VaR and ES at {parts.confidence:.0%}; they sum to the whole. Below zero: a hedge, which lowers it."
     )
     return section("components", WHO, paragraph(note), *found)
 
 
-def _components(what: str, labels: Sequence[str], columns: Sequence[list[float]], confidence: float) -> str:
+def _components(
+    what: str, labels: Sequence[str], columns: Sequence[list[float]], confidence: float, *, others: int
+) -> str:
     exposure, var, es = columns
     rows = [Bar(n, v, short(v), "accent" if v >= 0.0 else "gain-5") for n, v in zip(labels, var, strict=True)]
     title = f"Component VaR by {what}"
@@ -118,7 +120,7 @@ def _components(what: str, labels: Sequence[str], columns: Sequence[list[float]]
         [what, "net exposure" if what == "underlying" else "exposure", f"VaR {confidence:.0%}", f"ES {confidence:.0%}"],
         [[n, usd(x), usd(v), usd(e)] for n, x, v, e in zip(labels, exposure, var, es, strict=True)],
     )
-    drawn = pictures.bars(caption, rows, "USD")
+    drawn = pictures.bars(caption, rows, "USD", others=others)
     return f'<div class="beside">{figure(drawn, title)}{table_html(table)}</div>'
 
 
@@ -256,6 +258,9 @@ def stressed(report: Report) -> str:
         if len(report.stress) > len(TWENTY_PERCENT)
         else "There is no daily history of what it holds, so no day of the past is replayed."
     )
+    missing = sorted({name for row in report.stress for name in row.missing})
+    if missing:
+        told += f" Without history in some of them, so standing still: {', '.join(missing[:TOP])}."
     words = ("shock", "status", "breach")
     figures = ("P&L", "collateral", "equity after", "maintenance after", "utilization")
     rows = [_stress_row(row) for row in report.stress]

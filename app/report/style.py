@@ -54,7 +54,7 @@ th,td{padding:.24rem .8rem .24rem 0;text-align:left;border-bottom:1px solid var(
 th{font-weight:500}
 thead th{color:var(--muted);font-size:.8rem;vertical-align:bottom}
 .n{text-align:right;padding:.24rem 0 .24rem 1rem}
-.n+td:not(.n){padding-left:1.2rem}
+.n+td:not(.n),.n+th:not(.n){padding-left:1.2rem}
 .pair{display:flex;flex-wrap:wrap;gap:.4rem 3rem;align-items:flex-start}
 .beside{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:1.5rem;align-items:start}
 @media (max-width:60rem){.beside{grid-template-columns:minmax(0,1fr)}}
