@@ -68,19 +68,27 @@ class Town:
         return method, re.sub(r"\{\w+\}", self.ids[ROUTES[route][0]], template).removeprefix("/api")
 
 
+async def _filled(agent: Agent, symbol: str, size: float, price: float, **more: Any) -> tuple[str, str]:
+    """Have a venue fill an order, and return the order's id and the position's."""
+    order = await agent.order(symbol, "buy", size, **more)
+    await agent.post(f"/orders/{order['order_id']}/fills", {"fill_id": symbol, "size": size, "price": price})
+    positions = (await agent.get("/account"))["positions"]
+    return order["order_id"], next(p["id"] for p in positions if p["symbol"] == symbol)
+
+
 async def _settled(service: Service, name: str) -> tuple[Agent, dict[str, str]]:
     agent = await service.agent(name)
     await agent.deposit(USDC=50_000)
-    pooled = await agent.order("BTC-PERP", "buy", 0.1)
-    isolated = await agent.order("ETH-PERP", "buy", 1, margin_mode="isolated")
-    held = await agent.post("/reservations", {"service": "casino", "amount": 100, "reducible": True})
     venue = await agent.send("PATCH", "/account/settings", json={"execution": "venue"})
     assert venue.status_code == 200
+    order, pooled = await _filled(agent, "BTC-PERP", 0.1, 60_000)
+    _, isolated = await _filled(agent, "ETH-PERP", 1, 3_000, margin_mode="isolated")
+    held = await agent.post("/reservations", {"service": "casino", "amount": 100, "reducible": True})
     pending = await agent.order("BTC-PERP", "buy", 0.01)
     return agent, {
-        "position": pooled["position"]["id"],
-        "isolated": isolated["position"]["id"],
-        "order": pooled["order_id"],
+        "position": pooled,
+        "isolated": isolated,
+        "order": order,
         "reservation": held["id"],
         "pending": pending["order_id"],
     }
