@@ -99,20 +99,38 @@ def forecast(book: Worth, panel: Panel, parameters: MarketParameters) -> Floats:
     known = [
         j
         for j, name in enumerate(book.names)
-        if j in largest and (days[j] >= HISTORY_DAYS_MIN or _has_volatility(name, parameters))
+        if j in largest and (days[j] >= HISTORY_DAYS_MIN or parameters.asset(name).volatility is not None)
     ]
-    unknown = np.setdiff1d(np.arange(len(book.names)), known)
+    still = [j for j, name in enumerate(book.names) if days[j] < HISTORY_DAYS_MIN and _stands_still(name, parameters)]
+    unknown = np.setdiff1d(np.arange(len(book.names)), [*known, *still])
     deviation = np.zeros(len(book.exposures))
     if known:
-        covariance = estimate(panel, [book.names[j] for j in known], parameters)
-        deviation = deviations(book.exposures[:, known], covariance)
+        deviation = _deviations(book.exposures[:, known], [book.names[j] for j in known], panel, parameters)
     deviation[(book.exposures[:, unknown] != 0.0).any(axis=1)] = np.nan
     return deviation[:, None] * -ndtri(1.0 - np.array(FORECASTS))
 
 
-def _has_volatility(name: str, parameters: MarketParameters) -> bool:
+def _deviations(exposures: Floats, names: Sequence[str], panel: Panel, parameters: MarketParameters) -> Floats:
+    """Return each account's σ (A,): by one matrix for all, or where that needs a repair by one of its own assets alone.
+
+    A repair of the whole would make an account's forecast depend on what others hold.
+    """
+    whole = estimate(panel, names, parameters)
+    if whole.repair_distance == 0.0:
+        return deviations(exposures, whole)
+    found = np.zeros(len(exposures))
+    sets, group = np.unique(exposures != 0.0, axis=0, return_inverse=True)
+    for k, own in enumerate(sets):
+        rows, columns = np.flatnonzero(group.ravel() == k), np.flatnonzero(own)
+        if len(columns):
+            covariance = estimate(panel, [names[j] for j in columns.tolist()], parameters)
+            found[rows] = deviations(exposures[np.ix_(rows, columns)], covariance)
+    return found
+
+
+def _stands_still(name: str, parameters: MarketParameters) -> bool:
     asset = parameters.asset(name)
-    return asset.volatility is not None or asset.kind == "stable"
+    return asset.volatility is None and asset.kind == "stable"
 
 
 def deviations(exposures: Floats, covariance: Covariance, days: float = 1.0) -> Floats:
