@@ -239,14 +239,19 @@ async def test_a_taken_port_is_given_up_for_a_free_one(home: Path) -> None:
                 assert urlsplit(again.url).port != port
 
 
+def at_work_in(place: Path) -> list[psutil.Process]:
+    """Return the processes that were started on a directory."""
+    return [p for p in psutil.process_iter(["cmdline"]) if any(str(place) in word for word in p.info["cmdline"] or ())]
+
+
 def test_an_initdb_that_was_killed_does_not_poison_the_next_start(tmp_path: Path) -> None:
     process = python(OWNER, tmp_path)
     wait_until(lambda: list(tmp_path.glob("postgres-tmp-*/cluster/base")))
-    initdb = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    for victim in initdb:
-        with contextlib.suppress(psutil.NoSuchProcess):  # its helpers come and go: one may have ended by itself
-            victim.kill()
+    while helpers := at_work_in(tmp_path):  # they come and go: one may have ended by itself, another just begun
+        for helper in helpers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                helper.kill()
     process.communicate()
     assert list(tmp_path.glob("postgres-tmp-*"))
     assert not (tmp_path / "postgres").exists()
