@@ -38,6 +38,8 @@ _ACCOUNTS = f"""
 # Rows that were written by transactions which the last snapshot may not have seen. Nothing is missed, whatever the
 # order of commits, and no index is kept for it: that would cost each change of a book more than this scan costs.
 _CHANGED = "SELECT agent_id, version FROM accounts WHERE age(xmin) <= age($2::text::xid) {}"
+_MIDDLE = "SELECT pg_relation_size('positions') / current_setting('block_size')::int / 2"
+"""The block at which the table of positions is cut in two, one half for each connection."""
 _HORIZON = "SELECT (pg_snapshot_xmin(pg_current_snapshot())::text::bigint % 4294967296)::text"
 
 _POSITIONS = f"""
@@ -110,21 +112,37 @@ async def load_all(database: Database, shards: Collection[int] | None = None) ->
     chosen = _Chosen.shards(shards)
     async with database.snapshot() as first:
         exported = await first.fetchval("SELECT pg_export_snapshot()")
+        middle = await first.fetchval(_MIDDLE)
         async with database.snapshot(exported) as second:
             # both run to their end, so that neither connection is left busy
-            read = asyncio.gather(_positions(first, chosen), _backing(second, chosen), return_exceptions=True)
-            positions, backing = await read
-            if isinstance(positions, BaseException):
-                raise positions
-            if isinstance(backing, BaseException):
-                raise backing
-        return Loaded(_columns(positions, backing), await first.fetchval(_HORIZON))
+            read = asyncio.gather(
+                _positions(first, chosen, f"AND ctid < '({middle},0)'"),
+                _rest(second, chosen, f"AND ctid >= '({middle},0)'"),
+                return_exceptions=True,
+            )
+            lower, rest = await read
+            if isinstance(lower, BaseException):
+                raise lower
+            if isinstance(rest, BaseException):
+                raise rest
+        upper, backing = rest
+        rows = np.concatenate([lower, upper])
+        return Loaded(_columns(rows, await _symbols(first, rows["symbol"]), backing), await first.fetchval(_HORIZON))
+
+
+async def _rest(connection: asyncpg.Connection, chosen: _Chosen, part: str) -> tuple[NDArray[np.void], _Backing]:
+    """Return a part of the positions, and what backs all of them."""
+    return await _positions(connection, chosen, part), await _backing(connection, chosen)
+
+
+async def _some(connection: asyncpg.Connection, chosen: _Chosen) -> BookColumns:
+    rows = await _positions(connection, chosen)
+    return _columns(rows, await _symbols(connection, rows["symbol"]), await _backing(connection, chosen))
 
 
 async def load_some(connection: asyncpg.Connection, agents: Sequence[str]) -> BookColumns:
     """Return the books of these agents as a snapshot sees them."""
-    chosen = _Chosen.agents(agents)
-    return _columns(await _positions(connection, chosen), await _backing(connection, chosen))
+    return await _some(connection, _Chosen.agents(agents))
 
 
 async def load_changed(
@@ -143,17 +161,7 @@ async def load_changed(
         agents = [agent for agent, version in rows if known(agent) != version]
         if not agents:
             return Loaded(book_columns([]), await connection.fetchval(_HORIZON))
-        chosen = _Chosen.agents(agents)
-        positions, backing = await _positions(connection, chosen), await _backing(connection, chosen)
-        return Loaded(_columns(positions, backing), await connection.fetchval(_HORIZON))
-
-
-@dataclass(frozen=True, slots=True)
-class _Positions:
-    """Rows of open positions, and the names that their symbols' hashes stand for."""
-
-    rows: NDArray[np.void]
-    symbols: _Names
+        return Loaded(await _some(connection, _Chosen.agents(agents)), await connection.fetchval(_HORIZON))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +173,9 @@ class _Backing:
     assets: _Names
 
 
-async def _positions(connection: asyncpg.Connection, chosen: _Chosen) -> _Positions:
-    """Return the open positions of the chosen agents."""
-    rows = await _copy(connection, f"{_POSITIONS} {chosen.clause}", _POSITION_FIELDS, chosen)
-    return _Positions(rows, await _symbols(connection, rows["symbol"]))
+async def _positions(connection: asyncpg.Connection, chosen: _Chosen, part: str = "") -> NDArray[np.void]:
+    """Return the open positions of the chosen agents, or those of them in a part of the table."""
+    return await _copy(connection, f"{_POSITIONS} {part} {chosen.clause}", _POSITION_FIELDS, chosen)
 
 
 async def _backing(connection: asyncpg.Connection, chosen: _Chosen) -> _Backing:
@@ -181,21 +188,21 @@ async def _backing(connection: asyncpg.Connection, chosen: _Chosen) -> _Backing:
     return _Backing(accounts, rows, assets)
 
 
-def _columns(found: _Positions, backing: _Backing) -> BookColumns:
+def _columns(positions: NDArray[np.void], symbols: _Names, backing: _Backing) -> BookColumns:
     names, hashes, version, mode, breach, open_call = backing.accounts
     accounts = _Names.of(names, hashes)
-    positions, holdings = found.rows, backing.rows
+    holdings = backing.rows
     return BookColumns(
         agents=names,
         version=np.array(version, dtype=np.int64),
         mode=np.array(mode, dtype=np.int8),
         breach=np.array(breach, dtype=np.float64),
         open_call=np.array(open_call, dtype=np.bool_),
-        symbols=found.symbols.names,
+        symbols=symbols.names,
         assets=backing.assets.names,
         positions=PositionColumns(
             account=accounts.rows(positions["account"]),
-            symbol=found.symbols.rows(positions["symbol"]),
+            symbol=symbols.rows(positions["symbol"]),
             **{n: positions[n].astype(np.float64) for n in ("size", "entry_price", "leverage", "allocated")},
             isolated=positions["isolated"].copy(),
         ),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -98,3 +100,18 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_it_sends(place: Home,
                     [sent] = (await tx.connection.execute(query)).all()
                 assert tuple(sent) == ("delivered", 1, None)
                 assert len(receiver.received) == 1
+
+
+async def test_a_worker_alone_shows_its_metrics_where_it_is_told_to(place: Home, database: Database) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    given = {"PYTHONPATH": str(ROOT), **settings_of(database), "PRIMERISK_WORKER_METRICS_PORT": str(port)}
+    with running(place, "worker", **given):
+        async with httpx.AsyncClient() as client, asyncio.timeout(60):
+            while True:
+                with suppress(httpx.TransportError):
+                    shown = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+                    if "primerisk_screen_shards 64.0" in shown:
+                        break
+                await asyncio.sleep(0.2)
+    assert "primerisk_decision_seconds_count" in shown
