@@ -189,9 +189,9 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
 ) -> None:
     """Write a portfolio's risk report, one page of HTML with pictures, offline."""
-    from app import paper  # noqa: PLC0415
+    from app import report_file  # noqa: PLC0415
 
-    paper.write_report(_read(file), history, out, seed, read_settings(), show=show)
+    report_file.write_report(_read(file), history, out, seed, read_settings(), show=show)
 
 
 @cli.command()

@@ -128,9 +128,9 @@ class Watchman:
             self._take_notes()
 
     def _take_notes(self) -> None:
-        told, screen = self._told, self._screen
-        for note in self._notes if screen is not None else ():
-            row = screen.index.get(note.agent) if screen is not None else None
+        told, index = self._told, {} if self._screen is None else self._screen.index
+        for note in self._notes:
+            row = index.get(note.agent)
             if row is not None:
                 told.zone[row], told.alert[row] = note.levels
                 told.low[row], told.high[row] = note.band.low, note.band.high

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -35,10 +35,14 @@ from app.domain.quoted_book import quoted_book
 from app.errors import ForbiddenError, invalid
 from app.services import book
 from app.services.accounts import Caller
+from app.services.history_cache import Known
 from app.services.liquidation import reduced
 from app.services.margin import Scene
 
 AgentId = Annotated[str | None, Query(description='whose book `"book":"account"` is: for keys of an admin')]
+
+HISTORY_CELLS_MAX = 200_000
+"""Assets x days of history that a request may read."""
 
 _OF_REQUEST = ("positions", "collateral", "liabilities", "reservations", "market", "settings", "as_of")
 
@@ -54,6 +58,14 @@ class RiskBookIn(RequestIn):
     market: MarketIn | None = None
     settings: SettingsIn | None = None  # type: ignore[valid-type]
     as_of: Moment | None = None
+
+
+async def history_of(parts: Parts, assets: Sequence[str], days: int, pointer: str) -> Known:
+    """Return the last so many daily returns of the assets. Raises InvalidError `too_much_work` at the pointer."""
+    if len(assets) * days > HISTORY_CELLS_MAX:
+        detail = f"{len(assets)} assets x {days} days of history, over the limit of {HISTORY_CELLS_MAX}"
+        raise invalid(pointer, "too_much_work", detail)
+    return await parts.history.panel(assets, days)
 
 
 B = TypeVar("B", bound=RiskBookIn)

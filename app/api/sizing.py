@@ -14,7 +14,7 @@ from app.api import body as wire
 from app.api.deps import Parts, document, parts_of
 from app.api.plans import check_plan_work, order_shown, planned_shown
 from app.api.quote_request import Limits, check_length, check_work
-from app.api.risk_book import AgentId, Asked, asked_of, planned_book, risk_book
+from app.api.risk_book import AgentId, Asked, asked_of, history_of, planned_book, risk_book
 from app.api.sizing_request import (
     ASSETS_MAX,
     SIZING,
@@ -44,7 +44,7 @@ from app.domain.sizing.weights import (
 )
 from app.domain.stress import stress_account
 from app.errors import invalid, pointers_under
-from app.services.risk_history import History, load_history
+from app.services.history_cache import Known
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
 
@@ -97,9 +97,7 @@ async def quote_sizing(request: Request, agent_id: AgentId = None) -> Response:
     check_length("/positions", names, ASSETS_MAX)
     history = None
     if asked.body.covariance is not None:
-        async with parts.database.transaction(asked.caller.key_id) as tx:
-            days = asked.body.covariance.window_days
-            history = await load_history(tx, names, days, "/covariance/window_days")
+        history = await history_of(parts, names, asked.body.covariance.window_days, "/covariance/window_days")
     reply = await parts.workshop.run(_answer, parts, asked, holdings, names, history)
     return Response(reply, media_type="application/json")
 
@@ -136,7 +134,7 @@ def _holdings(parts: Parts, asked: Asked[SizingIn]) -> Holdings | None:
 
 
 def _answer(
-    parts: Parts, asked: Asked[SizingIn], holdings: Holdings | None, names: Sequence[str], history: History | None
+    parts: Parts, asked: Asked[SizingIn], holdings: Holdings | None, names: Sequence[str], history: Known | None
 ) -> bytes:
     body = asked.body
     parameters = parts.market.view.parameters

@@ -15,7 +15,7 @@ from app.api import body as wire
 from app.api import stress_reply
 from app.api.deps import Parts, document, parts_of
 from app.api.quote_request import Limits, Move, Positive, Symbol, Text, check_length, check_work
-from app.api.risk_book import AgentId, Asked, RiskBook, RiskBookIn, asked_of, risk_book
+from app.api.risk_book import AgentId, Asked, RiskBook, RiskBookIn, asked_of, history_of, risk_book
 from app.domain.feedback import ROUNDS_MAX, Feedback, FeedbackTerms, collateral_step, feedback
 from app.domain.parameters import Regime
 from app.domain.regimes import stored_regime
@@ -24,7 +24,7 @@ from app.domain.reverse import reverse_stress
 from app.domain.scenarios import NAMED, Scenario, ScenarioGrid
 from app.domain.stress import TWENTY_PERCENT, StressAccount, market_shocks, stress, stress_account
 from app.errors import invalid, pointers_under
-from app.services.risk_history import History, load_history
+from app.services.history_cache import Known
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
 
@@ -95,9 +95,8 @@ async def quote_stress(request: Request, agent_id: AgentId = None) -> Response:
     prepared = await parts.workshop.run(_prepared, parts, asked)
     history = None
     if asked.body.replay is not None:
-        async with parts.database.transaction(asked.caller.key_id) as tx:
-            days = asked.body.replay.history_days
-            history = await load_history(tx, prepared.account.names, days, "/replay/history_days")
+        days = asked.body.replay.history_days
+        history = await history_of(parts, prepared.account.names, days, "/replay/history_days")
     reply = await parts.workshop.run(_answer, asked, prepared, history)
     return Response(reply, media_type="application/json")
 
@@ -162,7 +161,7 @@ def estimated_work(account: StressAccount, markets: int, *, repairs: bool = Fals
     return matrix + markets * (0.05 + pairs + options * 0.0025)
 
 
-def _answer(asked: Asked[StressIn], prepared: Prepared, history: History | None) -> bytes:
+def _answer(asked: Asked[StressIn], prepared: Prepared, history: Known | None) -> bytes:
     body, account = asked.body, prepared.account
     replayed = None
     if body.replay is not None and history is not None:

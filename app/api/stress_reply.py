@@ -18,7 +18,7 @@ from app.domain.replay import Replay
 from app.domain.reverse import ReverseStress
 from app.domain.scenarios import Scenario
 from app.domain.stress import StressAccount, Stressed
-from app.services.risk_history import History
+from app.services.history_cache import Known
 
 PAIRS_SHOWN_MAX = 200
 NOT_MODELLED = (
@@ -35,7 +35,7 @@ def reply(
     scenarios: list[dict[str, Any]],
     results: list[dict[str, Any]],
     replayed: Replay | None,
-    history: History | None,
+    history: Known | None,
 ) -> dict[str, Any]:
     """Return the whole reply."""
     names = tuple(dict.fromkeys([*account.names, *account.collateral.assets]))
@@ -192,7 +192,7 @@ def _named(names: Sequence[str], values: Floats) -> dict[str, float]:
     return {name: value for name, value in zip(names, values.tolist(), strict=True) if value}
 
 
-def _history(history: History) -> dict[str, Any]:
+def _history(history: Known) -> dict[str, Any]:
     days = history.panel.dates.tolist()
     return {
         "version": history.version,

@@ -9,7 +9,6 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
-    DateTime,
     ForeignKey,
     Identity,
     Index,
@@ -22,11 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from app.db.columns import moment
 from app.db.tables import append_only, metadata
-
-
-def _moment(name: str, *, nullable: bool = False) -> Column[object]:
-    return Column(name, DateTime(timezone=True), nullable=nullable)
 
 
 def _owner() -> Column[str]:
@@ -54,7 +50,7 @@ events = Table(
     _owner(),
     Column("sequence", BigInteger, nullable=False),
     Column("type", Text, nullable=False),
-    _moment("timestamp"),
+    moment("timestamp"),
     Column("data", JSONB, nullable=False),
     UniqueConstraint("event_id", name="events_event_id_key"),
     UniqueConstraint("agent_id", "sequence", name="events_sequence_key", postgresql_nulls_not_distinct=True),
@@ -82,11 +78,11 @@ webhook_endpoints = Table(
     Column("filters", ARRAY(Text), nullable=False),  # none: every type
     Column("secret", Text),
     Column("secret_before", Text),
-    _moment("secret_before_until", nullable=True),
+    moment("secret_before_until", nullable=True),
     Column("status", Text, nullable=False),
     Column("reason", Text),
-    _moment("failing_since", nullable=True),
-    _moment("created_at"),
+    moment("failing_since", nullable=True),
+    moment("created_at"),
     CheckConstraint("length(url) BETWEEN 1 AND 2000", name="url"),
     CheckConstraint("cardinality(filters) <= 50", name="filters"),
     CheckConstraint("status IN ('enabled', 'disabled', 'deleted')", name="status"),
@@ -107,12 +103,12 @@ webhook_deliveries = Table(
     Column("state", Text, nullable=False, server_default="pending"),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("slow_retries", Integer, nullable=False, server_default=text("0")),
-    _moment("urgent_until", nullable=True),
-    _moment("created_at"),
-    _moment("next_attempt_at", nullable=True),
-    _moment("lease_until", nullable=True),
+    moment("urgent_until", nullable=True),
+    moment("created_at"),
+    moment("next_attempt_at", nullable=True),
+    moment("lease_until", nullable=True),
     Column("lease_token", Text),
-    _moment("delivered_at", nullable=True),
+    moment("delivered_at", nullable=True),
     Column("last_status", Integer),
     Column("last_error", Text),
     Column("priority", SmallInteger, nullable=False, server_default=text("1")),
@@ -143,7 +139,7 @@ webhook_attempts = Table(
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("delivery_id", BigInteger, ForeignKey("webhook_deliveries.id"), nullable=False),
-    _moment("at"),
+    moment("at"),
     Column("milliseconds", Integer, nullable=False),
     Column("status", Integer),
     Column("error", Text),

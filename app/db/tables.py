@@ -30,6 +30,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from app.db.columns import check, moment, number, string
+
 SYMBOL_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}"
 """Assets and instruments; read alike by Python's and Postgres's regular expressions."""
 
@@ -52,24 +54,8 @@ metadata = MetaData(
 )
 
 
-def _check(name: str, rule: str) -> CheckConstraint:
-    return CheckConstraint(rule, name=name)
-
-
-def _moment(name: str, *, nullable: bool = False) -> Column[object]:
-    return Column(name, DateTime(timezone=True), nullable=nullable)
-
-
 def _created_at() -> Column[object]:
     return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
-
-
-def _number(name: str, *, nullable: bool = False) -> Column[object]:
-    return Column(name, Numeric, nullable=nullable)
-
-
-def _text(name: str) -> Column[str]:
-    return Column(name, Text, nullable=False)
 
 
 def _key(name: str) -> Column[str]:
@@ -77,7 +63,7 @@ def _key(name: str) -> Column[str]:
 
 
 def _symbol(name: str) -> CheckConstraint:
-    return _check(name, f"{name} ~ '^{SYMBOL_PATTERN}$'")
+    return check(name, f"{name} ~ '^{SYMBOL_PATTERN}$'")
 
 
 def _version() -> Column[int]:
@@ -89,10 +75,10 @@ agents = Table(
     "agents",
     metadata,
     _key("id"),
-    _text("name"),
+    string("name"),
     _created_at(),
-    _check("id", "length(id) BETWEEN 1 AND 64"),
-    _check("name", "length(name) BETWEEN 1 AND 200"),
+    check("id", "length(id) BETWEEN 1 AND 64"),
+    check("name", "length(name) BETWEEN 1 AND 200"),
     info={"owner": "accounts"},
 )
 
@@ -101,16 +87,16 @@ api_keys = Table(
     metadata,
     _key("id"),
     Column("agent_id", Text, ForeignKey("agents.id")),  # null: a key of the service, not of one agent
-    _text("name"),
+    string("name"),
     Column("secret_sha256", LargeBinary, nullable=False),
     Column("scopes", ARRAY(Text), nullable=False),
     _created_at(),
-    _moment("expires_at", nullable=True),
-    _moment("revoked_at", nullable=True),
-    _check("id", "length(id) BETWEEN 1 AND 64"),
-    _check("name", "length(name) <= 200"),
-    _check("secret_sha256", "octet_length(secret_sha256) = 32"),
-    _check(
+    moment("expires_at", nullable=True),
+    moment("revoked_at", nullable=True),
+    check("id", "length(id) BETWEEN 1 AND 64"),
+    check("name", "length(name) <= 200"),
+    check("secret_sha256", "octet_length(secret_sha256) = 32"),
+    check(
         "scopes",
         "cardinality(scopes) > 0 AND scopes <@ ARRAY['agent', 'coordinator', 'market', 'admin']::text[]",
     ),
@@ -125,8 +111,8 @@ market_state = Table(
     metadata,
     _key("name"),
     Column("version", BigInteger, nullable=False),
-    _check("name", "name IN ('parameters', 'prices', 'history')"),
-    _check("version", "version >= 0"),
+    check("name", "name IN ('parameters', 'prices', 'history')"),
+    check("version", "version >= 0"),
     info={"owner": "market"},
 )
 
@@ -134,11 +120,11 @@ market_changes = Table(
     "market_changes",
     metadata,
     Column("version", BigInteger, primary_key=True, autoincrement=False),
-    _moment("changed_at"),
-    _text("changed_by"),
-    _text("kind"),
-    _text("name"),
-    _check("kind", "kind IN ('seed', 'asset', 'instrument', 'model', 'correlation')"),
+    moment("changed_at"),
+    string("changed_by"),
+    string("kind"),
+    string("name"),
+    check("kind", "kind IN ('seed', 'asset', 'instrument', 'model', 'correlation')"),
     info={"owner": "market"},
 )
 
@@ -147,25 +133,25 @@ asset_parameters = Table(
     metadata,
     _key("asset"),
     _version(),
-    _text("kind"),
-    _number("haircut"),
-    _number("initial_margin_rate"),
-    _number("maintenance_margin_rate"),
-    _number("price_range"),
-    _number("volatility_range"),
-    _number("volatility", nullable=True),
-    _number("concentration_limit", nullable=True),
+    string("kind"),
+    number("haircut"),
+    number("initial_margin_rate"),
+    number("maintenance_margin_rate"),
+    number("price_range"),
+    number("volatility_range"),
+    number("volatility", nullable=True),
+    number("concentration_limit", nullable=True),
     _symbol("asset"),
-    _check("kind", "kind IN ('stable', 'coin')"),
-    _check("haircut", "haircut >= 0 AND haircut <= 1"),
-    _check(
+    check("kind", "kind IN ('stable', 'coin')"),
+    check("haircut", "haircut >= 0 AND haircut <= 1"),
+    check(
         "margin_rates",
         "maintenance_margin_rate > 0 AND maintenance_margin_rate <= initial_margin_rate AND initial_margin_rate <= 10",
     ),
-    _check("price_range", "price_range > 0 AND price_range < 1"),
-    _check("volatility_range", "volatility_range > 0 AND volatility_range <= 10"),
-    _check("volatility", "volatility > 0 AND volatility <= 100"),
-    _check("concentration_limit", "concentration_limit > 0 AND concentration_limit < 1e15"),
+    check("price_range", "price_range > 0 AND price_range < 1"),
+    check("volatility_range", "volatility_range > 0 AND volatility_range <= 10"),
+    check("volatility", "volatility > 0 AND volatility <= 100"),
+    check("concentration_limit", "concentration_limit > 0 AND concentration_limit < 1e15"),
     info={"owner": "market"},
 )
 
@@ -174,23 +160,23 @@ instrument_parameters = Table(
     metadata,
     _key("symbol"),
     _version(),
-    _text("underlying"),
-    _text("kind"),
-    _number("contract_size"),
-    _number("initial_margin_rate", nullable=True),
-    _number("maintenance_margin_rate", nullable=True),
-    _number("price_range", nullable=True),
-    _number("volatility", nullable=True),
+    string("underlying"),
+    string("kind"),
+    number("contract_size"),
+    number("initial_margin_rate", nullable=True),
+    number("maintenance_margin_rate", nullable=True),
+    number("price_range", nullable=True),
+    number("volatility", nullable=True),
     _symbol("symbol"),
     _symbol("underlying"),
-    _check("kind", "kind IN ('spot', 'perpetual', 'future')"),
-    _check("contract_size", "contract_size > 0 AND contract_size < 1e15"),
-    _check("initial_margin_rate", "initial_margin_rate > 0 AND initial_margin_rate <= 10"),
-    _check("maintenance_margin_rate", "maintenance_margin_rate > 0 AND maintenance_margin_rate <= 10"),
+    check("kind", "kind IN ('spot', 'perpetual', 'future')"),
+    check("contract_size", "contract_size > 0 AND contract_size < 1e15"),
+    check("initial_margin_rate", "initial_margin_rate > 0 AND initial_margin_rate <= 10"),
+    check("maintenance_margin_rate", "maintenance_margin_rate > 0 AND maintenance_margin_rate <= 10"),
     # Against the underlying's rates, where one of the two is null: services/market_rules.py.
-    _check("margin_rates", "maintenance_margin_rate <= initial_margin_rate"),
-    _check("price_range", "price_range > 0 AND price_range < 1"),
-    _check("volatility", "volatility > 0 AND volatility <= 100"),
+    check("margin_rates", "maintenance_margin_rate <= initial_margin_rate"),
+    check("price_range", "price_range > 0 AND price_range < 1"),
+    check("volatility", "volatility > 0 AND volatility <= 100"),
     info={"owner": "market"},
 )
 
@@ -199,8 +185,8 @@ model_parameters = Table(
     metadata,
     _key("name"),
     _version(),
-    _number("value"),
-    _check("value", "value >= 0 AND value < 1e15"),
+    number("value"),
+    check("value", "value >= 0 AND value < 1e15"),
     info={"owner": "market"},
 )
 
@@ -211,11 +197,11 @@ correlation_parameters = Table(
     _key("a"),
     _key("b"),
     _version(),
-    _number("value"),
-    _check("matrix", "matrix IN ('stress', 'hedge', 'normal', 'sideways', 'sell_off', 'liquidity_crisis')"),
+    number("value"),
+    check("matrix", "matrix IN ('stress', 'hedge', 'normal', 'sideways', 'sell_off', 'liquidity_crisis')"),
     # Sorted as Python sorts, by code point; the stars stand for every other pair.
-    _check("pair", "a COLLATE \"C\" < b OR a = '*' AND b = '*'"),
-    _check("value", "value >= -1 AND value <= 1"),
+    check("pair", "a COLLATE \"C\" < b OR a = '*' AND b = '*'"),
+    check("value", "value >= -1 AND value <= 1"),
     info={"owner": "market"},
 )
 
@@ -223,12 +209,12 @@ market_prices = Table(
     "market_prices",
     metadata,
     _key("symbol"),
-    _number("price"),
-    _moment("as_of"),
-    _moment("received_at"),
+    number("price"),
+    moment("as_of"),
+    moment("received_at"),
     Column("version", BigInteger, nullable=False),  # of market_state 'prices'; no index, so updates stay HOT
     _symbol("symbol"),
-    _check("price", "price > 0 AND price < 1e15 AND scale(price) <= 18"),
+    check("price", "price > 0 AND price < 1e15 AND scale(price) <= 18"),
     info={"owner": "prices"},
 )
 
@@ -238,14 +224,14 @@ price_bars = Table(
     metadata,
     _key("symbol"),
     Column("minute", DateTime(timezone=True), primary_key=True),
-    _number("open"),
-    _number("high"),
-    _number("low"),
-    _number("close"),
-    _moment("opened_at"),
-    _moment("closed_at"),
-    _check("prices", "low > 0 AND low <= open AND low <= close AND open <= high AND close <= high AND high < 1e15"),
-    _check("times", "minute <= opened_at AND opened_at <= closed_at"),
+    number("open"),
+    number("high"),
+    number("low"),
+    number("close"),
+    moment("opened_at"),
+    moment("closed_at"),
+    check("prices", "low > 0 AND low <= open AND low <= close AND open <= high AND close <= high AND high < 1e15"),
+    check("times", "minute <= opened_at AND opened_at <= closed_at"),
     info={"owner": "price_history"},
 )
 
@@ -255,12 +241,12 @@ daily_closes = Table(
     metadata,
     _key("asset"),
     Column("day", Date, primary_key=True),
-    _number("close"),
+    number("close"),
     Column("version", BigInteger, nullable=False),  # of market_state 'history'
-    _moment("stored_at"),
+    moment("stored_at"),
     _symbol("asset"),
-    _check("day", "day >= '1970-01-01'"),
-    _check("close", "close > 0 AND close < 1e15 AND scale(close) <= 18"),
+    check("day", "day >= '1970-01-01'"),
+    check("close", "close > 0 AND close < 1e15 AND scale(close) <= 18"),
     info={"owner": "closes"},
 )
 
@@ -274,27 +260,27 @@ accounts = Table(
     Column("auto_liquidate", Boolean, nullable=False, server_default=text("true")),
     Column("notice_delay_seconds", Integer, nullable=False, server_default=text("0")),
     Column("grace_period_seconds", Integer, nullable=False, server_default=text("300")),
-    _number("trailing_stop", nullable=True),
-    _number("target_utilization", nullable=True),
-    _number("gate_utilization", nullable=True),
-    _number("breach_utilization", nullable=True),
-    _number("cure_utilization", nullable=True),
-    _number("stop_utilization", nullable=True),
-    _number("shortfall_utilization", nullable=True),
+    number("trailing_stop", nullable=True),
+    number("target_utilization", nullable=True),
+    number("gate_utilization", nullable=True),
+    number("breach_utilization", nullable=True),
+    number("cure_utilization", nullable=True),
+    number("stop_utilization", nullable=True),
+    number("shortfall_utilization", nullable=True),
     Column("version", BigInteger, nullable=False, server_default=text("0")),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("drawdown_ladder", Text, nullable=False, server_default="off"),
-    _check("margin_mode", "margin_mode IN ('cross', 'isolated', 'portfolio')"),
-    _check("execution", "execution IN ('book', 'venue')"),
-    _check("delays", "notice_delay_seconds BETWEEN 0 AND 86400 AND grace_period_seconds BETWEEN 0 AND 86400"),
-    _check("trailing_stop", "trailing_stop > 0 AND trailing_stop < 1"),
-    _check("drawdown_ladder", "drawdown_ladder IN ('off', 'notify', 'apply')"),
-    _check("target_utilization", "target_utilization > 0 AND target_utilization <= 1"),
-    _check("gate_utilization", "gate_utilization > 0 AND gate_utilization <= 1"),
-    _check("breach_utilization", "breach_utilization > 0 AND breach_utilization <= 1"),
-    _check("cure_utilization", "cure_utilization > 0 AND cure_utilization <= 1"),
-    _check("stop_utilization", "stop_utilization > 0 AND stop_utilization <= 1"),
-    _check("shortfall_utilization", "shortfall_utilization > 0 AND shortfall_utilization <= 1"),
+    check("margin_mode", "margin_mode IN ('cross', 'isolated', 'portfolio')"),
+    check("execution", "execution IN ('book', 'venue')"),
+    check("delays", "notice_delay_seconds BETWEEN 0 AND 86400 AND grace_period_seconds BETWEEN 0 AND 86400"),
+    check("trailing_stop", "trailing_stop > 0 AND trailing_stop < 1"),
+    check("drawdown_ladder", "drawdown_ladder IN ('off', 'notify', 'apply')"),
+    check("target_utilization", "target_utilization > 0 AND target_utilization <= 1"),
+    check("gate_utilization", "gate_utilization > 0 AND gate_utilization <= 1"),
+    check("breach_utilization", "breach_utilization > 0 AND breach_utilization <= 1"),
+    check("cure_utilization", "cure_utilization > 0 AND cure_utilization <= 1"),
+    check("stop_utilization", "stop_utilization > 0 AND stop_utilization <= 1"),
+    check("shortfall_utilization", "shortfall_utilization > 0 AND shortfall_utilization <= 1"),
     info={"owner": "accounts"},
 )
 
@@ -305,10 +291,10 @@ balances = Table(
     Column("agent_id", Text, ForeignKey("accounts.agent_id"), primary_key=True),
     _key("asset"),
     _key("bucket"),
-    _number("amount"),
+    number("amount"),
     _symbol("asset"),
-    _check("bucket", "bucket IN ('free', 'reserved', 'allocated', 'owed')"),
-    _check("amount", "amount >= 0 AND amount < 1e15 AND scale(amount) <= 18"),
+    check("bucket", "bucket IN ('free', 'reserved', 'allocated', 'owed')"),
+    check("amount", "amount >= 0 AND amount < 1e15 AND scale(amount) <= 18"),
     info={"owner": "ledger"},
 )
 
@@ -319,23 +305,23 @@ ledger_entries = Table(
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("batch", BigInteger, nullable=False),
-    _text("agent_id"),
-    _text("service"),
-    _text("kind"),
+    string("agent_id"),
+    string("service"),
+    string("kind"),
     Column("reference", Text),
     Column("idempotency_key", Text),
-    _text("actor"),
-    _moment("posted_at"),
-    _text("asset"),
-    _number("amount"),
-    _text("from_owner"),
-    _text("from_bucket"),
-    _text("to_owner"),
-    _text("to_bucket"),
+    string("actor"),
+    moment("posted_at"),
+    string("asset"),
+    number("amount"),
+    string("from_owner"),
+    string("from_bucket"),
+    string("to_owner"),
+    string("to_bucket"),
     _symbol("asset"),
-    _check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
-    _check("sides", "from_owner <> to_owner OR from_bucket <> to_bucket"),
-    _check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
+    check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
+    check("sides", "from_owner <> to_owner OR from_bucket <> to_bucket"),
+    check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
     Index("ledger_entries_from_owner_idx", "from_owner", "id"),
     Index("ledger_entries_to_owner_idx", "to_owner", "id"),
     info={"owner": "ledger"},
@@ -347,22 +333,22 @@ reservations = Table(
     _key("id"),
     Column("seq", BigInteger, Identity(always=True), nullable=False),
     Column("agent_id", Text, ForeignKey("accounts.agent_id"), nullable=False),
-    _text("service"),
-    _text("asset"),
-    _number("amount"),
-    _number("remaining"),
-    _number("settled"),
+    string("service"),
+    string("asset"),
+    number("amount"),
+    number("remaining"),
+    number("settled"),
     Column("reference", Text),
     Column("reducible", Boolean, nullable=False),
-    _text("status"),
+    string("status"),
     _created_at(),
-    _moment("closed_at", nullable=True),
+    moment("closed_at", nullable=True),
     _symbol("asset"),
-    _check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
-    _check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
-    _check("remaining", "remaining >= 0 AND settled >= 0 AND remaining + settled <= amount"),
-    _check("status", "status IN ('open', 'settled', 'released')"),
-    _check("closed", "(status = 'open') = (remaining > 0) AND (status = 'open') = (closed_at IS NULL)"),
+    check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
+    check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
+    check("remaining", "remaining >= 0 AND settled >= 0 AND remaining + settled <= amount"),
+    check("status", "status IN ('open', 'settled', 'released')"),
+    check("closed", "(status = 'open') = (remaining > 0) AND (status = 'open') = (closed_at IS NULL)"),
     Index("reservations_agent_id_idx", "agent_id", "seq"),
     Index("reservations_open_idx", "agent_id", postgresql_where=text("status = 'open'")),
     info={"owner": "wallet"},
@@ -374,12 +360,12 @@ idempotency_keys = Table(
     metadata,
     _key("caller"),
     _key("key"),
-    _text("request"),
+    string("request"),
     Column("body_sha256", LargeBinary, nullable=False),
     Column("status", Integer),
     Column("reply", LargeBinary),
     _created_at(),
-    _check("key", "length(key) BETWEEN 1 AND 255"),
+    check("key", "length(key) BETWEEN 1 AND 255"),
     Index("idempotency_keys_created_at_idx", "created_at"),
     info={"owner": "idempotency"},
 )
@@ -388,11 +374,11 @@ audit_log = Table(
     "audit_log",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
-    _moment("at"),
-    _text("actor"),
+    moment("at"),
+    string("actor"),
     Column("agent_id", Text),
-    _text("action"),
-    _text("subject"),
+    string("action"),
+    string("subject"),
     Column("detail", JSONB, nullable=False),
     Index("audit_log_agent_id_idx", "agent_id", "id"),
     info={"owner": "audit"},
@@ -405,31 +391,31 @@ margin_calls = Table(
     _key("id"),
     Column("seq", BigInteger, Identity(always=True), nullable=False),
     Column("agent_id", Text, ForeignKey("accounts.agent_id"), nullable=False),
-    _text("state"),
-    _text("cause"),
-    _moment("noticed_at"),
-    _moment("opened_at", nullable=True),
-    _moment("deadline_at", nullable=True),
-    _moment("expired_at", nullable=True),
-    _moment("ended_at", nullable=True),
-    _moment("acknowledged_at", nullable=True),
-    _moment("next_action_at", nullable=True),
+    string("state"),
+    string("cause"),
+    moment("noticed_at"),
+    moment("opened_at", nullable=True),
+    moment("deadline_at", nullable=True),
+    moment("expired_at", nullable=True),
+    moment("ended_at", nullable=True),
+    moment("acknowledged_at", nullable=True),
+    moment("next_action_at", nullable=True),
     Column("reminders", Integer, nullable=False, server_default=text("0")),
     Column("slices", Integer, nullable=False, server_default=text("0")),
-    _number("deficit"),
+    number("deficit"),
     Column("figures", JSONB, nullable=False),
     Column("attempts", Integer, nullable=False, server_default=text("0")),  # of the request that waits at a venue
-    _moment("respond_by", nullable=True),
+    moment("respond_by", nullable=True),
     Column("uncovered", Numeric, nullable=False, server_default=text("0")),
-    _moment("exhausted_at", nullable=True),
-    _check("uncovered", "uncovered >= 0"),
-    _check("state", "state IN ('noticed', 'open', 'expired', 'liquidating', 'lapsed', 'cured', 'completed')"),
-    _check("cause", "cause IN ('utilization', 'maintenance', 'isolated')"),
-    _check("ended", "(state IN ('lapsed', 'cured', 'completed')) = (ended_at IS NOT NULL)"),
-    _check("opened", "state IN ('noticed', 'lapsed') OR opened_at IS NOT NULL AND deadline_at IS NOT NULL"),
-    _check("deadline", "deadline_at >= opened_at"),
-    _check("deficit", "deficit >= 0"),
-    _check("attempts", "attempts >= 0 AND (attempts = 0) = (respond_by IS NULL)"),
+    moment("exhausted_at", nullable=True),
+    check("uncovered", "uncovered >= 0"),
+    check("state", "state IN ('noticed', 'open', 'expired', 'liquidating', 'lapsed', 'cured', 'completed')"),
+    check("cause", "cause IN ('utilization', 'maintenance', 'isolated')"),
+    check("ended", "(state IN ('lapsed', 'cured', 'completed')) = (ended_at IS NOT NULL)"),
+    check("opened", "state IN ('noticed', 'lapsed') OR opened_at IS NOT NULL AND deadline_at IS NOT NULL"),
+    check("deadline", "deadline_at >= opened_at"),
+    check("deficit", "deficit >= 0"),
+    check("attempts", "attempts >= 0 AND (attempts = 0) = (respond_by IS NULL)"),
     Index(
         "margin_calls_live_idx",
         "agent_id",
@@ -449,8 +435,8 @@ workers = Table(
     "workers",
     metadata,
     _key("id"),
-    _moment("started_at"),
-    _moment("seen_at"),
+    moment("started_at"),
+    moment("seen_at"),
     info={"owner": "heartbeat"},
 )
 
@@ -460,17 +446,17 @@ account_watch = Table(
     "account_watch",
     metadata,
     Column("agent_id", Text, ForeignKey("accounts.agent_id"), primary_key=True),
-    _text("zone"),
-    _text("alert_level"),
+    string("zone"),
+    string("alert_level"),
     Column("stale", Boolean, nullable=False, server_default=text("false")),
-    _number("peak_equity"),
+    number("peak_equity"),
     Column("stopped", Boolean, nullable=False, server_default=text("false")),
-    _moment("updated_at"),
+    moment("updated_at"),
     Column("rung", Integer, nullable=False, server_default=text("0")),
     Column("rung_applied", Integer, nullable=False, server_default=text("0")),
-    _check("zone", "zone IN ('GREEN', 'YELLOW', 'ORANGE', 'RED')"),
-    _check("alert_level", "alert_level IN ('OK', 'WARNING', 'DANGER', 'EMERGENCY')"),
-    _check("rungs", "rung BETWEEN 0 AND 4 AND rung_applied BETWEEN 0 AND 4"),
+    check("zone", "zone IN ('GREEN', 'YELLOW', 'ORANGE', 'RED')"),
+    check("alert_level", "alert_level IN ('OK', 'WARNING', 'DANGER', 'EMERGENCY')"),
+    check("rungs", "rung BETWEEN 0 AND 4 AND rung_applied BETWEEN 0 AND 4"),
     info={"owner": "watch"},
 )
 
@@ -480,9 +466,9 @@ screen_shards = Table(
     metadata,
     Column("shard", Integer, primary_key=True, autoincrement=False),
     Column("worker_id", Text),
-    _moment("lease_until", nullable=True),
-    _check("shard", "shard >= 0"),
-    _check("lease", "(worker_id IS NULL) = (lease_until IS NULL)"),
+    moment("lease_until", nullable=True),
+    check("shard", "shard >= 0"),
+    check("lease", "(worker_id IS NULL) = (lease_until IS NULL)"),
     info={"owner": "shards"},
 )
 
@@ -492,7 +478,7 @@ account_snapshots = Table(
     metadata,
     Column("agent_id", Text, ForeignKey("accounts.agent_id"), primary_key=True),
     Column("day", Date, primary_key=True),
-    _moment("taken_at"),
+    moment("taken_at"),
     Column("equity", Double, nullable=False),
     Column("value", Double, nullable=False),  # as equity, no haircut taken: what profit and loss is measured in
     Column("flows", Double),  # what came in less what went out since the snapshot before; null: there is none
@@ -500,7 +486,7 @@ account_snapshots = Table(
     Column("var_95", Double),
     Column("var_99", Double),
     Column("ledger_id", BigInteger, nullable=False),  # the last entry that is counted; 0: there is none
-    _check("forecast", "(var_95 IS NULL) = (var_99 IS NULL) AND var_95 >= 0 AND var_99 >= 0"),
+    check("forecast", "(var_95 IS NULL) = (var_99 IS NULL) AND var_95 >= 0 AND var_99 >= 0"),
     Index("account_snapshots_day_idx", "day"),
     info={"owner": "snapshots"},
 )

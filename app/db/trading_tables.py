@@ -5,7 +5,6 @@ from __future__ import annotations
 from sqlalchemy import (
     BigInteger,
     Boolean,
-    CheckConstraint,
     Column,
     DateTime,
     ForeignKey,
@@ -19,26 +18,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from app.db.columns import check, moment, number, string
 from app.db.tables import SYMBOL_PATTERN, metadata
 
 PENDING_STATES = ("pending", "partially_filled")
 """Of orders that wait for fills."""
-
-
-def _check(name: str, rule: str) -> CheckConstraint:
-    return CheckConstraint(rule, name=name)
-
-
-def _moment(name: str, *, nullable: bool = False) -> Column[object]:
-    return Column(name, DateTime(timezone=True), nullable=nullable)
-
-
-def _number(name: str, *, nullable: bool = False) -> Column[object]:
-    return Column(name, Numeric, nullable=nullable)
-
-
-def _text(name: str) -> Column[str]:
-    return Column(name, Text, nullable=False)
 
 
 def _owner() -> Column[str]:
@@ -52,25 +36,25 @@ positions = Table(
     Column("id", Text, primary_key=True),
     Column("seq", BigInteger, Identity(always=True), nullable=False),
     _owner(),
-    _text("symbol"),
-    _text("side"),
-    _number("size"),
-    _number("entry_price"),
-    _number("leverage", nullable=True),
-    _text("margin_mode"),
-    _number("allocated"),
-    _number("realized_pnl"),
+    string("symbol"),
+    string("side"),
+    number("size"),
+    number("entry_price"),
+    number("leverage", nullable=True),
+    string("margin_mode"),
+    number("allocated"),
+    number("realized_pnl"),
     Column("reducible", Boolean, nullable=False, server_default=text("true")),
-    _moment("opened_at"),
-    _moment("updated_at"),
-    _moment("closed_at", nullable=True),
-    _check("symbol", f"symbol ~ '^{SYMBOL_PATTERN}$'"),
-    _check("side", "side IN ('long', 'short')"),
-    _check("size", "size >= 0 AND size < 1e15 AND scale(size) <= 18 AND (size > 0) = (closed_at IS NULL)"),
-    _check("entry_price", "entry_price > 0 AND entry_price < 1e15"),
-    _check("leverage", "leverage >= 1 AND leverage <= 1000"),
-    _check("margin_mode", "margin_mode IN ('pooled', 'isolated')"),
-    _check(
+    moment("opened_at"),
+    moment("updated_at"),
+    moment("closed_at", nullable=True),
+    check("symbol", f"symbol ~ '^{SYMBOL_PATTERN}$'"),
+    check("side", "side IN ('long', 'short')"),
+    check("size", "size >= 0 AND size < 1e15 AND scale(size) <= 18 AND (size > 0) = (closed_at IS NULL)"),
+    check("entry_price", "entry_price > 0 AND entry_price < 1e15"),
+    check("leverage", "leverage >= 1 AND leverage <= 1000"),
+    check("margin_mode", "margin_mode IN ('pooled', 'isolated')"),
+    check(
         "allocated",
         "allocated >= 0 AND allocated < 1e15 AND (margin_mode = 'isolated' AND size > 0 OR allocated = 0)",
     ),
@@ -87,38 +71,38 @@ orders = Table(
     Column("id", Text, primary_key=True),
     Column("seq", BigInteger, Identity(always=True), nullable=False),
     _owner(),
-    _text("symbol"),
-    _text("side"),
-    _number("size"),
-    _text("order_type"),
+    string("symbol"),
+    string("side"),
+    number("size"),
+    string("order_type"),
     Column("reduce_only", Boolean, nullable=False),
-    _number("leverage", nullable=True),
+    number("leverage", nullable=True),
     Column("meta", JSONB),
-    _text("reason"),
-    _text("status"),
-    _number("fill_price", nullable=True),
-    _number("filled_size"),
-    _number("realized_pnl"),
+    string("reason"),
+    string("status"),
+    number("fill_price", nullable=True),
+    number("filled_size"),
+    number("realized_pnl"),
     Column("position_id", Text, ForeignKey("positions.id")),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("margin_mode", Text),
     Column("fees", Numeric, nullable=False, server_default=text("0")),
     Column("margin_call_id", Text, ForeignKey("margin_calls.id")),
-    _moment("closed_at", nullable=True),
-    _check("symbol", f"symbol ~ '^{SYMBOL_PATTERN}$'"),
-    _check("side", "side IN ('buy', 'sell')"),
-    _check("size", "size > 0 AND size < 1e15 AND scale(size) <= 18"),
-    _check("order_type", "order_type IN ('market')"),
-    _check("margin_mode", "margin_mode IN ('pooled', 'isolated')"),
-    _check("status", "status IN ('pending', 'partially_filled', 'filled', 'cancelled')"),
-    _check("fill", "filled_size >= 0 AND filled_size <= size AND fill_price > 0 AND fill_price < 1e15"),
-    _check(
+    moment("closed_at", nullable=True),
+    check("symbol", f"symbol ~ '^{SYMBOL_PATTERN}$'"),
+    check("side", "side IN ('buy', 'sell')"),
+    check("size", "size > 0 AND size < 1e15 AND scale(size) <= 18"),
+    check("order_type", "order_type IN ('market')"),
+    check("margin_mode", "margin_mode IN ('pooled', 'isolated')"),
+    check("status", "status IN ('pending', 'partially_filled', 'filled', 'cancelled')"),
+    check("fill", "filled_size >= 0 AND filled_size <= size AND fill_price > 0 AND fill_price < 1e15"),
+    check(
         "filled",
         "(status = 'filled') = (filled_size = size)"
         " AND (status <> 'pending' OR filled_size = 0) AND (status <> 'partially_filled' OR filled_size > 0)",
     ),
-    _check("closed", "(status IN ('filled', 'cancelled')) = (closed_at IS NOT NULL)"),
-    _check("fees", "fees >= 0 AND fees < 1e15"),
+    check("closed", "(status IN ('filled', 'cancelled')) = (closed_at IS NOT NULL)"),
+    check("fees", "fees >= 0 AND fees < 1e15"),
     Index("orders_agent_id_idx", "agent_id", "seq"),
     Index("orders_pending_idx", "agent_id", "seq", postgresql_where=text("status IN ('pending', 'partially_filled')")),
     info={"owner": "orders"},
@@ -130,18 +114,18 @@ order_fills = Table(
     metadata,
     Column("order_id", Text, ForeignKey("orders.id"), primary_key=True),
     Column("fill_id", Text, primary_key=True),
-    _number("size"),
-    _number("price"),
-    _number("fee"),
-    _number("realized_pnl"),
+    number("size"),
+    number("price"),
+    number("fee"),
+    number("realized_pnl"),
     Column("position_id", Text, ForeignKey("positions.id")),
-    _number("filled_size"),
-    _text("status"),
-    _moment("recorded_at"),
-    _check("fill_id", "length(fill_id) BETWEEN 1 AND 100"),
-    _check("size", "size > 0 AND size <= filled_size AND filled_size < 1e15"),
-    _check("price", "price > 0 AND price < 1e15"),
-    _check("fee", "fee >= 0 AND fee < 1e15"),
-    _check("status", "status IN ('partially_filled', 'filled', 'cancelled')"),
+    number("filled_size"),
+    string("status"),
+    moment("recorded_at"),
+    check("fill_id", "length(fill_id) BETWEEN 1 AND 100"),
+    check("size", "size > 0 AND size <= filled_size AND filled_size < 1e15"),
+    check("price", "price > 0 AND price < 1e15"),
+    check("fee", "fee >= 0 AND fee < 1e15"),
+    check("status", "status IN ('partially_filled', 'filled', 'cancelled')"),
     info={"owner": "orders"},
 )

@@ -143,6 +143,8 @@ class Screen:
         self._own_breach[accounts] = columns.breach
         self._open_call[accounts] = columns.open_call
         self._unsound[accounts] = False
+        debts = columns.holdings.account[columns.holdings.owed > 0.0]
+        self._owes[accounts] = np.bincount(debts, minlength=len(accounts)) > 0
         before = self._held(accounts)
         self._place(accounts, columns)
         after = self._held(accounts)
@@ -341,9 +343,7 @@ class Screen:
         rows = picked.rows
         asset = table["asset"][rows]
         unit = board.backing[asset]
-        owed = table["owed"][rows]
-        value = table["held"][rows] * unit - owed * board.price[asset]
-        self._owes[accounts] = np.bincount(picked.owner[owed > 0.0], minlength=len(accounts)) > 0
+        value = table["held"][rows] * unit - table["owed"][rows] * board.price[asset]
         return picked.sums(value), picked.sums(table["reserved"][rows] * unit)
 
     def _stand_alone(self, accounts: Rows) -> Floats:

@@ -180,9 +180,9 @@ async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
     """Tell what has changed of the account's levels, and cut what its drawdown ladder asks for."""
     held, scene, figures = case.held, case.scene, case.figures
     policy = held.settings.policy(scene.market.parameters.policy)
-    is_sure = not case.in_doubt
-    seen = await watch.look(tx, held, figures, policy, sorted(case.stale), is_sure=is_sure)
-    if is_sure and (case.call is None or case.call.state not in ("expired", "liquidating")):
+    seen = await watch.look(tx, held, figures, policy, sorted(case.stale), is_sure=not case.in_doubt)
+    is_left_alone = case.in_doubt or (case.call is not None and case.call.state in ("expired", "liquidating"))
+    if not is_left_alone and prevention.is_due(held, seen):
         try:
             async with tx.connection.begin_nested():  # whatever becomes of a cut, the call stands
                 await prevention.step_down(tx, scene, held, figures, seen, rules.slippage, case.stale)

@@ -19,6 +19,12 @@ from app.services.watch import Watch
 REASON = "drawdown_ladder"
 
 
+def is_due(held: Book, seen: Watch) -> bool:
+    """Whether a rung is to be acted on: once a fall, where the account says so. One at a venue is only told."""
+    settings = held.settings
+    return settings.drawdown_ladder == "apply" and settings.execution == "book" and seen.rung > seen.rung_applied
+
+
 async def step_down(
     tx: Tx,
     scene: Scene,
@@ -28,14 +34,8 @@ async def step_down(
     slippage: Decimal,
     stale: Collection[str] = (),
 ) -> None:
-    """Cut what the rung asks for, once a fall, where the account says so. The book is held.
-
-    One that trades at a venue is only told, and nothing is sold at a stale mark.
-    """
-    settings = held.settings
-    if settings.drawdown_ladder != "apply" or settings.execution == "venue" or seen.rung <= seen.rung_applied:
-        return
-    policy = settings.policy(scene.market.parameters.policy)
+    """Cut what the rung asks for. The book is held; nothing is sold at a stale mark."""
+    policy = held.settings.policy(scene.market.parameters.policy)
     asked = ladder.plan(held, figures, policy, seen.rung, seen.rung_applied)
     await accounts.lock_account(tx, held.agent_id)
     for cut in asked.cuts:

@@ -12,10 +12,10 @@ from scipy import stats
 
 from app.console import offline_quote
 from app.domain.parameters import REGIME_CORRELATIONS
-from app.paper import offline_subject
 from app.report.figures import report_of
 from app.report.history import daily_of
 from app.report.page import page
+from app.report_file import offline_subject
 from tests.database import make_settings
 from tests.domain.book import book, greeks, linear, option
 from tests.report.pages import Page, amount, closes, paged
