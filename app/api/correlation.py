@@ -13,6 +13,7 @@ from app.api import body as wire
 from app.api.deps import caller_of, document, parts_of
 from app.api.quote_request import SYMBOL
 from app.api.quotes_var import AgentId, account_terms, exposed_now
+from app.api.risk_book import history_shown
 from app.api.var_reply import covariance_reply
 from app.domain.covariance import Covariance, estimate
 from app.domain.panel import Panel
@@ -59,7 +60,7 @@ async def get_correlation(
         portfolio = exposed_now(held, view, now, known.panel, VarTerms()).portfolio
         names = list(portfolio.underlyings.names)
     reply = await parts.workshop.run(_compared, names, known.panel, view.parameters, regime, portfolio, confidence)
-    reply |= {"window_days": window_days, "history_version": known.version, "version": view.parameters.version}
+    reply |= {"window_days": window_days, "history": history_shown(known, now), "version": view.parameters.version}
     return wire.JsonResponse(reply)
 
 

@@ -15,6 +15,7 @@ from app.api.body import encoder
 from app.api.booking import owner_for
 from app.api.deps import Parts, body_of, caller_of, document, parts_of
 from app.api.quote_request import Limits, quote_terms, quote_time
+from app.api.risk_book import history_shown
 from app.api.var_reply import service_reply, var_reply
 from app.api.var_request import (
     VAR_QUOTE,
@@ -110,8 +111,7 @@ def _quote(parts: Parts, asked: Asked, known: Known) -> bytes:
     if asked.body.services is not None:
         reply["services"] = service_reply(service_risks(asked.body, figures), asked.terms.confidences)
     reply["parameters"] = used_parameters(asked.terms, parameters, asked.view.price_version)
-    if asked.terms.needs_history:
-        reply["parameters"]["history_version"] = known.version
+    reply["history"] = history_shown(known, asked.now) if asked.terms.needs_history else None
     return encoder.encode(reply)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
+import numpy as np
 from fastapi import Query, Request
 
 from app.api.body import Body, Moment
@@ -27,6 +28,7 @@ from app.api.quote_request import (
     read_terms,
 )
 from app.domain.book import ZERO, Book, reserved_by_asset
+from app.domain.covariance import Pair
 from app.domain.liquidate import Assess, Reduce, Target
 from app.domain.parameters import MarketParameters
 from app.domain.prices import StoredPrice
@@ -43,6 +45,7 @@ AgentId = Annotated[str | None, Query(description='whose book `"book":"account"`
 
 HISTORY_CELLS_MAX = 200_000
 """Assets x days of history that a request may read."""
+UNUSED_SHOWN_MAX = 200
 
 _OF_REQUEST = ("positions", "collateral", "liabilities", "reservations", "market", "settings", "as_of")
 
@@ -66,6 +69,24 @@ async def history_of(parts: Parts, assets: Sequence[str], days: int, pointer: st
         detail = f"{len(assets)} assets x {days} days of history, over the limit of {HISTORY_CELLS_MAX}"
         raise invalid(pointer, "too_much_work", detail)
     return await parts.history.panel(assets, days)
+
+
+def history_shown(known: Known, now: datetime) -> dict[str, Any]:
+    """Return on which days there are returns of any asset asked for, under which version, and how old the last is."""
+    days: list[date] = known.panel.dates[np.isfinite(known.panel.returns).any(axis=1)].tolist()
+    return {
+        "version": known.version,
+        "from": days[0] if days else None,
+        "to": days[-1] if days else None,
+        "days": len(days),
+        "age_days": (now.date() - days[-1]).days if days else None,
+    }
+
+
+def unused(names: Collection[str], vols: Iterable[str], pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:
+    """Return which of the volatilities and correlations that a request gives are of nothing in the book."""
+    apart = [f"{a}:{b}" for a, b in pairs if not {a, b} <= set(names)]
+    return [name for name in vols if name not in names][:UNUSED_SHOWN_MAX], apart[:UNUSED_SHOWN_MAX]
 
 
 B = TypeVar("B", bound=RiskBookIn)
@@ -118,8 +139,8 @@ def risk_book(parts: Parts, asked: Asked[Any]) -> RiskBook:
     if held is not None:
         reserved = reserved_by_asset(held.reservations, view.parameters, view.prices)
         return RiskBook(held.quote_terms(view.parameters, view.prices), view.prices, now, reserved, repairs=False)
-    if body.positions is None:
-        raise invalid("/positions", "missing", 'give positions (an empty list will do), or "book": "account"')
+    if body.positions is None and not body.collateral and not body.liabilities:
+        raise invalid("/positions", "missing", 'give positions or collateral, or "book": "account"')
     given: dict[str, Any] = {name: getattr(body, name) for name in _OF_REQUEST}
     quote = MarginQuoteIn(**given)
     limits = Limits.of(parts.settings)

@@ -14,7 +14,7 @@ from app.api import body as wire
 from app.api.deps import Parts, document, parts_of
 from app.api.plans import check_plan_work, order_shown, planned_shown
 from app.api.quote_request import Limits, check_length, check_work
-from app.api.risk_book import AgentId, Asked, asked_of, history_of, planned_book, risk_book
+from app.api.risk_book import AgentId, Asked, asked_of, history_of, history_shown, planned_book, risk_book
 from app.api.sizing_request import (
     ASSETS_MAX,
     SIZING,
@@ -25,6 +25,7 @@ from app.api.sizing_request import (
     covariance,
     covariance_shown,
     event_terms,
+    limit_of,
 )
 from app.api.stress import estimated_work
 from app.domain.black76 import Floats
@@ -72,8 +73,7 @@ class Sized:
 
     def column(self, name: str, default: float) -> Floats:
         """Return a field of each asset (n,), the default where it is left out."""
-        values = (getattr(item, name) for item in self.assets)
-        return np.array([default if value is None else value for value in values], dtype=np.float64)
+        return np.array([limit_of(getattr(item, name), default) for item in self.assets], dtype=np.float64)
 
     def by_asset(self, values: Floats) -> dict[str, float]:
         """Return values (n,) by asset."""
@@ -145,8 +145,8 @@ def _answer(
     reply = {
         "method": body.method,
         **_METHODS[body.method](sized),
-        "covariance": covariance_shown(found, source),
-        "history_version": None if history is None else history.version,
+        "covariance": covariance_shown(found, source, body),
+        "history": None if history is None else history_shown(history, parts.database.clock.now()),
         "parameters": {"version": parameters.version},
     }
     return wire.encoder.encode(reply)
@@ -162,7 +162,7 @@ def _lp(sized: Sized) -> dict[str, Any]:
         margin_rates=np.where(np.isnan(own), rates, own),
         daily_volatility=sized.found.volatility / np.sqrt(YEAR_DAYS),
         utilization=sized.parameters.policy.target_utilization if body.utilization is None else body.utilization,
-        leverage_cap=sized.parameters.policy.leverage_cap if body.leverage_cap is None else body.leverage_cap,
+        leverage_cap=limit_of(body.leverage_cap, sized.parameters.policy.leverage_cap),
         weight_min=sized.column("weight_min", 0.0),
         weight_max=sized.column("weight_max", 0.25),
     )
@@ -177,7 +177,7 @@ def _lp(sized: Sized) -> dict[str, Any]:
         "volatility": portfolio_volatility(found.weights, sized.found.matrix) if solved else None,
         "constraints": found.constraints,
         "utilization": programme.utilization,
-        "leverage_cap": programme.leverage_cap,
+        "leverage_cap": _finite(programme.leverage_cap),
         "margin_rates": sized.by_asset(programme.margin_rates),
         "defaulted_margin_rates": [item.asset for item in sized.assets if item.margin_rate is None],
     }
@@ -197,7 +197,7 @@ def _risk_parity(sized: Sized) -> dict[str, Any]:
 def _vol_target(sized: Sized) -> dict[str, Any]:
     body = sized.body
     target = TARGET_VOLATILITY if body.target_volatility is None else body.target_volatility
-    cap = sized.parameters.policy.leverage_cap if body.leverage_cap is None else body.leverage_cap
+    cap = limit_of(body.leverage_cap, sized.parameters.policy.leverage_cap)
     given = sized.column("weight", 0.0)
     found = scale_to_volatility(given, sized.found.matrix, target, cap)
     return {
@@ -209,7 +209,7 @@ def _vol_target(sized: Sized) -> dict[str, Any]:
         "volatility_before": portfolio_volatility(given, sized.found.matrix),
         "undiversified_volatility_before": undiversified_volatility(given, sized.found.matrix),
         "target_volatility": target,
-        "leverage_cap": cap,
+        "leverage_cap": _finite(cap),
     }
 
 
@@ -240,7 +240,7 @@ def _correlation_aware(sized: Sized) -> dict[str, Any]:
         "least": found.least,
         "binding": found.binding,
         "margin_limit": found.margin_limit,
-        "volatility_interval": _finite(found.volatility_interval),
+        "volatility_interval": found.volatility_interval and [_finite(end) for end in found.volatility_interval],
         "volatility_before": found.volatility_before,
         "volatility_after": found.volatility_after,
         "calmest_notional": found.calmest_notional,
@@ -256,9 +256,9 @@ def _correlation_aware(sized: Sized) -> dict[str, Any]:
     }
 
 
-def _finite(interval: tuple[float, float] | None) -> list[float | None] | None:
-    """Return the ends of an interval, null for one without an end."""
-    return None if interval is None else [end if np.isfinite(end) else None for end in interval]
+def _finite(limit: float | None) -> float | None:
+    """Return a limit, null for none."""
+    return limit if limit is not None and np.isfinite(limit) else None
 
 
 def _vol_adjusted_leverage(sized: Sized) -> dict[str, Any]:

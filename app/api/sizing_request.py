@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from msgspec import Meta
 from app.api import body as wire
 from app.api.body import Moment, moment
 from app.api.quote_request import Correlation, NonNegative, Positive, Signed, Symbol, correlation_table, fields_given
-from app.api.risk_book import RiskBookIn
+from app.api.risk_book import RiskBookIn, unused
 from app.domain.covariance import Covariance, Estimator, covariance_of, estimate, pairs_of
 from app.domain.panel import Panel
 from app.domain.parameters import MarketParameters, Regime
@@ -26,6 +27,8 @@ ASSETS_MAX = 200
 WINDOW_DAYS, WINDOW_DAYS_MAX = 500, 3_660
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+NoLimit = Literal["none"]
+"""Said in a word: null is what many clients send for a field left out, and must not lift a limit."""
 Leverage = Annotated[float, Meta(gt=0, le=1_000)]
 
 
@@ -37,7 +40,7 @@ class SizedAssetIn(wire.Request):
     margin_rate: Annotated[float, Meta(ge=0, le=10)] | None = None
     weight: Signed | None = None
     weight_min: NonNegative | None = None
-    weight_max: NonNegative | None = None
+    weight_max: NonNegative | NoLimit | None = None
     budget: Positive | None = None
     exposure: Signed | None = None
 
@@ -70,7 +73,7 @@ class SizingIn(RiskBookIn, kw_only=True):
     equity: Positive | None = None
     free_margin: NonNegative | None = None
     utilization: Annotated[float, Meta(gt=0, le=1)] | None = None
-    leverage_cap: Leverage | None = None
+    leverage_cap: Leverage | NoLimit | None = None
     target_volatility: Annotated[float, Meta(gt=0, le=100)] | None = None
     asset: Symbol | None = None
     side: Literal["long", "short"] | None = None
@@ -165,8 +168,11 @@ def covariance(
     return covariance_of(names, vols, regime_table(regime, names, parameters), parameters), regime
 
 
-def covariance_shown(found: Covariance, source: str) -> dict[str, Any]:
-    """Return the volatilities, up to 200 correlations, and what was taken from the parameters."""
+def covariance_shown(found: Covariance, source: str, body: SizingIn) -> dict[str, Any]:
+    """Return the volatilities, up to 200 correlations, what was taken from the parameters, and what was not used."""
+    vols, apart = unused(
+        found.names, body.vols or {}, [(a, b) for a, row in (body.correlation or {}).items() for b in row]
+    )
     row = {name: j for j, name in enumerate(found.names)}
     pairs = pairs_of(found.names)
     shown = {f"{a}:{b}": float(found.correlation[row[a], row[b]]) for a, b in pairs} if len(pairs) <= 200 else None
@@ -178,9 +184,18 @@ def covariance_shown(found: Covariance, source: str) -> dict[str, Any]:
         "defaulted_pairs": [f"{a}:{b}" for a, b in found.defaulted_pairs[:200]],
         "defaulted_pairs_count": len(found.defaulted_pairs),
         "defaulted_vols": found.defaulted_volatilities,
+        "unused_vols": vols,
+        "unused_pairs": apart,
         "too_short": dict(found.too_short),
         "repair_distance": found.repair_distance,
     }
+
+
+def limit_of(given: float | NoLimit | None, default: float) -> float:
+    """Return the limit given, infinite for none, the default where it is left out."""
+    if given is None:
+        return default
+    return math.inf if isinstance(given, str) else given
 
 
 def event_terms(event: EventIn) -> EventTerms:

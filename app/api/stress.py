@@ -16,6 +16,7 @@ from app.api import stress_reply
 from app.api.deps import Parts, document, parts_of
 from app.api.quote_request import Limits, Move, Positive, Symbol, Text, check_length, check_work
 from app.api.risk_book import AgentId, Asked, RiskBook, RiskBookIn, asked_of, history_of, risk_book
+from app.api.stress_reply import Labelled
 from app.domain.feedback import ROUNDS_MAX, Feedback, FeedbackTerms, collateral_step, feedback
 from app.domain.parameters import Regime
 from app.domain.regimes import stored_regime
@@ -66,9 +67,9 @@ class FeedbackIn(wire.Request):
 class StressIn(RiskBookIn):
     """POST /api/quotes/stress."""
 
-    scenarios: str | list[ShockIn] | None = None
+    scenarios: str | list[str | ShockIn] | None = None
     replay: ReplayIn | None = None
-    regimes: list[Regime] | None = None
+    regimes: Regime | list[Regime] | None = None
     feedback: FeedbackIn | None = None
     reverse: bool | None = None
 
@@ -82,8 +83,7 @@ class Prepared:
 
     account: StressAccount
     book: RiskBook
-    scenario_set: str
-    scenarios: Sequence[Scenario]
+    scenarios: Sequence[Labelled]
     regimes: Sequence[tuple[Regime, Regime]]
 
 
@@ -103,13 +103,13 @@ async def quote_stress(request: Request, agent_id: AgentId = None) -> Response:
 
 def _prepared(parts: Parts, asked: Asked[StressIn]) -> Prepared:
     body, limits = asked.body, Limits.of(parts.settings)
-    name, scenarios = _scenarios(body, limits)
+    scenarios = _scenarios(body, limits)
     found = risk_book(parts, asked)
-    regimes = [(r, r if asked.held is None else stored_regime(r, found.parameters)) for r in body.regimes or ["normal"]]
+    wanted = [body.regimes] if isinstance(body.regimes, str) else body.regimes or ["normal"]
+    regimes = [(r, r if asked.held is None else stored_regime(r, found.parameters)) for r in wanted]
     prepared = Prepared(
         stress_account(found.terms, found.stored, found.now, found.reserved),
         found,
-        name,
         scenarios,
         list(dict.fromkeys(regimes)),
     )
@@ -117,21 +117,33 @@ def _prepared(parts: Parts, asked: Asked[StressIn]) -> Prepared:
     return prepared
 
 
-def _scenarios(body: StressIn, limits: Limits) -> tuple[str, Sequence[Scenario]]:
+def _scenarios(body: StressIn, limits: Limits) -> list[Labelled]:
     given = body.scenarios
     if given is None:
-        return ("none", ()) if body.replay is not None else ("twenty_percent", TWENTY_PERCENT)
+        return [] if body.replay is not None else _of_set("twenty_percent", "/scenarios")
     if isinstance(given, str):
-        if given not in NAMED_SETS:
-            raise invalid("/scenarios", "unknown_scenario_set", f"the named sets are {', '.join(NAMED_SETS)}")
-        return given, NAMED_SETS[given]
+        return _of_set(given, "/scenarios")
     check_length("/scenarios", given, limits.scenarios_max)
     if not given:
         raise invalid("/scenarios", "no_scenarios", "give at least one scenario")
+    found: list[Labelled] = []
     for i, item in enumerate(given):
-        if item.price_move is None and item.vol_move is None and not item.shocks:
-            raise invalid(f"/scenarios/{i}", "empty_scenario", "a scenario moves a price or the volatility")
-    return "own", [Scenario(item.price_move or 0.0, item.vol_move or 0.0, item.shocks or {}) for item in given]
+        pointer = f"/scenarios/{i}"
+        found += _of_set(item, pointer) if isinstance(item, str) else [_own(item, pointer)]
+    check_length("/scenarios", found, limits.scenarios_max)
+    return found
+
+
+def _of_set(name: str, pointer: str) -> list[Labelled]:
+    if name not in NAMED_SETS:
+        raise invalid(pointer, "unknown_scenario_set", f"the named sets are {', '.join(NAMED_SETS)}")
+    return [Labelled(name, None, scenario) for scenario in NAMED_SETS[name]]
+
+
+def _own(item: ShockIn, pointer: str) -> Labelled:
+    if item.price_move is None and item.vol_move is None and not item.shocks:
+        raise invalid(pointer, "empty_scenario", "a scenario moves a price or the volatility")
+    return Labelled("own", item.name, Scenario(item.price_move or 0.0, item.vol_move or 0.0, item.shocks or {}))
 
 
 def _check_work(prepared: Prepared, body: StressIn, limits: Limits) -> None:
@@ -167,15 +179,13 @@ def _answer(asked: Asked[StressIn], prepared: Prepared, history: Known | None) -
     if body.replay is not None and history is not None:
         with pointers_under("/replay"):
             replayed = replay(account, history.panel, body.replay.window_days, body.replay.count)
-    grid = _grid(account, prepared.scenarios, replayed)
+    grid = _grid(account, [labelled.scenario for labelled in prepared.scenarios], replayed)
     found = [_in_regime(body, prepared, grid, *regime) for regime in prepared.regimes]
-    labels = [item.name for item in body.scenarios] if isinstance(body.scenarios, list) else []
     reply = stress_reply.reply(
         account,
         prepared.book,
-        stress_reply.scenario_rows(account, prepared.scenario_set, prepared.scenarios, labels, replayed),
+        stress_reply.scenario_rows(account, prepared.scenarios, replayed),
         found,
-        replayed,
         history,
     )
     is_account = asked.held is not None

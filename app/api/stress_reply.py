@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from app.api.quote_reply import parameters_shown
-from app.api.risk_book import RiskBook
+from app.api.risk_book import RiskBook, history_shown
 from app.domain.black76 import Floats
 from app.domain.covariance import covariance_of, pairs_of
 from app.domain.feedback import CollateralStep, Feedback, Round
@@ -34,7 +35,6 @@ def reply(
     book: RiskBook,
     scenarios: list[dict[str, Any]],
     results: list[dict[str, Any]],
-    replayed: Replay | None,
     history: Known | None,
 ) -> dict[str, Any]:
     """Return the whole reply."""
@@ -46,28 +46,34 @@ def reply(
         "scenarios": scenarios,
         "results": results,
         "unused_shocks": sorted(shocked - set(account.names)),
-        "history": None if history is None or replayed is None else _history(history),
+        "history": None if history is None else history_shown(history, book.now),
         "not_modelled": NOT_MODELLED,
         "prices": dict(account.prices),
         "parameters": parameters_shown(names, account.whole.symbols, book.terms.margin),
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A scenario with the set that it is of, `own` for the request's, and the name that the request gives it."""
+
+    source: str
+    name: str | None
+    scenario: Scenario
+
+
 def scenario_rows(
-    account: StressAccount,
-    scenario_set: str,
-    scenarios: Sequence[Scenario],
-    labels: Sequence[str | None],
-    replayed: Replay | None,
+    account: StressAccount, scenarios: Sequence[Labelled], replayed: Replay | None
 ) -> list[dict[str, Any]]:
-    """Return what each scenario is, in order: the set's, then the replayed windows."""
+    """Return what each scenario is, in order: those asked for, then the replayed windows."""
     rows: list[dict[str, Any]] = []
-    for k, scenario in enumerate(scenarios):
+    for k, labelled in enumerate(scenarios):
+        scenario = labelled.scenario
         rows.append(
             {
                 "index": k,
-                "source": scenario_set,
-                "name": labels[k] if labels else None,
+                "source": labelled.source,
+                "name": labelled.name,
                 "price_move": scenario.price_move,
                 "price_move_unit": "price_range" if scenario.in_ranges else "relative",
                 "vol_move": scenario.vol_move,
@@ -190,13 +196,3 @@ def _round(names: Sequence[str], found: Round) -> dict[str, Any]:
 def _named(names: Sequence[str], values: Floats) -> dict[str, float]:
     """Return the values that are not 0 by name."""
     return {name: value for name, value in zip(names, values.tolist(), strict=True) if value}
-
-
-def _history(history: Known) -> dict[str, Any]:
-    days = history.panel.dates.tolist()
-    return {
-        "version": history.version,
-        "from": days[0] if days else None,
-        "to": days[-1] if days else None,
-        "days": len(days),
-    }

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from app.api.risk_book import unused
 from app.domain.black76 import Floats
 from app.domain.covariance import Covariance
 from app.domain.panel import History
-from app.domain.var.contributions import Components, VarParts
+from app.domain.var.contributions import VarParts
 from app.domain.var.exposures import Exposed
 from app.domain.var.historical import HistoricalRisk
 from app.domain.var.monte_carlo import MonteCarloRisk
@@ -29,19 +30,17 @@ def var_reply(book: Exposed, quote: VarQuote, terms: VarTerms) -> dict[str, Any]
     names = portfolio.underlyings.names
     return {
         "method": terms.method,
+        "seed": terms.seed,
         "horizon_days": terms.horizon_days,
         "results": [
             {"confidence": tail.confidence, "var": tail.value_at_risk, "es": tail.expected_shortfall}
             for tail in quote.risk.tails
         ],
-        "components": [
-            _components(book, found, quote.parts[k] if quote.parts else None)
-            for k, found in enumerate(quote.components)
-        ],
+        "components": [_components(book, parts) for parts in quote.parts],
         "exposures": dict(zip(names, portfolio.net.tolist(), strict=True)),
         "standing_still": book.standing_still,
         "evidence": _evidence(quote, terms),
-        "covariance": None if quote.covariance is None else covariance_reply(quote.covariance),
+        "covariance": None if quote.covariance is None else _covariance(quote.covariance, terms),
         "prices": book.prices,
     }
 
@@ -77,28 +76,38 @@ def covariance_reply(found: Covariance) -> dict[str, Any]:
     }
 
 
+def _covariance(found: Covariance, terms: VarTerms) -> dict[str, Any]:
+    vols, apart = unused(found.names, terms.volatilities, terms.correlations)
+    return covariance_reply(found) | {"unused_volatilities": vols, "unused_pairs": apart}
+
+
 def _matrix(names: Sequence[str], values: Floats) -> dict[str, dict[str, float]]:
     rows = zip(names, values.tolist(), strict=True)
     return {name: dict(zip(names, row, strict=True)) for name, row in rows}
 
 
-def _components(book: Exposed, found: Components, parts: VarParts | None) -> dict[str, Any]:
-    portfolio = book.portfolio
+def _components(book: Exposed, parts: VarParts) -> dict[str, Any]:
+    portfolio, found = book.portfolio, parts.components
     names = portfolio.underlyings.names
     rows = zip(book.kind, book.index, portfolio.symbols, portfolio.underlying.tolist(), strict=True)
     positions = [
         {"kind": kind, "index": index, "symbol": symbol, "underlying": names[j]} for kind, index, symbol, j in rows
     ]
-    by_position = {"exposure": portfolio.exposure, "var": found.var_by_position, "es": found.es_by_position}
-    by_underlying = {"exposure": portfolio.net, "var": found.var_by_underlying, "es": found.es_by_underlying}
-    if parts is not None:
-        by_position["marginal_var"] = parts.marginal_var[portfolio.underlying]
-        by_position["incremental_var"] = parts.incremental_var_by_position
-        by_underlying |= {
-            "marginal_var": parts.marginal_var,
-            "marginal_es": parts.marginal_es,
-            "incremental_var": parts.incremental_var_by_underlying,
-        }
+    by_position = {
+        "exposure": portfolio.exposure,
+        "var": found.var_by_position,
+        "es": found.es_by_position,
+        "marginal_var": parts.marginal_var[portfolio.underlying],
+        "incremental_var": parts.incremental_var_by_position,
+    }
+    by_underlying = {
+        "exposure": portfolio.net,
+        "var": found.var_by_underlying,
+        "es": found.es_by_underlying,
+        "marginal_var": parts.marginal_var,
+        "marginal_es": parts.marginal_es,
+        "incremental_var": parts.incremental_var_by_underlying,
+    }
     return {
         "confidence": found.confidence,
         "rule": found.rule,
@@ -108,6 +117,7 @@ def _components(book: Exposed, found: Components, parts: VarParts | None) -> dic
 
 
 def _rows(labels: Sequence[dict[str, Any]], columns: dict[str, Floats]) -> list[dict[str, Any]]:
+    """Return a row for each label; the encoder makes null of what is not told, a NaN."""
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [label | dict(zip(columns, row, strict=True)) for label, row in zip(labels, values, strict=True)]
 

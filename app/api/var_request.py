@@ -27,7 +27,7 @@ from app.domain.panel import HISTORY_DAYS
 from app.domain.parameters import CorrelationTable, MarketParameters, Regime
 from app.domain.portfolio import Portfolio
 from app.domain.var.historical import AGE_DECAY, VOLATILITY_DECAY, HistoricalMethod
-from app.domain.var.monte_carlo import DEGREES, Distribution
+from app.domain.var.monte_carlo import DEGREES, Distribution, checked_seed
 from app.domain.var.parametric import CONFIDENCES, Moments
 from app.domain.var.quote import CovarianceChoice, VarMethod, VarTerms
 from app.domain.var.services import SERVICE_CORRELATIONS, ServiceRisk, service_value_at_risk
@@ -87,11 +87,9 @@ VAR_QUOTE = Body(VarQuoteIn)
 _OF_METHOD: Mapping[str, tuple[VarMethod, ...]] = {
     "weighting": ("historical",),
     "age_decay": ("historical",),
-    "volatility_decay": ("historical",),
     "distribution": ("monte_carlo",),
     "nu": ("monte_carlo",),
     "paths": ("monte_carlo",),
-    "seed": ("monte_carlo",),
     "z": ("parametric", "cornish_fisher"),
     "skew": ("cornish_fisher",),
     "excess_kurtosis": ("cornish_fisher",),
@@ -110,6 +108,8 @@ def var_terms(body: VarQuoteIn) -> VarTerms:
     for name, methods in _OF_METHOD.items():
         if name in given and method not in methods:
             raise invalid(f"/{name}", "not_allowed", f"the method {method} takes no {name}")
+    covariance = _covariance(body)
+    _check_choices(body, covariance)
     with pointers_by(as_named_here):
         confidences = checked_confidences(CONFIDENCES if body.confidence is None else _listed(body.confidence) or [])
     return VarTerms(
@@ -123,14 +123,32 @@ def var_terms(body: VarQuoteIn) -> VarTerms:
         distribution=body.distribution or "normal",
         degrees=DEGREES if body.nu is None else body.nu,
         paths=PATHS if body.paths is None else body.paths,
-        seed=body.seed or 0,
+        seed=checked_seed(body.seed or 0),
         z=_each(body.z, len(confidences), "/z"),
         moments=_moments(body),
-        covariance=_covariance(body),
+        covariance=covariance,
+        covariance_decay=body.volatility_decay if covariance == "ewma" else None,
         regime=body.regime or "normal",
         volatilities=body.vols or {},
         correlations=correlation_table(CorrelationTable({}, 0.0), body.correlation, "/correlation").pairs,
     )
+
+
+def _check_choices(body: VarQuoteIn, covariance: CovarianceChoice) -> None:
+    """Refuse a figure that only another choice than the body's reads: it would be thought to count."""
+    weighting = body.weighting or "plain"
+    is_ewma = body.method != "historical" and covariance == "ewma"
+    unread = {
+        "age_decay": (weighting != "age_weighted", f"the weighting {weighting}"),
+        "volatility_decay": (
+            weighting != "filtered" and not is_ewma,
+            f"the covariance {covariance}" if body.method != "historical" else f"the weighting {weighting}",
+        ),
+        "nu": (body.distribution != "student_t", f"the distribution {body.distribution or 'normal'}"),
+    }
+    for name, (is_unread, choice) in unread.items():
+        if is_unread and getattr(body, name) is not None:
+            raise invalid(f"/{name}", "not_allowed", f"{choice} takes no {name}")
 
 
 def margin_body(body: VarQuoteIn) -> MarginQuoteIn:
@@ -196,6 +214,9 @@ def estimated_var_work(portfolio: Portfolio, terms: VarTerms) -> float:
     cells = scenarios * underlyings * (3e-5 if portfolio.is_linear else 2e-4) + scenarios * options * 4e-4
     shown = 1.0 + len(portfolio) * len(terms.confidences) * 0.02
     if terms.method == "historical":
+        # each position, and each underlying, is left out once
+        cells += days * (len(portfolio) + underlyings) * (3e-4 if terms.weighting == "age_weighted" else 6e-5)
+        cells += days * options * 4e-4
         return shown + cells + (days * underlyings * 1e-4 if terms.weighting == "filtered" else 0.0)
     joint = days * underlyings**2 * (4e-5 if terms.covariance == "ewma" else 1e-6) * (terms.covariance != "given")
     drawn = 0.0 if portfolio.is_linear else paths * underlyings**2 * 4e-6
@@ -270,5 +291,6 @@ def used_parameters(terms: VarTerms, parameters: MarketParameters, price_version
     if terms.covariance == "regime":
         chosen["regime"] = terms.regime
     if terms.covariance == "ewma":
-        chosen["decay"] = parameters.models.covariance_decay
+        own = parameters.models.covariance_decay
+        chosen["decay"] = own if terms.covariance_decay is None else terms.covariance_decay
     return chosen

@@ -19,7 +19,7 @@ from app.domain.black76 import Floats
 from app.domain.panel import HISTORY_DAYS, HISTORY_DAYS_MIN, Dates, History, missing_history
 from app.domain.scenarios import floored
 from app.domain.var.historical import AGE_DECAY, VOLATILITY_DECAY, HistoricalMethod
-from app.domain.var.tail import age_weights, checked_confidences, rank_of, weighted_place
+from app.domain.var.tail import age_weights, checked_confidences, quantiles, weighted_quantiles
 from app.domain.var.volatility import rescaled
 from app.errors import invalid
 
@@ -274,17 +274,5 @@ def _value_at_risk(losses: Floats, terms: BacktestTerms) -> Floats:
         deviation: Floats = losses.std(axis=1, ddof=1)
         return float(-ndtri(1.0 - terms.confidence)) * deviation
     if terms.method == "age_weighted":
-        order = np.argsort(-losses, axis=1, kind="stable")
-        weights = age_weights(terms.window, terms.age_decay)[order]
-        return weighted_place(np.take_along_axis(losses, order, axis=1), weights, terms.confidence).value_at_risk
-    return _quantiles(losses, terms.confidence)
-
-
-def _quantiles(losses: Floats, confidence: float) -> Floats:
-    """Return the `linear` quantile of each row (W, T) of losses."""
-    last = losses.shape[1] - 1
-    rank, fraction = rank_of(losses.shape[1], confidence)
-    places = [last - rank, max(0, last - rank - 1)]
-    found = np.partition(losses, places, axis=1)[:, places]
-    quantile: Floats = found[:, 0] + fraction * (found[:, 1] - found[:, 0])
-    return quantile
+        return weighted_quantiles(losses, age_weights(terms.window, terms.age_decay), terms.confidence)
+    return quantiles(losses, terms.confidence)

@@ -94,8 +94,11 @@ def estimate(
     method: Estimator = "sample",
     days_min: int = HISTORY_DAYS_MIN,
     volatilities: Mapping[str, float] = MappingProxyType({}),
+    decay: float | None = None,
 ) -> Covariance:
     """Return the covariance of the panel's returns; a volatility that is given goes before what they show.
+
+    `decay` is the λ of `ewma`, the parameters' where it is left out.
 
     Volatilities are of each asset's own days, correlations of the days that both assets of a pair have, so that a young
     asset shortens nobody else's history; Ledoit-Wolf needs a whole matrix and takes the days common to all assets that
@@ -104,7 +107,8 @@ def estimate(
 
     Raises InvalidError `missing_volatility`, and `missing_history` where Ledoit-Wolf has too few days in common.
     """
-    found = _ESTIMATORS[method](panel.of(names), names, parameters.models.covariance_decay, days_min)
+    kept = parameters.models.covariance_decay if decay is None else decay
+    found = _ESTIMATORS[method](panel.of(names), names, kept, days_min)
     known = {n: float(np.sqrt(found.variance[j] * YEAR_DAYS)) for j, n in enumerate(names) if found.enough[j]}
     known |= volatilities
     mended = _completed(names, found, parameters.stress)

@@ -63,6 +63,19 @@ def pnl_by_underlying(portfolio: Portfolio, grid: ScenarioGrid) -> tuple[Floats,
     return pnl, each_option
 
 
+def each_position_pnl(portfolio: Portfolio, grid: ScenarioGrid) -> Floats:
+    """Return the profit and loss of each position in each scenario, USD, (n, S), before weights."""
+    moves = grid.moves[portfolio.underlying]
+    pnl: Floats = portfolio.exposure[:, None] * moves
+    if portfolio.any_gamma:
+        pnl += (0.5 * portfolio.gamma * portfolio.notional)[:, None] * moves * moves
+    if portfolio.any_vega:
+        pnl += portfolio.vega[:, None] * grid.vol_moves[portfolio.underlying]
+    if portfolio.has_options:
+        pnl[portfolio.options.row] = option_pnl(portfolio.options, grid)
+    return pnl
+
+
 def position_pnl(portfolio: Portfolio, grid: ScenarioGrid, each_option: Floats, chosen: Floats) -> Floats:
     """Return the profit and loss (n,) of each position where underlying j takes a mix of scenarios.
 

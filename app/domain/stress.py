@@ -22,7 +22,7 @@ from app.domain.parameters import MarketParameters, Regime
 from app.domain.portfolio import Flags, Portfolio, Rows, Underlyings, underlying_table
 from app.domain.prices import Price, StoredPrice
 from app.domain.quote import QuoteTerms, pool_of, read_account
-from app.domain.revalue import CELLS_MAX, option_pnl, pnl_by_underlying
+from app.domain.revalue import CELLS_MAX, each_position_pnl, pnl_by_underlying
 from app.domain.scenarios import Scenario, ScenarioGrid, floored, lay_out
 
 TWENTY_PERCENT = (Scenario(-0.20, 0.0), Scenario(0.20, 0.0))
@@ -175,7 +175,7 @@ def stress(account: StressAccount, grid: ScenarioGrid) -> Stressed:
     pnl, liquidated = pool_pnl, np.empty((0, grid.moves.shape[1]), dtype=np.bool_)
     if account.whole.any_isolated:
         alone = account.whole.take(account.whole.isolated)
-        each = _each_position(alone, grid)
+        each = each_position_pnl(alone, grid)
         liquidated = _liquidated(alone, grid.moves, each)
         pnl = pool_pnl + _by_lane(alone.underlying, each, len(account.names))
     policy = account.parameters.policy
@@ -226,16 +226,6 @@ def _pooled(account: StressAccount, grid: ScenarioGrid) -> tuple[Figures, Floats
     worth = pool.fixed_equity + float(account.backing.sum()) + book.options_value
     equity = worth + account.backing @ grid.moves + pnl.sum(axis=0)
     return Figures(equity, initial + reserved, maintenance + reserved), pnl
-
-
-def _each_position(book: Portfolio, grid: ScenarioGrid) -> Floats:
-    """Return the profit and loss of each position (n, S)."""
-    moves, vols = grid.moves[book.underlying], grid.vol_moves[book.underlying]
-    each: Floats = book.exposure[:, None] * moves
-    each += (0.5 * book.gamma * book.notional)[:, None] * moves * moves + book.vega[:, None] * vols
-    if len(book.options):
-        each[book.options.row] = option_pnl(book.options, grid)
-    return each
 
 
 def _liquidated(alone: Portfolio, moves: Floats, pnl: Floats) -> Flags:

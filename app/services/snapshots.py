@@ -35,10 +35,14 @@ EVERY_SECONDS = 60.0
 SNAPSHOTS_A_PAGE_MAX = 200
 SNAPSHOTS_A_PURGE_MAX = 10_000
 
+# An account that was emptied has a last one: the day on which all was lost, or taken out, counts as well.
 _DUE = f"""
     SELECT a.agent_id FROM accounts a
     WHERE a.agent_id > $1 AND (hashtextextended(a.agent_id, 0) & {SHARDS - 1}) = ANY ($2::bigint[])
-      AND EXISTS (SELECT FROM balances b WHERE b.agent_id = a.agent_id AND b.amount > 0)
+      AND (EXISTS (SELECT FROM balances b WHERE b.agent_id = a.agent_id AND b.amount > 0)
+        OR EXISTS (
+          SELECT FROM account_snapshots s
+          WHERE s.agent_id = a.agent_id AND s.day = (now() AT TIME ZONE 'UTC')::date - 1 AND s.value <> 0))
       AND NOT EXISTS (
         SELECT FROM account_snapshots s
         WHERE s.agent_id = a.agent_id AND s.day = (now() AT TIME ZONE 'UTC')::date)

@@ -90,7 +90,7 @@ async def test_historical_is_numpys_quantile_of_the_stored_returns(service: Serv
         assert result["es"] == pytest.approx(-pnl[pnl <= -expected * (1 - 1e-12)].mean(), rel=1e-9)
     assert reply["evidence"]["days"] == 300
     assert reply["evidence"]["first"] == str(date(2023, 1, 1) + timedelta(days=101))
-    assert reply["parameters"]["history_version"] == 1
+    assert (reply["history"]["version"], reply["history"]["days"]) == (1, 300)
     sigma = returns.std(axis=0, ddof=1) * np.sqrt(365)
     plain = await var(service, positions=positions, window_days=300, confidence=0.99)
     cov = np.cov(returns.T)
@@ -99,9 +99,16 @@ async def test_historical_is_numpys_quantile_of_the_stored_returns(service: Serv
     assert plain["covariance"]["volatility"]["BTC"] == pytest.approx(sigma[0], rel=1e-9)
 
 
+def depends_on_the_book(more: dict[str, Any]) -> bool:
+    """Whether another book has other paths, moments or covariances: no difference of two quotes is exact then."""
+    own = more.get("method") in ("monte_carlo", "cornish_fisher") and "skew" not in more
+    return own or more.get("covariance") == "ledoit_wolf"
+
+
 @pytest.mark.parametrize(
     "more",
     [
+        {"method": "historical"},
         {"method": "historical", "weighting": "age_weighted"},
         {"method": "historical", "weighting": "filtered"},
         {"method": "cornish_fisher"},
@@ -129,6 +136,17 @@ async def test_every_method_holds_to_the_properties(service: Service, more: dict
         for rows in (parts["positions"], parts["underlyings"]):
             assert sum(row["var"] for row in rows) == pytest.approx(var_, rel=1e-9)
             assert sum(row["es"] for row in rows) == pytest.approx(es, rel=1e-9)
+        # Euler, once more: of a linear book a part is its exposure times the slope of the figure
+        for row in parts["underlyings"]:
+            assert row["exposure"] * row["marginal_var"] == pytest.approx(row["var"], rel=1e-9)
+            assert row["exposure"] * row["marginal_es"] == pytest.approx(row["es"], rel=1e-9)
+        short, long = sorted(parts["underlyings"], key=lambda row: row["exposure"])
+        if not depends_on_the_book(more):
+            alone = await var(service, **body | {"collateral": []}, **more)
+            (kept,) = (r["var"] for r in alone["results"] if r["confidence"] == parts["confidence"])
+            assert long["incremental_var"] == pytest.approx(var_ - kept, rel=1e-6)
+        assert short["incremental_var"] == pytest.approx(parts["positions"][0]["incremental_var"], rel=1e-9)
+    assert (reply["seed"], reply["method"]) == (more.get("seed", 0), more.get("method", "parametric"))
     assert reply["standing_still"] == ["USDC"]
     assert reply["exposures"] == {"BTC": pytest.approx(30_000), "ETH": pytest.approx(-30_000)}
     longer = await var(service, **body, **more, horizon_hours=96)
@@ -192,8 +210,35 @@ async def test_a_correction_of_the_history_counts_at_once(service: Service) -> N
     closes["BTC"][50] /= 2
     await post_closes(service, closes)
     after = await var(service, positions=LONG, method="historical", confidence=0.9)
-    assert after["parameters"]["history_version"] == before["parameters"]["history_version"] + 1
+    assert after["history"]["version"] == before["history"]["version"] + 1
     assert after["results"][0]["es"] > before["results"][0]["es"]
+
+
+async def test_the_decay_of_an_ewma_covariance_is_the_request_s(service: Service) -> None:
+    closes = drawn(101, "BTC")
+    await post_closes(service, closes)
+    returns = closes["BTC"][1:] / closes["BTC"][:-1] - 1
+    variance = returns.var(ddof=1)
+    for r in returns:
+        variance = 0.9 * variance + 0.1 * r * r
+    reply = await var(service, positions=LONG, covariance="ewma", volatility_decay=0.9, confidence=0.99)
+    assert reply["results"][0]["var"] == pytest.approx(norm.ppf(0.99) * 60_000 * np.sqrt(variance), rel=1e-9)
+    assert reply["parameters"]["decay"] == 0.9
+
+
+@SHARED
+async def test_a_misspelt_name_is_told(shared: Service) -> None:
+    given = {"vols": {"BTC": 0.6, "BTC-PERP": 0.9}, "correlation": {"BTC": {"EHT": 0.5}}}
+    shown = (await var(shared, positions=LONG, **given))["covariance"]
+    assert (shown["unused_volatilities"], shown["unused_pairs"]) == (["BTC-PERP"], ["BTC:EHT"])
+
+
+@SHARED
+@pytest.mark.parametrize("method", ["parametric", "cornish_fisher", "monte_carlo"])
+async def test_a_seed_is_taken_and_echoed_by_every_method(shared: Service, method: str) -> None:
+    moments = {"skew": 0, "excess_kurtosis": 0} if method == "cornish_fisher" else {}
+    reply = await var(shared, positions=LONG, vols={"BTC": 0.6}, method=method, seed=17, **moments)
+    assert (reply["method"], reply["seed"]) == (method, 17)
 
 
 @SHARED
@@ -216,6 +261,15 @@ async def test_a_correction_of_the_history_counts_at_once(service: Service) -> N
         ({"positions": LONG, "method": "monte_carlo", "paths": 1_000_001}, "/paths", "out_of_range"),
         ({"positions": LONG, "method": "monte_carlo", "paths": 10}, "/paths", "out_of_range"),
         ({"positions": LONG, "method": "monte_carlo", "seed": -1}, "/seed", "out_of_range"),
+        ({"positions": LONG, "seed": 2**63}, "/seed", "out_of_range"),
+        ({"positions": LONG, "method": "monte_carlo", "nu": 4}, "/nu", "not_allowed"),
+        ({"positions": LONG, "method": "historical", "age_decay": 0.97}, "/age_decay", "not_allowed"),
+        (
+            {"positions": LONG, "method": "historical", "weighting": "age_weighted", "volatility_decay": 0.9},
+            "/volatility_decay",
+            "not_allowed",
+        ),
+        ({"positions": LONG, "volatility_decay": 0.9}, "/volatility_decay", "not_allowed"),
         (
             {"positions": LONG, "method": "monte_carlo", "distribution": "student_t", "nu": 2},
             "/nu",

@@ -76,6 +76,28 @@ async def test_the_programme_by_hand(shared: Service) -> None:
 
 
 @SHARED
+async def test_without_limits_the_programme_has_no_answer(shared: Service) -> None:
+    free = {"asset": "USDC", "edge": 0.01, "margin_rate": 0}
+    reply = await _sized(shared, method="lp", assets=[free | {"weight_max": "none"}], leverage_cap="none")
+    assert (reply["status"], reply["weights"], reply["leverage_cap"]) == ("unbounded", None, None)
+    assert "USDC" in reply["detail"]
+    capped = await _sized(shared, method="lp", assets=[free | {"weight_max": "none"}], leverage_cap=2)
+    assert capped["weights"] == {"USDC": pytest.approx(2)}
+    # what many clients send for a field left out lifts no limit
+    default = await _sized(shared, method="lp", assets=[free | {"weight_max": None}], leverage_cap=None)
+    assert (default["weights"], default["leverage_cap"]) == ({"USDC": 0.25}, 3.5)
+
+
+@SHARED
+async def test_weights_that_fill_a_limit_to_the_last_bit_fit(shared: Service) -> None:
+    thirds = [{"asset": f"A{k}", "edge": 1, "margin_rate": 0.1, "weight_min": 0.1} for k in range(3)]
+    vols = {f"A{k}": 0.5 for k in range(3)}  # .1 + .1 + .1 is .30000000000000004
+    reply = await _sized(shared, method="lp", assets=thirds, vols=vols, leverage_cap=0.3)
+    assert reply["status"] == "optimal"
+    assert sum(reply["weights"].values()) == pytest.approx(0.3)
+
+
+@SHARED
 async def test_a_position_beside_others(shared: Service) -> None:
     """Nothing held: target x equity / vol. Beside the same coin short, the calmest size is the hedge."""
     known = {"equity": 100_000, "free_margin": 1e9, "max_leverage": 3, "vols": {"BTC": 0.65}}
@@ -139,7 +161,13 @@ async def test_a_covariance_of_the_stored_closes(service: Service) -> None:
     rho = known[0, 1] / math.sqrt(known[0, 0] * known[1, 1])
     assert shown["correlation"]["BTC:ETH"] == pytest.approx(rho, rel=1e-9)
     assert (shown["source"], shown["method"], shown["defaulted_vols"]) == ("history", "sample", [])
-    assert two["history_version"] == 1
+    last = date.fromisoformat(two["history"]["to"])
+    assert two["history"] | {"age_days": 0} == {
+        "version": 1, "from": str(last - timedelta(days=99)), "to": str(last), "days": 100, "age_days": 0,
+    }  # fmt: skip
+    given: dict[str, Any] = {"vols": {"BCT": 1}, "correlation": {"BTC": {"EHT": 0}}}
+    typo = await _sized(service, method="risk_parity", assets=NAMES[:2], **given)
+    assert (typo["covariance"]["unused_vols"], typo["covariance"]["unused_pairs"]) == (["BCT"], ["BTC:EHT"])
     three = (await _sized(service, method="risk_parity", assets=NAMES, covariance=window))["covariance"]
     assert (three["defaulted_vols"], three["defaulted_pairs"]) == (["SOL"], ["BTC:SOL", "ETH:SOL"])
     assert three["too_short"] == {"SOL": 0}

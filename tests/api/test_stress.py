@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -161,7 +161,9 @@ async def test_the_worst_days_and_weeks_of_the_past(service: Service) -> None:
     assert row["equity"] == pytest.approx(48_450 + 61_000 * 1.45 * fall)
     assert row["equity"] < reply["results"][0]["scenarios"][1]["equity"]
     assert second["moves"]["BTC"] == pytest.approx(100 / 102 - 1)
-    assert reply["history"] == {"version": 1, "from": "2019-02-06", "to": "2024-02-09", "days": 1_830}
+    shown, age = reply["history"], datetime.fromisoformat(reply["as_of"]).date() - date(2024, 2, 9)
+    assert shown.pop("age_days") == age.days
+    assert shown == {"version": 1, "from": "2024-01-02", "to": "2024-02-09", "days": 39}
     week = (await _stress(service, **WORKED, replay={"window_days": 7, "count": 1}))["scenarios"][0]
     assert date.fromisoformat(week["to"]) - date.fromisoformat(week["from"]) == timedelta(days=6)
     both = await _stress(service, **WORKED, replay={}, scenarios="twenty_percent")
@@ -209,6 +211,9 @@ async def test_the_stored_account_moves_with_what_it_has_reserved(service: Servi
         (WORKED | {"feedback": {"adv": {"BTC": -1}}}, "invalid_value", "/feedback/adv/BTC"),
         (WORKED | {"positions": [{"symbol": "NOPE-PERP", "side": "long", "size": 1}]}, "missing_price", None),
         (WORKED | {"models": ["cross"]}, "unknown_field", "/models"),
+        (WORKED | {"scenarios": ["moderate", "mild"]}, "unknown_scenario_set", "/scenarios/1"),
+        (WORKED | {"scenarios": ["span16"] * 63}, "too_many_items", "/scenarios"),
+        (WORKED | {"regimes": "panic"}, "invalid_value", "/regimes"),
     ],
 )
 @SHARED
@@ -226,6 +231,19 @@ async def test_all_that_a_margin_quote_takes(shared: Service) -> None:
     assert reply["unused_shocks"] == []
     unused = await _stress(shared, **WORKED, scenarios=[{"shocks": {"BTCC": -0.1}}])
     assert unused["unused_shocks"] == ["BTCC"]
+
+
+@SHARED
+async def test_sets_by_name_beside_own_scenarios_and_one_regime(shared: Service) -> None:
+    own = {"price_move": -0.4, "name": "crash"}
+    reply = await _stress(shared, **WORKED, scenarios=["moderate", own, "twenty_percent"], regimes="sell_off")
+    assert [row["source"] for row in reply["scenarios"]] == ["moderate"] * 6 + ["own"] + ["twenty_percent"] * 2
+    assert [row["name"] for row in reply["scenarios"]] == [None] * 6 + ["crash"] + [None] * 2
+    (result,) = reply["results"]
+    assert result["regime"] == "sell_off"
+    assert result["scenarios"][6]["equity"] == pytest.approx(48_450 - 0.4 * 61_000 * 1.45)
+    alone = await _stress(shared, collateral=WORKED["collateral"], market={"prices": {"BTC": 61_000}})
+    assert alone["results"][0]["scenarios"][0]["equity"] == pytest.approx(47_450 - 0.2 * 61_000 * 0.45)
 
 
 @SHARED

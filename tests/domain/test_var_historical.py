@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skfolio.measures import cvar, value_at_risk
 
+from app.domain.black76 import Floats
 from app.domain.panel import Panel
-from app.domain.var.contributions import historical_components
-from app.domain.var.historical import HistoricalMethod, HistoricalTerms, historical
+from app.domain.var.contributions import historical_components, historical_parts
+from app.domain.var.historical import HistoricalMethod, HistoricalRisk, HistoricalTerms, historical
 from app.domain.var.tail import age_weights, sample_tails, weighted_tails
 from app.domain.var.volatility import rescaled
 from app.errors import InvalidError
-from tests.domain.book import NOW, Book, linear
+from tests.domain.book import NOW, PRICES, Book, Row, linear
 from tests.domain.closes import needs_closes, panel
 from tests.domain.reference import Reference
 from tests.domain.var_books import (
@@ -217,6 +218,49 @@ def test_shortfalls_parts_are_the_mean_losses_of_the_tail() -> None:
     ]
     (parts,) = historical_components(book, risk)
     assert parts.es_by_position == pytest.approx(expected, rel=1e-9)
+
+
+PARTED = (*CURVED, linear("SOL-PERP", "short", 30.0))
+FLAT = tuple(linear(f"{name}-PERP", "long", 0.0) for name in NAMES)
+"""What keeps every underlying in a book that lost its positions."""
+
+
+def _risk(method: HistoricalMethod, *rows: Row) -> HistoricalRisk:
+    return historical(portfolio(*rows), drawn_history(5, 150), HistoricalTerms((0.9, 0.99), 4.0, method))
+
+
+def _figures(risk: HistoricalRisk) -> Floats:
+    return np.array([(tail.value_at_risk, tail.expected_shortfall) for tail in risk.tails])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_marginal_figures_are_the_slopes(method: HistoricalMethod, name: str) -> None:
+    cents = 0.01
+    more, less = (
+        _figures(_risk(method, *PARTED, linear(f"{name}-PERP", side, cents / PRICES[name])))
+        for side in ("long", "short")
+    )
+    parts = historical_parts(portfolio(*PARTED), _risk(method, *PARTED))
+    found = [(part.marginal_var[NAMES.index(name)], part.marginal_es[NAMES.index(name)]) for part in parts]
+    assert np.array(found) == pytest.approx((more - less) / (2.0 * cents), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_incremental_var_is_the_difference_of_two_books(method: HistoricalMethod) -> None:
+    risk = _risk(method, *PARTED)
+    parts = historical_parts(portfolio(*PARTED), risk)
+
+    def fall(*left: Row) -> Floats:
+        return (_figures(risk) - _figures(_risk(method, *left, *FLAT)))[:, 0]
+
+    by_position = [part.incremental_var_by_position for part in parts]
+    by_underlying = [part.incremental_var_by_underlying for part in parts]
+    falls = [fall(*PARTED[:i], *PARTED[i + 1 :]) for i in range(len(PARTED))]
+    assert np.array(by_position) == pytest.approx(np.transpose(falls), rel=1e-9, abs=1e-6)
+    # rows 0 and 2 are on BTC, 1 and 3 on ETH, 4 on SOL
+    falls = [fall(PARTED[1], PARTED[3], PARTED[4]), fall(PARTED[0], PARTED[2], PARTED[4]), fall(*CURVED)]
+    assert np.array(by_underlying) == pytest.approx(np.transpose(falls), rel=1e-9, abs=1e-6)
 
 
 @DRAWN

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from app.domain.var.contributions import Deviations, monte_carlo_components, parametric_parts
+from app.domain.var.contributions import Deviations, monte_carlo_components, monte_carlo_parts, parametric_parts
 from app.domain.var.monte_carlo import (
     Distribution,
     MonteCarloRisk,
@@ -201,6 +201,11 @@ def test_parts_of_a_nearly_linear_book_are_parametric_ones() -> None:
     near = 0.02 * exact.value_at_risk
     assert parts.es_by_position == pytest.approx(expected.es_by_position, abs=near)
     assert parts.var_by_underlying == pytest.approx(expected.var_by_underlying, abs=2.0 * near)
+    (whole,) = monte_carlo_parts(book, COVARIANCE, risk, terms)
+    exactly = parametric_parts(Deviations(book, COVARIANCE, 1.0), exact)
+    assert whole.marginal_es * book.net == pytest.approx(exactly.marginal_es * book.net, abs=near)
+    assert whole.marginal_var * book.net == pytest.approx(exactly.marginal_var * book.net, abs=2.0 * near)
+    assert np.isnan(whole.incremental_var_by_position).all()
 
 
 def test_shortfalls_parts_are_the_mean_losses_of_the_tail() -> None:

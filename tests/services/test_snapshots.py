@@ -184,6 +184,24 @@ async def test_the_account_s_backtest(service: Service) -> None:
     assert (await other.get("/account/snapshots"))["snapshots"] == []
 
 
+async def test_the_day_on_which_an_account_is_emptied_counts(service: Service) -> None:
+    await service.prices(BTC=60_000)
+    agent = await service.agent()
+    await agent.deposit(USDC=10_000)
+    await agent.order("BTC-PERP", "buy", 0.3)
+    await _round(service)
+    await _a_day_passes(service)
+    await service.prices(BTC=50_000)
+    await agent.order("BTC-PERP", "sell", 0.3)
+    await agent.post("/wallet/withdrawals", {"asset": "USDC", "amount": 7_000})
+    assert (await _round(service)).count == 1
+    (day,) = (await agent.get("/account/backtest"))["days"]
+    assert float(day["pnl"]) == pytest.approx(-3_000)
+    assert day["exception"] is True
+    await _a_day_passes(service)
+    assert (await _round(service)).count == 0
+
+
 async def test_old_snapshots_are_deleted(service: Service) -> None:
     await service.prices(BTC=60_000, ETH=3_000)
     agent = await _trader(service)

@@ -136,7 +136,7 @@ def _impossible(programme: Programme, rows: Floats, limits: Floats, least: Float
         if low > high:
             return f"the least weight of {asset}, {low:g}, is above the largest, {high:g}"
     for name, used, limit in zip(("margin", "leverage"), (rows @ least).tolist(), limits.tolist(), strict=True):
-        if used > limit:
+        if used - limit > TOLERANCE * max(1.0, limit):
             return f"the least weights alone take {used:g} of {name}, of which there is {limit:g}"
     return ""
 

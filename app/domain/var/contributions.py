@@ -13,8 +13,8 @@ from app.domain.portfolio import Portfolio, Rows
 from app.domain.var.historical import HistoricalRisk
 from app.domain.var.monte_carlo import MonteCarloRisk, MonteCarloTerms, SimulatedTail, moves_of
 from app.domain.var.parametric import NormalTail, sigma_of
-from app.domain.var.revalue import mixed_losses
-from app.domain.var.tail import YEAR_DAYS, SampleTail
+from app.domain.var.revalue import mixed_losses, positions_apart
+from app.domain.var.tail import YEAR_DAYS, Mix, SampleTail
 
 ComponentRule = Literal["elliptical", "scenarios", "kernel"]
 """elliptical: Euler's x·Σx/x'Σx. scenarios: the losses in the very scenarios that the figure is a mean of.
@@ -99,7 +99,10 @@ class Deviations:
 
 @dataclass(frozen=True, slots=True)
 class VarParts:
-    """Parametric VaR and ES in parts, USD: `marginal` (J,) per USD, the others by position (n,) and underlying (J,)."""
+    """VaR and ES in parts, USD: `marginal` (J,) per USD of exposure, the others by position (n,) and underlying (J,).
+
+    Incremental VaR is VaR less that of the book without the position, or the underlying; NaN where it is not told.
+    """
 
     marginal_var: Floats
     marginal_es: Floats
@@ -113,13 +116,19 @@ def parametric_parts(parts: Deviations, tail: NormalTail) -> VarParts:
 
     Source: Jorion, "Value at Risk", ch. 7; Euler's theorem on functions of degree one.
     """
-    var_of, es_of = -tail.z, tail.expected_shortfall / parts.sigma if parts.sigma > 0.0 else 0.0
+    return _of_sigma(parts, tail.confidence, tail.value_at_risk, tail.expected_shortfall)
+
+
+def _of_sigma(parts: Deviations, confidence: float, value_at_risk: float, shortfall: float) -> VarParts:
+    """Return the parts of figures that are multiples of σ."""
+    scale = 1.0 / parts.sigma if parts.sigma > 0.0 else 0.0
+    var_of, es_of = value_at_risk * scale, shortfall * scale
     return VarParts(
         marginal_var=var_of * parts.marginal,
         marginal_es=es_of * parts.marginal,
         incremental_var_by_position=var_of * parts.incremental_by_position,
         incremental_var_by_underlying=var_of * parts.incremental_by_underlying,
-        components=elliptical(parts, tail.confidence, tail.value_at_risk, tail.expected_shortfall),
+        components=elliptical(parts, confidence, value_at_risk, shortfall),
     )
 
 
@@ -140,6 +149,39 @@ def elliptical(parts: Deviations, confidence: float, value_at_risk: float, short
     )
 
 
+def historical_parts(portfolio: Portfolio, risk: HistoricalRisk) -> tuple[VarParts, ...]:
+    """Return the parts of each confidence; a USD more of an underlying loses what that lost on the days of the figure.
+
+    Incremental VaR is of the book revalued without each position on the same days. Source: Hallerbach 2003.
+    """
+    by_position, by_underlying = _without_each(portfolio, risk)
+    return tuple(
+        VarParts(
+            marginal_var=risk.scale * _losses_a_dollar(risk.moves[tail.var_mix.rows], tail.var_mix),
+            marginal_es=risk.scale * _losses_a_dollar(risk.moves[tail.es_mix.rows], tail.es_mix),
+            incremental_var_by_position=tail.value_at_risk - by_position[k],
+            incremental_var_by_underlying=tail.value_at_risk - by_underlying[k],
+            components=components,
+        )
+        for k, (tail, components) in enumerate(zip(risk.tails, historical_components(portfolio, risk), strict=True))
+    )
+
+
+def _losses_a_dollar(moves: Floats, mix: Mix) -> Floats:
+    """Return what a USD of each underlying (J,) loses over the mix of moves (K, J)."""
+    return -(mix.weights @ moves)
+
+
+def _without_each(portfolio: Portfolio, risk: HistoricalRisk) -> tuple[Floats, Floats]:
+    """Return the VaR of the book without each position (K, n), and without each underlying (K, J), alone."""
+    by_position = np.empty((len(risk.tails), len(portfolio)))
+    by_underlying = np.zeros((len(portfolio.prices), risk.days))
+    for chosen, pnl in positions_apart(portfolio, risk.moves):
+        by_position[:, chosen] = risk.values_at_risk(risk.losses + pnl)
+        np.add.at(by_underlying, portfolio.underlying[chosen], pnl)
+    return by_position, risk.values_at_risk(risk.losses + by_underlying)
+
+
 def historical_components(portfolio: Portfolio, risk: HistoricalRisk) -> tuple[Components, ...]:
     """Return the parts of each confidence: the losses on the days that VaR interpolates, and on those of the tail.
 
@@ -156,6 +198,24 @@ def historical_components(portfolio: Portfolio, risk: HistoricalRisk) -> tuple[C
         )
         for tail in risk.tails
     )
+
+
+def monte_carlo_parts(
+    portfolio: Portfolio, covariance: Floats, risk: MonteCarloRisk, terms: MonteCarloTerms
+) -> tuple[VarParts, ...]:
+    """Return the parts of each confidence of a simulation.
+
+    A linear book's are those of its σ, times VaR/σ and ES/σ. Another's marginal figures are what a USD of an underlying
+    loses on the paths of its components; its incremental VaR would take a simulation for each position, and is NaN.
+    """
+    if portfolio.is_linear:
+        parts = Deviations(portfolio, covariance, risk.horizon_days)
+        return tuple(_of_sigma(parts, t.confidence, t.value_at_risk, t.expected_shortfall) for t in risk.tails)
+    found, untold = [], np.full(len(portfolio), np.nan)
+    for tail, components in zip(risk.tails, monte_carlo_components(portfolio, covariance, risk, terms), strict=True):
+        around, beyond = (_losses_a_dollar(moves_of(covariance, m.rows, terms), m) for m in (tail.around, tail.beyond))
+        found.append(VarParts(around, beyond, untold, np.full(len(covariance), np.nan), components))
+    return tuple(found)
 
 
 def monte_carlo_components(

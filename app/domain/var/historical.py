@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal, cast
 
+import numpy as np
+
 from app.domain.black76 import Floats
 from app.domain.panel import HISTORY_DAYS_MIN, History, missing_history
 from app.domain.portfolio import Portfolio
@@ -18,8 +20,10 @@ from app.domain.var.tail import (
     age_weights,
     checked_confidences,
     checked_horizon,
+    quantiles,
     sample_tails,
     scaled,
+    weighted_quantiles,
     weighted_tails,
 )
 from app.domain.var.volatility import rescaled
@@ -67,6 +71,14 @@ class HistoricalRisk:
     def days(self) -> int:
         """Days of the window."""
         return len(self.losses)
+
+    def values_at_risk(self, losses: Floats) -> Floats:
+        """Return the VaR (K, W), at the same confidences and horizon, of other books by their daily losses (W, T)."""
+        levels = [tail.confidence for tail in self.tails]
+        if self.method == "age_weighted" and self.decay is not None:
+            weights = age_weights(self.days, self.decay)
+            return self.scale * np.array([weighted_quantiles(losses, weights, level) for level in levels])
+        return self.scale * np.array([quantiles(losses, level) for level in levels])
 
 
 def historical(portfolio: Portfolio, history: History, terms: HistoricalTerms) -> HistoricalRisk:

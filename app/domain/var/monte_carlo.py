@@ -116,10 +116,16 @@ def _check(terms: MonteCarloTerms) -> None:
     checked_horizon(terms.horizon_days)
     if not PATHS_MIN <= terms.paths <= PATHS_MAX:
         raise invalid("/paths", "out_of_range", f"{PATHS_MIN:,} to {PATHS_MAX:,} paths")
-    if not 0 <= terms.seed <= SEED_MAX:
-        raise invalid("/seed", "out_of_range", "a seed is a whole number from 0 to 2^63 - 1")
+    checked_seed(terms.seed)
     if terms.distribution == "student_t" and not 2.0 < terms.degrees <= 1_000.0:
         raise invalid("/degrees", "out_of_range", "degrees of freedom lie above 2, up to 1,000")
+
+
+def checked_seed(seed: int) -> int:
+    """Return the seed. Raises InvalidError unless it is from 0 to 2^63 - 1."""
+    if not 0 <= seed <= SEED_MAX:
+        raise invalid("/seed", "out_of_range", "a seed is a whole number from 0 to 2^63 - 1")
+    return seed
 
 
 def _factor(covariance: Floats, horizon_days: float) -> Floats:

@@ -15,11 +15,10 @@ from app.domain.parameters import CorrelationTable, MarketParameters, Regime
 from app.domain.portfolio import Portfolio
 from app.domain.regimes import regime_correlation
 from app.domain.var.contributions import (
-    Components,
     Deviations,
     VarParts,
-    historical_components,
-    monte_carlo_components,
+    historical_parts,
+    monte_carlo_parts,
     parametric_parts,
 )
 from app.domain.var.historical import (
@@ -42,7 +41,10 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 @dataclass(frozen=True, slots=True)
 class VarTerms:
-    """What is asked. `volatilities` go before what history shows; `correlations` are those of the choice `given`."""
+    """What is asked. `volatilities` go before what history shows; `correlations` are those of the choice `given`.
+
+    `covariance_decay` is the λ of the choice `ewma`, None for the parameters' own.
+    """
 
     method: VarMethod = "parametric"
     confidences: Sequence[float] = (0.95, 0.99)
@@ -58,6 +60,7 @@ class VarTerms:
     z: Sequence[float] | None = None
     moments: Moments | None = None
     covariance: CovarianceChoice = "sample"
+    covariance_decay: float | None = None
     regime: Regime = "normal"
     volatilities: Mapping[str, float] = field(default_factory=dict)
     correlations: Mapping[Pair, float] = field(default_factory=dict)
@@ -72,10 +75,9 @@ class VarTerms:
 
 @dataclass(frozen=True, slots=True)
 class VarQuote:
-    """The figures, by confidence, and what they stand on; `parts` where marginal and incremental VaR are defined."""
+    """The figures and their parts, by confidence, and what they stand on."""
 
     risk: ParametricRisk | HistoricalRisk | MonteCarloRisk
-    components: Sequence[Components]
     parts: Sequence[VarParts]
     covariance: Covariance | None = None
     history: History | None = None
@@ -115,7 +117,7 @@ def var_quote(portfolio: Portfolio, panel: Panel, parameters: MarketParameters, 
     )
     deviations = Deviations(portfolio, covariance.matrix, risk.horizon_days)
     parts = [parametric_parts(deviations, tail) for tail in risk.tails]
-    return VarQuote(risk, [part.components for part in parts], parts, covariance, history)
+    return VarQuote(risk, parts, covariance, history)
 
 
 def chosen_covariance(names: Sequence[str], panel: Panel, parameters: MarketParameters, terms: VarTerms) -> Covariance:
@@ -140,7 +142,7 @@ def chosen_covariance(names: Sequence[str], panel: Panel, parameters: MarketPara
             defaulted_pairs=tuple(pair for pair in pairs_of(names) if pair not in listed),
             repair_distance=mended.distance,
         )
-    return estimate(panel, names, parameters, terms.covariance, volatilities=vols)
+    return estimate(panel, names, parameters, terms.covariance, volatilities=vols, decay=terms.covariance_decay)
 
 
 def _of_horizon(moments: Moments, days: float) -> Moments:
@@ -154,7 +156,7 @@ def _historical(portfolio: Portfolio, panel: Panel, terms: VarTerms) -> VarQuote
         terms.confidences, terms.horizon_days, terms.weighting, terms.age_decay, terms.volatility_decay
     )
     risk = historical(portfolio, history, asked)
-    return VarQuote(risk, historical_components(portfolio, risk), (), None, history)
+    return VarQuote(risk, historical_parts(portfolio, risk), None, history)
 
 
 def _monte_carlo(portfolio: Portfolio, covariance: Covariance, terms: VarTerms) -> VarQuote:
@@ -162,4 +164,4 @@ def _monte_carlo(portfolio: Portfolio, covariance: Covariance, terms: VarTerms) 
         terms.seed, terms.paths, terms.distribution, terms.degrees, terms.confidences, terms.horizon_days
     )
     risk = monte_carlo(portfolio, covariance.matrix, asked)
-    return VarQuote(risk, monte_carlo_components(portfolio, covariance.matrix, risk, asked), (), covariance)
+    return VarQuote(risk, monte_carlo_parts(portfolio, covariance.matrix, risk, asked), covariance)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from app.domain.black76 import Floats
-from app.domain.portfolio import Portfolio
-from app.domain.revalue import option_pnl, pnl_by_underlying, position_pnl
+from app.domain.portfolio import Flags, Portfolio
+from app.domain.revalue import each_position_pnl, option_pnl, pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, floored
 
 OPTION_CELLS_MAX = 1_000_000
-"""Option x scenario values held at once."""
+"""Option x scenario, or position x scenario values held at once."""
 
 
 def _grid(moves: Floats) -> ScenarioGrid:
@@ -25,6 +27,15 @@ def losses_at(portfolio: Portfolio, moves: Floats) -> Floats:
         pnl, _ = pnl_by_underlying(portfolio, _grid(moves[part]))
         np.negative(pnl.sum(axis=0), out=total[part])
     return total
+
+
+def positions_apart(portfolio: Portfolio, moves: Floats) -> Iterator[tuple[Flags, Floats]]:
+    """Yield which positions (n,), and their own profit and loss (k, S), USD, at the moves (S, J), many at once."""
+    grid, place = _grid(moves), np.arange(len(portfolio))
+    size = max(1, OPTION_CELLS_MAX // max(1, len(moves)))
+    for start in range(0, len(portfolio), size):
+        chosen = (place >= start) & (place < start + size)
+        yield chosen, each_position_pnl(portfolio.take(chosen), grid)
 
 
 def mixed_losses(portfolio: Portfolio, moves: Floats, weights: Floats) -> Floats:

@@ -82,6 +82,16 @@ def sample_tails(losses: NDArray[np.floating], confidences: Sequence[float]) -> 
     return ranked_tails(count, *largest(losses, deepest), confidences)
 
 
+def quantiles(losses: Floats, confidence: float) -> Floats:
+    """Return the VaR (W,) of each row of equally likely losses (W, T), as `sample_tails` has it."""
+    last = losses.shape[1] - 1
+    rank, fraction = rank_of(losses.shape[1], confidence)
+    places = [last - rank, max(0, last - rank - 1)]
+    found = np.partition(losses, places, axis=1)[:, places]
+    quantile: Floats = found[:, 0] + fraction * (found[:, 1] - found[:, 0])
+    return quantile
+
+
 def largest(losses: NDArray[np.floating], count: int) -> tuple[Rows, Floats]:
     """Return the rows (count,) of the largest losses, in order, and these losses; all of them where there are fewer."""
     if count >= len(losses):
@@ -164,6 +174,12 @@ def weighted_place(worst: Floats, weights: Floats, confidence: float) -> Weighte
     here = at(worst, rank)
     low, high = 0.5 * (at(worst, rank - 1) + here), 0.5 * (here + at(worst, rank + 1))
     return WeightedPlace(rank, fraction, low, high)
+
+
+def weighted_quantiles(losses: Floats, weights: Floats, confidence: float) -> Floats:
+    """Return the VaR (W,) of each row of losses (W, T) of these weights (T,), as `weighted_tails` has it."""
+    order = np.argsort(-losses, axis=1, kind="stable")
+    return weighted_place(np.take_along_axis(losses, order, axis=1), weights[order], confidence).value_at_risk
 
 
 def weighted_tails(losses: Floats, weights: Floats, confidences: Sequence[float]) -> tuple[SampleTail, ...]:
