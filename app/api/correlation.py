@@ -12,7 +12,7 @@ from starlette.responses import Response
 from app.api import body as wire
 from app.api.deps import caller_of, document, parts_of
 from app.api.quote_request import SYMBOL
-from app.api.quotes_var import AgentId, account_terms, exposed_now
+from app.api.quotes_var import AgentId, account_terms
 from app.api.risk_book import history_shown
 from app.api.var_reply import covariance_reply
 from app.domain.covariance import Covariance, estimate
@@ -21,7 +21,7 @@ from app.domain.parameters import MarketParameters, Regime
 from app.domain.portfolio import Portfolio
 from app.domain.quote import QuoteTerms
 from app.domain.regimes import Drift, drift, regime_correlation
-from app.domain.var.quote import VarTerms
+from app.domain.var.quote import VarTerms, risk_taken
 from app.errors import invalid
 
 router = APIRouter(prefix="/api/market/correlation", tags=["market"])
@@ -57,7 +57,7 @@ async def get_correlation(
     known = await parts.history.panel(names, window_days)
     portfolio = None
     if held is not None:
-        portfolio = exposed_now(held, view, now, known.panel, VarTerms()).portfolio
+        portfolio = risk_taken(held, view.prices, now, known.panel, VarTerms()).portfolio
         names = list(portfolio.underlyings.names)
     reply = await parts.workshop.run(_compared, names, known.panel, view.parameters, regime, portfolio, confidence)
     reply |= {"window_days": window_days, "history": history_shown(known, now), "version": view.parameters.version}

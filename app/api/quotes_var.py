@@ -30,8 +30,8 @@ from app.api.var_request import (
 )
 from app.domain.panel import Panel
 from app.domain.quote import QuoteTerms
-from app.domain.var.exposures import Exposed, exposed
-from app.domain.var.quote import VarTerms, moving_stablecoins, var_quote
+from app.domain.var.exposures import exposed
+from app.domain.var.quote import VarTerms, risk_taken, var_quote
 from app.errors import ForbiddenError, pointers_by
 from app.services import book
 from app.services.accounts import Caller
@@ -98,7 +98,7 @@ def _asked(parts: Parts, body: VarQuoteIn, held: QuoteTerms | None, now: datetim
 
 def _quote(parts: Parts, asked: Asked, known: Known) -> bytes:
     started = time.perf_counter()
-    found = exposed_now(asked.book, asked.view, asked.now, known.panel, asked.terms)
+    found = risk_taken(asked.book, asked.view.prices, asked.now, known.panel, asked.terms)
     parameters = asked.book.margin.parameters
     with pointers_by(as_named_here):
         quote = var_quote(found.portfolio, known.panel, parameters, asked.terms)
@@ -113,11 +113,3 @@ def _quote(parts: Parts, asked: Asked, known: Known) -> bytes:
     reply["parameters"] = used_parameters(asked.terms, parameters, asked.view.price_version)
     reply["history"] = history_shown(known, asked.now) if asked.terms.needs_history else None
     return encoder.encode(reply)
-
-
-def exposed_now(terms: QuoteTerms, view: MarketView, now: datetime, panel: Panel, asked: VarTerms) -> Exposed:
-    """Return the book with its collateral as exposures, stablecoins where they move. Raises InvalidError."""
-    parameters = terms.margin.parameters
-    held = dict.fromkeys(item.asset for item in (*terms.collateral, *terms.liabilities))
-    stable = [name for name in held if parameters.asset(name).kind == "stable"]
-    return exposed(terms, view.prices, now, moving_stablecoins(stable, panel, asked, parameters))

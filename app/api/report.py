@@ -22,7 +22,6 @@ from app.domain.var.monte_carlo import SEED_MAX
 from app.report.figures import SEED, Subject, report_of
 from app.report.history import daily
 from app.report.page import POLICY, page
-from app.services import closes
 from app.services.market_cache import MarketView
 from app.telemetry import package_version
 
@@ -54,9 +53,9 @@ async def get_report(request: Request, owner: BookOwner, seed: Seed = SEED) -> R
         held, _ = await read_account(parts, owner)
         view = parts.market.view
         check_report_work(held, view.parameters, Limits.of(parts.settings))
-        stored = await _history(parts, owner.caller.key_id, held, view.parameters)
+        known = await parts.history.panel(_assets(held, view.parameters), HISTORY_DAYS)
         now = parts.database.clock.now()
-        made = await parts.workshop.run(_made, parts, view, held, stored, now, seed)
+        made = await parts.workshop.run(_made, parts, view, held, known.panel, now, seed)
     return Response(made, media_type="text/html; charset=utf-8", headers=HEADERS)
 
 
@@ -65,11 +64,9 @@ def check_report_work(held: Book, parameters: MarketParameters, limits: Limits) 
     check_work(estimated_work(position_terms(held.positions), parameters, held.settings.margin_mode), limits)
 
 
-async def _history(parts: Parts, key_id: str, held: Book, parameters: MarketParameters) -> Panel:
-    """Return the stored closes of all that the account has to do with."""
-    assets = {parameters.underlying_of(position.symbol) for position in held.positions} | set(held.holdings)
-    async with parts.database.transaction(key_id) as tx:
-        return await closes.load_panel(tx, sorted(assets), HISTORY_DAYS)
+def _assets(held: Book, parameters: MarketParameters) -> list[str]:
+    """Return all that the account has to do with."""
+    return sorted({parameters.underlying_of(position.symbol) for position in held.positions} | set(held.holdings))
 
 
 def _made(parts: Parts, view: MarketView, held: Book, stored: Panel, now: datetime, seed: int) -> bytes:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.portfolio import Portfolio
 from app.domain.prices import StoredPrice
 from app.domain.quote import MarginQuote, QuoteTerms, margin_quote
 from app.domain.replay import Replay, replay
 from app.domain.revalue import pnl_by_underlying
 from app.domain.scenarios import NAMED, Scenario
 from app.domain.stress import TWENTY_PERCENT, StressAccount, Stressed, market_shocks, stress, stress_account
+from app.domain.var.exposures import Exposed
+from app.domain.var.quote import VarTerms, risk_taken
 from app.errors import InvalidError
 from app.report.history import Daily
 from app.report.risk import Believed, Risk, believed, day_risk
@@ -65,10 +68,14 @@ class StressRow:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """All figures of a report. `risk`, `beliefs`: None of a book without positions; `grid` (V, P): without options."""
+    """All figures of a report. `exposed` is what VaR is of: positions, and coins held and owed.
+
+    `risk`, `beliefs`: None where nothing is exposed; `grid` (V, P): without options.
+    """
 
     subject: Subject
     quote: MarginQuote
+    exposed: Exposed
     beliefs: Believed | None
     risk: Risk | None
     scenarios: ScenarioMap
@@ -80,14 +87,16 @@ def report_of(subject: Subject) -> Report:
     """Return the figures. Raises InvalidError as `margin_quote` does, for a missing price among others."""
     terms, stored, now = subject.terms, subject.stored, subject.now
     quote = margin_quote(terms, stored, now)
-    book = quote.portfolio
+    whole = risk_taken(terms, stored, now, subject.daily.recent, VarTerms(method="historical"))
+    book = whole.portfolio
     beliefs = believed(book, terms.margin, subject.daily) if len(book) else None
     account = stress_account(terms, stored, now, subject.reserved)
-    shocks = _scenarios(terms)
+    shocks = _scenarios(terms, account.whole)
     named = stress(account, market_shocks([scenario for _, scenario in shocks], account))
     return Report(
         subject=subject,
         quote=quote,
+        exposed=whole,
         beliefs=beliefs,
         risk=None if beliefs is None else day_risk(book, beliefs.covariance, subject.daily, subject.seed),
         scenarios=_map(shocks, named),
@@ -96,15 +105,21 @@ def report_of(subject: Subject) -> Report:
     )
 
 
-def _scenarios(terms: QuoteTerms) -> tuple[tuple[str, Scenario], ...]:
-    """Return the scenarios of the request's own and of the named sets, each once, with the set that it is of."""
+def _scenarios(terms: QuoteTerms, book: Portfolio) -> tuple[tuple[str, Scenario], ...]:
+    """Return the scenarios of the request's own and of the named sets, each once, with the set that it is of.
+
+    To a book without options and vega the volatility makes no difference.
+    """
+    has_volatility = bool(len(book.options)) or book.any_vega
     own = {"own": terms.margin.scenarios} if terms.margin.scenario_set == "own" else {}
     found: dict[object, tuple[str, Scenario]] = {}
     for name, scenarios in {**own, **NAMED}.items():
-        for scenario in scenarios:
+        for given in scenarios:
+            scenario = given if has_volatility else replace(given, vol_move=0.0)
             shocks = tuple(sorted(scenario.shocks.items()))
             key = (scenario.price_move, scenario.vol_move, scenario.in_ranges, shocks)
-            found.setdefault(key, (name, scenario))
+            if any((scenario.price_move, scenario.vol_move, shocks)):
+                found.setdefault(key, (name, scenario))
     return tuple(found.values())
 
 

@@ -44,7 +44,7 @@ class Tail:
 
 @dataclass(frozen=True, eq=False)
 class Risk:
-    """A day's risk of the positions, USD; what collateral does is not in it.
+    """A day's risk of the positions and of the coins held and owed, USD, without haircut.
 
     `pnl` (T,) in days or paths. `components` are those of the highest confidence. `first` and `last` bound the days of
     a historical one, `seed` and `paths` repeat a simulated one.

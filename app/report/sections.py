@@ -28,6 +28,7 @@ NEAR, CLOSE = 0.10, 0.25
 """Distances to liquidation up to which a bar is red, and amber."""
 QUANTILES = (0.01, 0.05, 0.25, 0.50, 0.75, 0.95, 0.99)
 
+HELD = {"position": "", "collateral": " held", "liability": " owed"}
 DAY_LOSS = "A day's profit and loss"
 WHO = "Who makes the risk"
 
@@ -44,7 +45,7 @@ def distribution(risk: Risk) -> str:
         f"at {t.confidence:.0%} VaR {usd(t.value_at_risk)} and ES {usd(t.expected_shortfall)} USD" for t in risk.tails
     )
     marks.sort(key=lambda mark: mark.at)
-    caption = Caption("distribution", DAY_LOSS, f"A histogram of the profit and loss of the positions: {said}.")
+    caption = Caption("distribution", DAY_LOSS, f"A histogram of the profit and loss of the account: {said}.")
     drawn = pictures.distribution(caption, risk.pnl, marks)
     note = (
         "VaR: the loss passed on one day in twenty (95 %), in a hundred (99 %). ES: the mean of the losses beyond it."
@@ -58,7 +59,7 @@ def distribution(risk: Risk) -> str:
 def method(risk: Risk) -> str:
     """Return how the distribution was found."""
     if risk.method == "historical":
-        found = f"Historical: today's positions on each of {len(risk.pnl)} days from {risk.first} to {risk.last}."
+        found = f"Historical: today's account on each of {len(risk.pnl)} days from {risk.first} to {risk.last}."
     else:
         found = (
             "Monte Carlo, as history of at least 60 days in common is missing: "
@@ -66,7 +67,7 @@ def method(risk: Risk) -> str:
             f"{risk.degrees:g} degrees of freedom, seed {risk.seed}, at the volatilities and correlations below."
         )
     left_out = f" Not modelled: {', '.join(risk.not_modelled).replace('_', ' ')}." if risk.not_modelled else ""
-    return f"{found} One day ahead, the positions alone; what collateral does is in the stress table.{left_out}"
+    return f"{found} One day ahead, of the positions and of the coins held and owed, without haircut.{left_out}"
 
 
 def _tails(risk: Risk) -> Table:
@@ -90,10 +91,11 @@ def _quantiles(risk: Risk) -> Table:
 
 def components(report: Report, risk: Risk) -> str:
     """Return what each underlying and each position adds to VaR and ES."""
-    book, parts = report.quote.portfolio, risk.components
+    book, parts = report.exposed.portfolio, risk.components
+    rows = tuple(f"{s}{HELD[kind]}" for s, kind in zip(book.symbols, report.exposed.kind, strict=True))
     groups = (
         ("underlying", book.underlyings.names, book.net, parts.var_by_underlying, parts.es_by_underlying, ASSETS_TOP),
-        ("position", book.symbols, book.exposure, parts.var_by_position, parts.es_by_position, TOP),
+        ("position", rows, book.exposure, parts.var_by_position, parts.es_by_position, TOP),
     )
     found = []
     for what, names, exposure, var, es, count in groups:
@@ -233,10 +235,10 @@ def liquidation(report: Report) -> str:
     )
     together = Table("All prices but stablecoins' together", ["to", "move"], [[bar.label, bar.note] for bar in common])
     counted = sum(len(n.rows) for n in near)
-    further = counted - sum(len(n.rows) for n in shown)
-    rest = f"{further} positions are further away, {len(book) - counted} have no such price."
+    further, nowhere = counted - sum(len(n.rows) for n in shown), len(book) - counted
+    rest = "".join(f" {n} more, {which}." for n, which in ((further, "further away"), (nowhere, "no such price")) if n)
     return section(
-        "liquidation", title, figure(drawn, f"Bars end at ±100 %. {rest}"), '<div class="pair">', table_html(together),
+        "liquidation", title, figure(drawn, f"Bars end at ±100 %.{rest}"), '<div class="pair">', table_html(together),
         table_html(table) if rows else "", "</div>",
     )  # fmt: skip
 
@@ -284,7 +286,7 @@ def _without(missing: Sequence[str]) -> str:
 def correlations(report: Report, beliefs: Believed) -> str:
     """Return the correlations that the report believes in, those marked that no history shows."""
     found, title = beliefs.covariance, "Correlations"
-    order, rest = top(report.quote.portfolio.gross, ASSETS_TOP)
+    order, rest = top(report.exposed.portfolio.gross, ASSETS_TOP)
     names = [found.names[j] for j in order.tolist()]
     matrix = found.correlation[np.ix_(order, order)]
     unknown = set(found.defaulted_pairs)
@@ -320,7 +322,7 @@ def _believed(beliefs: Believed) -> str:
 
 def market(report: Report, beliefs: Believed) -> str:
     """Return what was taken of each underlying: its price, its volatility, its rates."""
-    order, rest = top(report.quote.portfolio.gross, TOP)
+    order, rest = top(report.exposed.portfolio.gross, TOP)
     words = ("underlying", "volatility from", "price from")
     figures = (
         "price",
@@ -347,7 +349,7 @@ def market(report: Report, beliefs: Believed) -> str:
 
 def _market_row(report: Report, beliefs: Believed, j: int) -> list[str]:
     quote, found = report.quote, beliefs.covariance
-    book, name = quote.portfolio, found.names[j]
+    book, name = report.exposed.portfolio, found.names[j]
     asset, known = report.subject.terms.margin.parameters.asset(name), quote.prices.get(name)
     source = "parameters" if name in found.defaulted_volatilities else "history"
     return [

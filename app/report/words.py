@@ -55,4 +55,5 @@ def scenario(shown: Scenario) -> str:
     """Return what a scenario moves."""
     moves = f"{shown.price_move:+.2f} R" if shown.in_ranges else f"{shown.price_move:+.0%}"
     own = f", {len(shown.shocks)} own" if shown.shocks else ""
-    return f"price {moves}{own}, vol {shown.vol_move:+.0%}"
+    vol = f", vol {shown.vol_move:+.0%}" if shown.vol_move else ""
+    return f"price {moves}{own}{vol}"

@@ -69,7 +69,11 @@ async def test_stored_closes_are_its_history(service: Service) -> None:
     agent = await _agent(service)
     await _history(service)
     page = await _page(agent)
-    assert "Historical: today's positions on each of 99 days" in " ".join(page.text)
+    assert "Historical: today's account on each of 99 days" in " ".join(page.text)
+    quoted = await agent.post("/quotes/var", {"book": "account", "method": "historical"})
+    for row, result in zip(page.table("Value at risk"), quoted["results"], strict=True):
+        assert amount(row["VaR"]) == pytest.approx(float(result["var"]), abs=0.006)
+        assert amount(row["ES"]) == pytest.approx(float(result["es"]), abs=0.006)
     assert len(page.table("The whole account after each shock")) == 10
 
 

@@ -53,7 +53,7 @@ def test_history_and_a_file_of_its_own(tmp_path: Path, history: Path) -> None:
     done = run(tmp_path, str(PAIR), "--history", str(history), "--out", "mine.html")
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == b"mine.html: historical VaR over 89 days, 2024-01-02 to 2024-03-30\n"
-    assert "Historical: today's positions" in (tmp_path / "mine.html").read_text().replace("&#x27;", "'")
+    assert "Historical: today's account" in (tmp_path / "mine.html").read_text().replace("&#x27;", "'")
 
 
 def test_the_same_bytes_in_any_process(tmp_path: Path) -> None:

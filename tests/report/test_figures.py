@@ -77,9 +77,13 @@ def _returns(history: dict[str, Any]) -> np.ndarray[Any, Any]:
     return found
 
 
+WHOLE = EXPOSURES | {"BTC": EXPOSURES["BTC"] + 6_000.0}
+"""With the tenth of a coin that is held, no haircut taken."""
+
+
 def test_historical_var_and_es_by_hand() -> None:
     history = closes("BTC", "ETH")
-    pnl = np.array(list(EXPOSURES.values())) @ _returns(history)
+    pnl = np.array(list(WHOLE.values())) @ _returns(history)
     shown = Page(paged(PAIR, history))
     rows = {row["confidence"]: row for row in shown.table("Value at risk")}
     for confidence, count in (("95%", 15), ("99%", 3)):
@@ -87,7 +91,7 @@ def test_historical_var_and_es_by_hand() -> None:
         assert amount(rows[confidence]["VaR"]) == pytest.approx(-np.quantile(pnl, 1.0 - amount(confidence)), abs=0.006)
         assert amount(rows[confidence]["ES"]) == pytest.approx(-np.sort(pnl)[:count].mean(), abs=0.006)
     assert amount(shown.table("Quantiles")[0]["P&L"]) == pytest.approx(pnl.min(), abs=0.006)
-    assert "Historical: today's positions on each of 299 days from 2024-01-02 to 2024-10-26." in " ".join(shown.text)
+    assert "Historical: today's account on each of 299 days from 2024-01-02 to 2024-10-26." in " ".join(shown.text)
 
 
 def test_the_correlations_are_those_of_the_returns() -> None:
@@ -98,7 +102,7 @@ def test_the_correlations_are_those_of_the_returns() -> None:
 
 def test_without_history_it_simulates_configured_volatilities() -> None:
     shown = Page(paged(PAIR, seed=5))
-    x = np.array(list(EXPOSURES.values())) * np.array([0.65, 0.80]) / np.sqrt(365.0)
+    x = np.array(list(WHOLE.values())) * np.array([0.65, 0.80]) / np.sqrt(365.0)
     rho = REGIME_CORRELATIONS["normal"]["BTC", "ETH"]
     sigma = float(np.sqrt(x @ np.array([[1.0, rho], [rho, 1.0]]) @ x))
     for row in shown.table("Value at risk"):
@@ -126,6 +130,7 @@ def test_what_is_assumed_is_named() -> None:
 
 def test_components_sum_to_the_whole() -> None:
     shown = Page(paged(PAIR, closes("BTC", "ETH")))
+    assert {row["position"] for row in shown.table("Component VaR by position")} == {"BTC-PERP", "ETH-PERP", "BTC held"}
     whole = next(row for row in shown.table("Value at risk") if row["confidence"] == "99%")
     for part in ("underlying", "position"):
         rows = shown.table(f"Component VaR by {part}")
@@ -141,6 +146,10 @@ def test_scenarios_and_stress_of_a_linear_book_by_hand() -> None:
         own = [row for row in rows if row["set"] == name]
         assert [amount(row["BTC"]) for row in own] == pytest.approx([EXPOSURES["BTC"] * m for m in expected])
         assert [amount(row["total"]) for row in own] == pytest.approx([3_000.0 * m for m in expected])
+    # without options volatility makes no difference: of sixteen scenarios eight are left, and none that moves nothing
+    assert [row["scenario"] for row in rows if row["set"] == "span16"] == [
+        f"price {sign}{size} R" for size in ("0.33", "0.67", "1.00", "2.00") for sign in "+-"
+    ]
     # two ranges of 15 % each
     assert amount(rows[-1]["ETH"]) == pytest.approx(-EXPOSURES["ETH"] * 0.30)
     fall, rise = shown.table("The whole account after each shock")

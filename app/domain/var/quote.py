@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,6 +14,8 @@ from app.domain.covariance import Covariance, Estimator, Pair, covariance_of, es
 from app.domain.panel import HISTORY_DAYS, HISTORY_DAYS_MIN, History, Panel
 from app.domain.parameters import CorrelationTable, MarketParameters, Regime
 from app.domain.portfolio import Portfolio
+from app.domain.prices import StoredPrice
+from app.domain.quote import QuoteTerms
 from app.domain.regimes import regime_correlation
 from app.domain.var.contributions import (
     Deviations,
@@ -21,6 +24,7 @@ from app.domain.var.contributions import (
     monte_carlo_parts,
     parametric_parts,
 )
+from app.domain.var.exposures import Exposed, exposed
 from app.domain.var.historical import (
     AGE_DECAY,
     VOLATILITY_DECAY,
@@ -91,6 +95,16 @@ def moving_stablecoins(names: Sequence[str], panel: Panel, terms: VarTerms, para
         return [name for name in names if name in shown]
     given = {name for name in names if name in terms.volatilities or parameters.asset(name).volatility is not None}
     return [name for name in names if name in shown | given]
+
+
+def risk_taken(
+    terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime, panel: Panel, asked: VarTerms
+) -> Exposed:
+    """Return the positions with the coins held and owed, and those stablecoins that move. Raises InvalidError."""
+    parameters = terms.margin.parameters
+    held = dict.fromkeys(item.asset for item in (*terms.collateral, *terms.liabilities))
+    stable = [name for name in held if parameters.asset(name).kind == "stable"]
+    return exposed(terms, stored, now, moving_stablecoins(stable, panel, asked, parameters))
 
 
 def var_quote(portfolio: Portfolio, panel: Panel, parameters: MarketParameters, terms: VarTerms) -> VarQuote:
