@@ -19,7 +19,6 @@ from app.api.pages import PAGE_MAX, Limit, invalid_cursor
 from app.api.quote_request import Limits, Symbol, fields_given
 from app.api.var_request import Decay
 from app.domain.backtest import (
-    TEST_SIZE,
     Backtest,
     BacktestMethod,
     BacktestTerms,
@@ -29,9 +28,9 @@ from app.domain.backtest import (
     coverage,
 )
 from app.domain.black76 import Floats
-from app.domain.panel import HISTORY_DAYS, Dates, History, Panel
+from app.domain.panel import Dates, History, Panel
+from app.domain.parameters import ModelParameters
 from app.domain.snapshots import FORECASTS, AccountBacktest, Snapshot, backtest_snapshots
-from app.domain.var.historical import AGE_DECAY, VOLATILITY_DECAY
 from app.errors import invalid, pointer_to, pointers_by
 from app.services import snapshots
 
@@ -76,14 +75,27 @@ async def quote_backtest(request: Request) -> Response:
     parts = parts_of(request)
     await caller_of(request)
     asked = await body_of(request, _BACKTEST)
-    check_backtest(asked, Limits.of(parts.settings))
+    terms = backtest_terms(asked, parts.market.view.parameters.models)
+    check_backtest(asked, terms, Limits.of(parts.settings))
     stored = None
     if asked.exposures is not None and asked.returns is None:
         stored = (await parts.history.panel(list(asked.exposures), asked.history_days or DAYS_MAX)).panel
-    return Response(await parts.workshop.run(_answer, asked, stored), media_type="application/json")
+    return Response(await parts.workshop.run(_answer, asked, terms, stored), media_type="application/json")
 
 
-def check_backtest(asked: BacktestIn, limits: Limits) -> None:
+def backtest_terms(asked: BacktestIn, models: ModelParameters) -> BacktestTerms:
+    """Return how the body would have each day forecast and tested, the parameters' own where it says nothing."""
+    return BacktestTerms(
+        confidence=0.99 if asked.confidence is None else asked.confidence,
+        window=asked.window or int(models.var_window_days),
+        method=asked.method or "plain",
+        age_decay=models.var_age_decay if asked.age_decay is None else asked.age_decay,
+        volatility_decay=models.var_volatility_decay if asked.volatility_decay is None else asked.volatility_decay,
+        test_size=models.backtest_size if asked.test_size is None else asked.test_size,
+    )
+
+
+def check_backtest(asked: BacktestIn, terms: BacktestTerms, limits: Limits) -> None:
     """Refuse a body that mixes two kinds of series, or asks for too much work. Raises InvalidError."""
     given = fields_given(asked)
     if ("pnl" in given) == ("exposures" in given):
@@ -101,7 +113,8 @@ def check_backtest(asked: BacktestIn, limits: Limits) -> None:
         if not 0 < len(given[name]) <= ASSETS_MAX:
             raise invalid(f"/{name}", "too_many_items", f"1 to {ASSETS_MAX} assets")
     _check_returns(asked)
-    milliseconds = estimated_backtest_work(asked)
+    _check_decays(asked, terms.method)
+    milliseconds = estimated_backtest_work(asked, terms.window)
     if milliseconds > limits.quote_milliseconds_max:
         seconds = limits.quote_milliseconds_max / 1e3
         detail = f"some {milliseconds / 1e3:,.1f} s of work, over the limit of {seconds:g} s: take fewer days or assets"
@@ -121,11 +134,17 @@ def _check_returns(asked: BacktestIn) -> None:
             raise invalid(pointer_to("returns", name), "wrong_length", f"{length} returns of {name}, not {longest}")
 
 
-def estimated_backtest_work(asked: BacktestIn) -> float:
+def _check_decays(asked: BacktestIn, method: BacktestMethod) -> None:
+    """Refuse a decay that the method does not read: it would be thought to count. Raises InvalidError."""
+    for name, reader in (("age_decay", "age_weighted"), ("volatility_decay", "filtered")):
+        if getattr(asked, name) is not None and method != reader:
+            raise invalid(f"/{name}", "not_allowed", f"the method {method} takes no {name}")
+
+
+def estimated_backtest_work(asked: BacktestIn, window: int) -> float:
     """Return roughly the milliseconds of one core that a backtest takes, from what was measured on small machines."""
     if asked.var is not None:
         return 1.0
-    window = asked.window or HISTORY_DAYS
     days = len(asked.pnl or next(iter((asked.returns or {}).values()), ())) or asked.history_days or DAYS_MAX
     cells = max(0, days - window) * window
     if asked.method == "filtered":
@@ -133,15 +152,7 @@ def estimated_backtest_work(asked: BacktestIn) -> float:
     return 1.0 + cells * (1e-4 if asked.method == "age_weighted" else 1e-5)
 
 
-def _answer(asked: BacktestIn, stored: Panel | None) -> bytes:
-    terms = BacktestTerms(
-        confidence=0.99 if asked.confidence is None else asked.confidence,
-        window=asked.window or HISTORY_DAYS,
-        method=asked.method or "plain",
-        age_decay=AGE_DECAY if asked.age_decay is None else asked.age_decay,
-        volatility_decay=VOLATILITY_DECAY if asked.volatility_decay is None else asked.volatility_decay,
-        test_size=TEST_SIZE if asked.test_size is None else asked.test_size,
-    )
+def _answer(asked: BacktestIn, terms: BacktestTerms, stored: Panel | None) -> bytes:
     with pointers_by(lambda pointer: pointer.replace("/confidences/0", "/confidence", 1)):
         if asked.exposures is not None:
             reply = _held(asked.exposures, asked.returns, stored, terms)
@@ -149,7 +160,7 @@ def _answer(asked: BacktestIn, stored: Panel | None) -> bytes:
             reply = _supplied(np.array(asked.pnl), np.array(asked.var), terms)
         else:
             pnl = np.array(asked.pnl)
-            reply = _rolled(backtest_pnl(_numbers(len(pnl)), pnl, terms))
+            reply = _rolled(backtest_pnl(_numbers(len(pnl)), pnl, terms), terms)
     return wire.encoder.encode(reply)
 
 
@@ -173,10 +184,10 @@ def _held(
     net = np.array(list(exposures.values()))
     if stored is None:
         series = np.array([(returns or {})[name] for name in exposures]).T
-        return _rolled(backtest_book(History(tuple(exposures), _numbers(len(series)), series), net, terms))
+        return _rolled(backtest_book(History(tuple(exposures), _numbers(len(series)), series), net, terms), terms)
     history = stored.history(tuple(exposures), DAYS_MAX, terms.window + 1)
     dated = {"first": history.dates[0].item(), "last": history.dates[-1].item(), "days": len(history)}
-    return {"history": dated} | _rolled(backtest_book(history, net, terms), dated=True)
+    return {"history": dated} | _rolled(backtest_book(history, net, terms), terms, dated=True)
 
 
 def _numbers(count: int) -> Dates:
@@ -184,12 +195,13 @@ def _numbers(count: int) -> Dates:
     return np.datetime64(0, "D") + np.arange(count)
 
 
-def _rolled(found: Backtest, *, dated: bool = False) -> dict[str, Any]:
+def _rolled(found: Backtest, terms: BacktestTerms, *, dated: bool = False) -> dict[str, Any]:
     days = found.exception_dates if dated else found.exception_dates.astype(np.int64)
     return {
         "confidence": found.confidence,
         "method": found.method,
         "window": found.window,
+        "decay": {"age_weighted": terms.age_decay, "filtered": terms.volatility_decay}.get(found.method),
         "exceptions": _exceptions(days.tolist(), found.losses[found.exceptions], found.value_at_risk[found.exceptions]),
         "coverage": coverage_reply(found.coverage),
     }

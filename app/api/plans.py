@@ -16,7 +16,6 @@ from app.domain import ladder
 from app.domain.book import MINIMUM_VIABLE
 from app.domain.cheapest import RESTARTED_MAX, SEARCHED_MAX
 from app.domain.deleverage import (
-    TARGET_UTILIZATION,
     DeleveragePlan,
     DeleveragePolicy,
     PlannedOrder,
@@ -120,12 +119,16 @@ def estimated_work(policy: DeleveragePolicy, positions: int, *, is_portfolio: bo
 
 
 def _planned(body: DeleverageIn, policy: DeleveragePolicy, planned: PlannedBook) -> DeleveragePlan:
-    target = TARGET_UTILIZATION if body.target is None else body.target
+    target = _target(body, planned)
     if policy == "keep_top_n":
         return keep_top_n(planned.held, planned.assess, planned.reduce, KEEP if body.n is None else body.n)
     if policy == "smallest_first":
         return smallest_first(planned.held, planned.assess, planned.reduce, target)
     return cheapest_cure(planned.held, planned.assess, planned.reduce, target)
+
+
+def _target(body: DeleverageIn, planned: PlannedBook) -> float:
+    return planned.parameters.models.deleverage_utilization if body.target is None else body.target
 
 
 def _deleverage_reply(
@@ -136,7 +139,7 @@ def _deleverage_reply(
         "book": "account" if is_account else "request",
         "as_of": planned.now,
         "policy": found.policy,
-        "target": None if keeps else TARGET_UTILIZATION if body.target is None else body.target,
+        "target": None if keeps else _target(body, planned),
         "n": (KEEP if body.n is None else body.n) if keeps else None,
         "reached": found.reached,
         "orders": [planned_shown(order) for order in found.orders],

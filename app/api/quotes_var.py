@@ -83,10 +83,10 @@ async def account_terms(parts: Parts, caller: Caller, agent_id: str | None) -> Q
 
 
 def _asked(parts: Parts, body: VarQuoteIn, held: QuoteTerms | None, now: datetime) -> Asked:
-    terms = var_terms(body)
+    view = parts.market.view
+    terms = var_terms(body, view.parameters.models)
     service_terms(body, len(terms.confidences))
     portfolio = margin_body(body)
-    view = parts.market.view
     if held is None:
         held = quote_terms(portfolio, view.parameters, Limits.of(parts.settings), now)
     as_of = quote_time(portfolio, now)

@@ -34,7 +34,7 @@ from app.domain.health import Health
 from app.domain.parameters import MarketParameters
 from app.domain.quote import account_figures
 from app.domain.sizing.event_buffer import EventBuffer, plan_event_buffer
-from app.domain.sizing.position import FREE_MARGIN_SHARE, TARGET_VOLATILITY, PositionTerms, size_position
+from app.domain.sizing.position import PositionTerms, size_position
 from app.domain.sizing.programme import Programme, allocate
 from app.domain.sizing.weights import (
     portfolio_volatility,
@@ -164,7 +164,7 @@ def _lp(sized: Sized) -> dict[str, Any]:
         utilization=sized.parameters.policy.target_utilization if body.utilization is None else body.utilization,
         leverage_cap=limit_of(body.leverage_cap, sized.parameters.policy.leverage_cap),
         weight_min=sized.column("weight_min", 0.0),
-        weight_max=sized.column("weight_max", 0.25),
+        weight_max=sized.column("weight_max", sized.parameters.models.sizing_weight_max),
     )
     found = allocate(programme)
     solved = found.status == "optimal"
@@ -195,8 +195,8 @@ def _risk_parity(sized: Sized) -> dict[str, Any]:
 
 
 def _vol_target(sized: Sized) -> dict[str, Any]:
-    body = sized.body
-    target = TARGET_VOLATILITY if body.target_volatility is None else body.target_volatility
+    body, models = sized.body, sized.parameters.models
+    target = _or(body.target_volatility, models.sizing_volatility_target)
     cap = limit_of(body.leverage_cap, sized.parameters.policy.leverage_cap)
     given = sized.column("weight", 0.0)
     found = scale_to_volatility(given, sized.found.matrix, target, cap)
@@ -217,7 +217,7 @@ def _correlation_aware(sized: Sized) -> dict[str, Any]:
     body, held, asset = sized.body, sized.holdings, sized.body.asset
     if held is None or asset is None or body.max_leverage is None:
         raise invalid("/asset", "missing", "correlation_aware needs asset and max_leverage")
-    names = sized.found.names
+    names, models = sized.found.names, sized.parameters.models
     rate = sized.parameters.asset(asset).initial_margin_rate if body.margin_rate is None else body.margin_rate
     terms = PositionTerms(
         exposures=np.array([held.exposures.get(name, 0.0) for name in names]),
@@ -229,8 +229,8 @@ def _correlation_aware(sized: Sized) -> dict[str, Any]:
         max_leverage=body.max_leverage,
         signal=1.0 if body.signal is None else body.signal,
         margin_rate=rate,
-        target_volatility=TARGET_VOLATILITY if body.target_volatility is None else body.target_volatility,
-        free_margin_share=FREE_MARGIN_SHARE if body.free_margin_share is None else body.free_margin_share,
+        target_volatility=_or(body.target_volatility, models.sizing_volatility_target),
+        free_margin_share=_or(body.free_margin_share, models.sizing_free_margin_share),
     )
     found = size_position(terms)
     return {
@@ -256,13 +256,17 @@ def _correlation_aware(sized: Sized) -> dict[str, Any]:
     }
 
 
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
 def _finite(limit: float | None) -> float | None:
     """Return a limit, null for none."""
     return limit if limit is not None and np.isfinite(limit) else None
 
 
 def _vol_adjusted_leverage(sized: Sized) -> dict[str, Any]:
-    base = 0.20 if sized.body.base_volatility is None else sized.body.base_volatility
+    base = _or(sized.body.base_volatility, sized.parameters.models.sizing_volatility_base)
     most = sized.body.max_leverage or 0.0
     vols = zip(sized.assets, sized.found.volatility.tolist(), strict=True)
     return {

@@ -11,12 +11,14 @@ from app.api.risk_book import unused
 from app.domain.black76 import Floats
 from app.domain.covariance import Covariance
 from app.domain.panel import History
+from app.domain.portfolio import Portfolio
 from app.domain.var.contributions import VarParts
 from app.domain.var.exposures import Exposed
 from app.domain.var.historical import HistoricalRisk
 from app.domain.var.monte_carlo import MonteCarloRisk
 from app.domain.var.parametric import ParametricRisk
 from app.domain.var.quote import VarQuote, VarTerms
+from app.domain.var.revalue import not_in_delta
 from app.domain.var.services import ServiceRisk
 
 CORRELATIONS_SHOWN_MAX = 50
@@ -39,7 +41,7 @@ def var_reply(book: Exposed, quote: VarQuote, terms: VarTerms) -> dict[str, Any]
         "components": [_components(book, parts) for parts in quote.parts],
         "exposures": dict(zip(names, portfolio.net.tolist(), strict=True)),
         "standing_still": book.standing_still,
-        "evidence": _evidence(quote, terms),
+        "evidence": _evidence(portfolio, quote, terms),
         "covariance": None if quote.covariance is None else _covariance(quote.covariance, terms),
         "prices": book.prices,
     }
@@ -122,13 +124,13 @@ def _rows(labels: Sequence[dict[str, Any]], columns: dict[str, Floats]) -> list[
     return [label | dict(zip(columns, row, strict=True)) for label, row in zip(labels, values, strict=True)]
 
 
-def _evidence(quote: VarQuote, terms: VarTerms) -> dict[str, Any]:
+def _evidence(portfolio: Portfolio, quote: VarQuote, terms: VarTerms) -> dict[str, Any]:
     risk = quote.risk
     if isinstance(risk, HistoricalRisk):
         return _historical(risk, quote.history)
     if isinstance(risk, MonteCarloRisk):
         return _monte_carlo(risk)
-    return _parametric(risk, quote, terms)
+    return _parametric(risk, quote, terms) | {"not_modelled": not_in_delta(portfolio)}
 
 
 def _parametric(risk: ParametricRisk, quote: VarQuote, terms: VarTerms) -> dict[str, Any]:

@@ -23,11 +23,10 @@ from app.api.quote_request import (
     fields_given,
 )
 from app.domain.correlation import REPAIR_SIZE_MAX
-from app.domain.panel import HISTORY_DAYS
-from app.domain.parameters import CorrelationTable, MarketParameters, Regime
+from app.domain.parameters import CorrelationTable, MarketParameters, ModelParameters, Regime
 from app.domain.portfolio import Portfolio
-from app.domain.var.historical import AGE_DECAY, VOLATILITY_DECAY, HistoricalMethod
-from app.domain.var.monte_carlo import DEGREES, Distribution, checked_seed
+from app.domain.var.historical import HistoricalMethod
+from app.domain.var.monte_carlo import Distribution, checked_seed
 from app.domain.var.parametric import CONFIDENCES, Moments
 from app.domain.var.quote import CovarianceChoice, VarMethod, VarTerms
 from app.domain.var.services import SERVICE_CORRELATIONS, ServiceRisk, service_value_at_risk
@@ -101,8 +100,8 @@ _OF_METHOD: Mapping[str, tuple[VarMethod, ...]] = {
 _OF_BOOK = ("positions", "collateral", "liabilities", "market", "as_of")
 
 
-def var_terms(body: VarQuoteIn) -> VarTerms:
-    """Return what the body asks for. Raises InvalidError with pointers."""
+def var_terms(body: VarQuoteIn, models: ModelParameters) -> VarTerms:
+    """Return what the body asks for, the parameters' own where it says nothing. Raises InvalidError with pointers."""
     method = body.method or "parametric"
     given = fields_given(body)
     for name, methods in _OF_METHOD.items():
@@ -116,12 +115,12 @@ def var_terms(body: VarQuoteIn) -> VarTerms:
         method=method,
         confidences=confidences,
         horizon_days=_horizon(body),
-        window_days=body.window_days or HISTORY_DAYS,
+        window_days=body.window_days or int(models.var_window_days),
         weighting=body.weighting or "plain",
-        age_decay=AGE_DECAY if body.age_decay is None else body.age_decay,
-        volatility_decay=VOLATILITY_DECAY if body.volatility_decay is None else body.volatility_decay,
+        age_decay=models.var_age_decay if body.age_decay is None else body.age_decay,
+        volatility_decay=models.var_volatility_decay if body.volatility_decay is None else body.volatility_decay,
         distribution=body.distribution or "normal",
-        degrees=DEGREES if body.nu is None else body.nu,
+        degrees=models.var_degrees if body.nu is None else body.nu,
         paths=PATHS if body.paths is None else body.paths,
         seed=checked_seed(body.seed or 0),
         z=_each(body.z, len(confidences), "/z"),

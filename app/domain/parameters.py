@@ -86,7 +86,7 @@ class CorrelationTable:
 
 @dataclass(frozen=True, slots=True)
 class ModelParameters:
-    """The factors of the margin models (README, "Margin models")."""
+    """The factors of the margin models (README, "Margin models"), and what VaR, stress, sizing and plans begin with."""
 
     maintenance_fraction: float = 0.80
     scenario_factor: float = 1.20
@@ -111,6 +111,16 @@ class ModelParameters:
     covariance_decay: float = 0.94
     impact_coefficient: float = 0.10
     forced_sale_slippage: float = 0.03
+    var_window_days: float = 500.0
+    var_age_decay: float = 0.98
+    var_volatility_decay: float = 0.94
+    var_degrees: float = 5.0
+    backtest_size: float = 0.05
+    sizing_volatility_target: float = 0.50
+    sizing_volatility_base: float = 0.20
+    sizing_free_margin_share: float = 0.60
+    sizing_weight_max: float = 0.25
+    deleverage_utilization: float = 0.55
 
     def regime_multiplier(self, regime: Regime) -> float:
         """Return the margin multiplier of a regime."""

@@ -20,7 +20,6 @@ from app.db.tables import account_snapshots
 from app.domain.black76 import Floats
 from app.domain.book_columns import BookColumns
 from app.domain.moves import HOUSE
-from app.domain.panel import HISTORY_DAYS
 from app.domain.parameters import MarketParameters
 from app.domain.portfolio import sums
 from app.domain.snapshots import Snapshot, Worth, forecast, worth
@@ -153,7 +152,7 @@ class Snapshots:
         prices = {symbol: price.value for symbol, price in view.prices.items()}
         parameters = view.parameters
         book = await asyncio.to_thread(worth, read.columns, prices, parameters)
-        history = await self._history.panel(book.names, HISTORY_DAYS)
+        history = await self._history.panel(book.names, int(parameters.models.var_window_days))
         limits = await asyncio.to_thread(forecast, book, history.panel, parameters)
         values = _values(read, book, limits, _flows(read, prices, parameters))
         async with self._database.transaction(self._actor) as tx:

@@ -108,6 +108,8 @@ async def test_stored_and_supplied_returns_are_the_same(service: Service, method
         ({"pnl": [1], "var": [1], "test_size": 0}, "/test_size", "out_of_range"),
         ({"pnl": [1] * 70, "window": 10}, "/window", "invalid_value"),
         ({"pnl": [1] * 5000, "window": 2000, "method": "age_weighted", "age_decay": 1}, "/age_decay", "invalid_value"),
+        ({"pnl": [1] * 600, "age_decay": 0.97}, "/age_decay", "not_allowed"),
+        ({"pnl": [1] * 600, "method": "age_weighted", "volatility_decay": 0.9}, "/volatility_decay", "not_allowed"),
         ({"pnl": [1e400]}, "/pnl/0", "number_out_of_range"),
     ],
 )

@@ -28,6 +28,7 @@ CAD_EUR = {
     "confidence": 0.95,
     "z": 1.65,
 }
+MONTH = {"expiry": "2027-06-25T08:00:00Z"}
 LONG = [{"symbol": "BTC-PERP", "side": "long", "size": 1, "mark_price": 60_000}]
 
 
@@ -224,6 +225,47 @@ async def test_the_decay_of_an_ewma_covariance_is_the_request_s(service: Service
     reply = await var(service, positions=LONG, covariance="ewma", volatility_decay=0.9, confidence=0.99)
     assert reply["results"][0]["var"] == pytest.approx(norm.ppf(0.99) * 60_000 * np.sqrt(variance), rel=1e-9)
     assert reply["parameters"]["decay"] == 0.9
+
+
+@SHARED
+async def test_what_a_delta_leaves_out_is_told(shared: Service) -> None:
+    """A straddle sold at the money has next to no delta, and a loss either way: VaR by delta says nothing of it."""
+    leg = {"underlying": "BTC", "side": "short", "size": 1, "strike": 60_900, "iv": 0.6} | MONTH
+    straddle = [leg | {"type": kind} for kind in ("call", "put")]
+    market: dict[str, Any] = {"market": {"prices": {"BTC": 60_000}}, "as_of": "2027-05-26T08:00:00Z"}
+    body = {"positions": straddle, **market, "vols": {"BTC": 0.6}, "confidence": 0.99}
+    by_delta = await var(shared, **body)
+    assert by_delta["evidence"]["not_modelled"] == ["curvature", "implied_volatility_moves", "passage_of_time"]
+    revalued = await var(shared, **body, method="monte_carlo")
+    assert revalued["evidence"]["not_modelled"] == ["implied_volatility_moves", "passage_of_time"]
+    assert revalued["results"][0]["var"] > 2 * by_delta["results"][0]["var"]
+    linear = await var(shared, positions=LONG, vols={"BTC": 0.6})
+    assert linear["evidence"]["not_modelled"] == []
+
+
+async def test_defaults_are_parameters_under_a_version(service: Service) -> None:
+    given = {"var_degrees": 4, "var_age_decay": 0.9, "backtest_size": 0.1, "sizing_volatility_target": 0.25}
+    given |= {"sizing_weight_max": 0.1, "sizing_free_margin_share": 0.3, "sizing_volatility_base": 0.1}
+    given |= {"deleverage_utilization": 0.4, "var_window_days": 80}
+    answer = await service.put("/api/market/parameters", json={"parameters": given})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["models"] | given == answer.json()["models"]
+    await post_closes(service, drawn(100, "BTC"))
+    simulated = await var(service, positions=LONG, method="monte_carlo", distribution="student_t", paths=1_000)
+    assert simulated["evidence"]["nu"] == 4
+    aged = await var(service, positions=LONG, method="historical", weighting="age_weighted")
+    assert (aged["evidence"]["decay"], aged["evidence"]["days"]) == (0.9, 80)
+    tested = (await service.post("/api/quotes/backtest", json={"exposures": {"BTC": 1}})).json()
+    assert (tested["window"], tested["coverage"]["test_size"]) == (80, 0.1)
+    assets = [{"asset": "BTC", "edge": 1}]
+    sized = (await service.post("/api/quotes/sizing", json={"method": "lp", "assets": assets})).json()
+    assert sized["weights"] == {"BTC": 0.1}
+    book = {"positions": LONG, "collateral": [{"asset": "USDC", "amount": 30_000}]}
+    plan = (await service.post("/api/quotes/deleverage", json=book)).json()
+    assert plan["target"] == 0.4
+    one = {"method": "correlation_aware", "asset": "BTC", "max_leverage": 3, "equity": 1e4, "free_margin": 1e4}
+    found = (await service.post("/api/quotes/sizing", json=one)).json()
+    assert (found["target_volatility"], found["free_margin_share"]) == (0.25, 0.3)
 
 
 @SHARED

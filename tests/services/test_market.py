@@ -300,6 +300,9 @@ async def test_model_parameters_are_set_by_name(database: Database) -> None:
         ({"maintenance_fraction": 1.1}, ["/maintenance_fraction"]),
         ({"breach_utilization": 0.7}, ["/gate_utilization", "/cure_utilization"]),
         ({"zone_yellow": 0.8}, ["/zone_yellow"]),
+        ({"var_window_days": 59.0}, ["/var_window_days"]),
+        ({"var_degrees": 2.0}, ["/var_degrees"]),
+        ({"var_age_decay": 1.0}, ["/var_age_decay"]),
     ],
 )
 async def test_model_parameters_out_of_range_are_refused(

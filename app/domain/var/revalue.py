@@ -48,6 +48,12 @@ def mixed_losses(portfolio: Portfolio, moves: Floats, weights: Floats) -> Floats
     return total
 
 
+def not_in_delta(portfolio: Portfolio) -> tuple[str, ...]:
+    """Return what exposures alone leave out: of options and Greeks also how their delta changes."""
+    left_out = not_modelled(portfolio)
+    return ("curvature", *left_out) if left_out else ()
+
+
 def not_modelled(portfolio: Portfolio) -> tuple[str, ...]:
     """Return what a revaluation at moves of prices leaves out: nothing of a book without options and Greeks."""
     if len(portfolio.options) or portfolio.any_gamma or portfolio.any_vega:
