@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -273,6 +273,9 @@ def _value_at_risk(losses: Floats, terms: BacktestTerms) -> Floats:
     if terms.method == "normal":
         deviation: Floats = losses.std(axis=1, ddof=1)
         return float(-ndtri(1.0 - terms.confidence)) * deviation
+    confidences = (terms.confidence,)
     if terms.method == "age_weighted":
-        return weighted_quantiles(losses, age_weights(terms.window, terms.age_decay), terms.confidence)
-    return quantiles(losses, terms.confidence)
+        found = weighted_quantiles(losses, age_weights(terms.window, terms.age_decay), confidences)
+    else:
+        found = quantiles(losses, confidences)
+    return cast("Floats", found[0])

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal, cast
 
-import numpy as np
-
 from app.domain.black76 import Floats
 from app.domain.panel import HISTORY_DAYS_MIN, History, missing_history
 from app.domain.portfolio import Portfolio
@@ -76,9 +74,8 @@ class HistoricalRisk:
         """Return the VaR (K, W), at the same confidences and horizon, of other books by their daily losses (W, T)."""
         levels = [tail.confidence for tail in self.tails]
         if self.method == "age_weighted" and self.decay is not None:
-            weights = age_weights(self.days, self.decay)
-            return self.scale * np.array([weighted_quantiles(losses, weights, level) for level in levels])
-        return self.scale * np.array([quantiles(losses, level) for level in levels])
+            return self.scale * weighted_quantiles(losses, age_weights(self.days, self.decay), levels)
+        return self.scale * quantiles(losses, levels)
 
 
 def historical(portfolio: Portfolio, history: History, terms: HistoricalTerms) -> HistoricalRisk:

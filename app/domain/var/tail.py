@@ -82,14 +82,16 @@ def sample_tails(losses: NDArray[np.floating], confidences: Sequence[float]) -> 
     return ranked_tails(count, *largest(losses, deepest), confidences)
 
 
-def quantiles(losses: Floats, confidence: float) -> Floats:
-    """Return the VaR (W,) of each row of equally likely losses (W, T), as `sample_tails` has it."""
-    last = losses.shape[1] - 1
-    rank, fraction = rank_of(losses.shape[1], confidence)
-    places = [last - rank, max(0, last - rank - 1)]
-    found = np.partition(losses, places, axis=1)[:, places]
-    quantile: Floats = found[:, 0] + fraction * (found[:, 1] - found[:, 0])
-    return quantile
+def quantiles(losses: Floats, confidences: Sequence[float]) -> Floats:
+    """Return the VaR (K, W) of each row of equally likely losses (W, T), as `sample_tails` has it."""
+    count = losses.shape[1]
+    ranks = [rank_of(count, confidence) for confidence in confidences]
+    places = {place for rank, _ in ranks for place in (count - 1 - rank, max(0, count - 2 - rank))}
+    found = np.partition(losses, sorted(places), axis=1)
+    here = [found[:, count - 1 - rank] for rank, _ in ranks]
+    following = [found[:, max(0, count - 2 - rank)] for rank, _ in ranks]
+    fractions = np.array([fraction for _, fraction in ranks])[:, None]
+    return np.array(here) + fractions * (np.array(following) - np.array(here))
 
 
 def largest(losses: NDArray[np.floating], count: int) -> tuple[Rows, Floats]:
@@ -176,10 +178,11 @@ def weighted_place(worst: Floats, weights: Floats, confidence: float) -> Weighte
     return WeightedPlace(rank, fraction, low, high)
 
 
-def weighted_quantiles(losses: Floats, weights: Floats, confidence: float) -> Floats:
-    """Return the VaR (W,) of each row of losses (W, T) of these weights (T,), as `weighted_tails` has it."""
+def weighted_quantiles(losses: Floats, weights: Floats, confidences: Sequence[float]) -> Floats:
+    """Return the VaR (K, W) of each row of losses (W, T) of these weights (T,), as `weighted_tails` has it."""
     order = np.argsort(-losses, axis=1, kind="stable")
-    return weighted_place(np.take_along_axis(losses, order, axis=1), weights[order], confidence).value_at_risk
+    worst, own = np.take_along_axis(losses, order, axis=1), weights[order]
+    return np.array([weighted_place(worst, own, confidence).value_at_risk for confidence in confidences])
 
 
 def weighted_tails(losses: Floats, weights: Floats, confidences: Sequence[float]) -> tuple[SampleTail, ...]:
