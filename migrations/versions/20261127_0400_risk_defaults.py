@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "20261127_0800"
+revision = "20261127_0400"
 down_revision: str | None = "20261122_0550"
 
 # under the first version: these are what every version so far was computed with
