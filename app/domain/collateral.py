@@ -10,7 +10,7 @@ import numpy as np
 from app.domain.black76 import Floats
 from app.domain.computed import computed
 from app.domain.parameters import MarketParameters
-from app.domain.portfolio import Flags, Underlyings
+from app.domain.portfolio import Flags, Underlyings, total
 from app.domain.prices import PriceFinder
 
 
@@ -45,12 +45,12 @@ class Collateral:
     @computed
     def collateral_value(self) -> float:
         """Value of all holdings after haircut, USD."""
-        return float(self.value[: self.holdings].sum())
+        return total(self.value[: self.holdings])
 
     @computed
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
-        return abs(float(self.value[self.holdings :].sum()))
+        return abs(total(self.value[self.holdings :]))
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""

@@ -176,7 +176,7 @@ class AdditiveCurve:
         pool, book = self.pool, self.pool.portfolio
         held = pool.backing.on_underlying
         rows = np.array([held, held + book.taylor_delta, *self.straight_margins])
-        now = slope = rows.sum(axis=1).tolist()
+        now = slope = np.add.reduce(rows, axis=1).tolist()
         if book.underlyings.any_stable:
             slope = rows[:, ~book.underlyings.stable].sum(axis=1).tolist()
         base = pool.fixed_equity + pool.backing.other

@@ -94,8 +94,9 @@ class PositionTerms:
     def floats(self, name: str, default: float = np.nan) -> Floats:
         """Return a column of numbers (n,) with `default` for what was left out."""
         if name not in self.given:
-            values = np.empty(len(self))
-            values.fill(default)
+            values = np.zeros(len(self))
+            if default:
+                values.fill(default)
             return values
         values = np.array(getattr(self, name), dtype=np.float64)
         if default == default:  # noqa: PLR0124  None became NaN, which may be the default as well
@@ -135,8 +136,8 @@ _GREEKS_COLUMNS = frozenset(("notional", "delta", "gamma", "vega"))
 
 def _kinds(terms: PositionTerms) -> _Kinds:
     if terms.given.isdisjoint(_OPTION_COLUMNS | _GREEKS_COLUMNS):  # the book that most agents have
-        none, every = np.zeros(len(terms), dtype=np.bool_), np.ones(len(terms), dtype=np.bool_)
-        return _Kinds(every, none, none, len(terms) > 0, any_greeks=False, any_option=False)
+        none = np.zeros(len(terms), dtype=np.bool_)
+        return _Kinds(~none, none, none, len(terms) > 0, any_greeks=False, any_option=False)
     option = _any_flags(terms, _OPTION_COLUMNS)
     greeks = _any_flags(terms, _GREEKS_COLUMNS) & ~option
     linear = ~(option | greeks)

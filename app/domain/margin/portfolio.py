@@ -26,10 +26,10 @@ from app.domain.margin.result import (
     MarginTerms,
     ScenarioTable,
     Worst,
-    worst_scenarios,
+    worst_scenario,
 )
 from app.domain.parameters import ModelParameters
-from app.domain.portfolio import Portfolio, Underlyings
+from app.domain.portfolio import Portfolio, Underlyings, total
 from app.domain.revalue import pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, scan
 from app.errors import invalid
@@ -96,10 +96,10 @@ def sides(pnl: Floats) -> Sides:
     """Return the two-sided losses of weighted profit and loss by cell, (J, 23)."""
     down_cell = pnl[:, DOWN_CELLS].argmin(axis=1)
     up_cell = pnl[:, UP_CELLS].argmin(axis=1) + UP_CELLS.start
-    lanes = np.arange(len(pnl))
+    first = np.arange(0, pnl.size, pnl.shape[1])  # of each lane, where a flat look finds what a pair of indices does
     return Sides(
-        down=np.maximum(0.0, -pnl[lanes, down_cell]),
-        up=np.maximum(0.0, -pnl[lanes, up_cell]),
+        down=np.maximum(0.0, -pnl.take(first + down_cell)),
+        up=np.maximum(0.0, -pnl.take(first + up_cell)),
         down_cell=down_cell,
         up_cell=up_cell,
     )
@@ -134,11 +134,10 @@ def _norm(vector: Floats, table: Underlyings) -> tuple[float, Floats, float]:
     Of losses that are all of one sign, ρ' is the stress correlation.
     """
     gradient = np.zeros(len(vector))
-    signs = np.sign(vector)
-    live = signs.nonzero()[0]
+    live = vector.nonzero()[0]
     if not live.size:
         return 0.0, gradient, 0.0
-    x = vector[live]
+    signs, x = np.sign(vector), vector[live]
     matrix, distance = _live_correlation(signs, live, table)
     product = matrix @ x
     norm = math.sqrt(max(0.0, float(x @ product)))
@@ -236,9 +235,9 @@ def _scan(portfolio: Portfolio, models: ModelParameters) -> _Scan:
     cells = _cells(table, models)
     pnl, each_option = pnl_by_underlying(portfolio, cells.grid)
     pnl *= cells.grid.weights
-    total, losses = pnl.sum(axis=0), sides(pnl)
+    by_cell, losses = np.add.reduce(pnl, axis=0), sides(pnl)
     joint = join(losses, table)
-    return _Scan(cells, pnl, each_option, total, losses, joint, int(worst_scenarios(total)))
+    return _Scan(cells, pnl, each_option, by_cell, losses, joint, worst_scenario(by_cell))
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +250,7 @@ class _Requirement:
     floors: Floats
     floor: float
     add_on: Floats
+    added: float
     uncapped: float
     cap: float
 
@@ -264,8 +264,9 @@ def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirem
     multiplier = models.regime_multiplier(terms.regime)
     joint, parallel = scan.joint.value, scan.parallel
     floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
-    risk, floor = max(joint, parallel) * multiplier, float(floors.sum())
+    risk, floor = max(joint, parallel) * multiplier, total(floors)
     add_on = concentration(portfolio.gross, portfolio.prices, portfolio.underlyings, models.concentration_rate)
+    added = total(add_on)
     rule = "floor" if floor > risk else "joint" if joint >= parallel else "parallel"
     return _Requirement(
         rule=rule,
@@ -274,7 +275,8 @@ def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirem
         floors=floors,
         floor=floor,
         add_on=add_on,
-        uncapped=models.portfolio_factor * max(risk, floor) + float(add_on.sum()),
+        added=added,
+        uncapped=models.portfolio_factor * max(risk, floor) + added,
         cap=long_option_cap(portfolio),
     )
 
@@ -300,7 +302,7 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         position_maintenance=models.maintenance_fraction * share,
         per_underlying=_per_underlying(portfolio, scan, required),
         parameters=_parameters(models, terms),
-        add_ons={"concentration": float(required.add_on.sum())},
+        add_ons={"concentration": required.added},
         worst=Worst(required.rule, binding, 0.0 - max(required.risk, required.floor)),
         scenarios=ScenarioTable(
             price_move=scan.cells.price_moves,

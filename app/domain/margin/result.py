@@ -95,3 +95,11 @@ def worst_scenarios(pnl: Floats) -> Indices:
     tolerance = 1e-12 * np.abs(pnl).max(axis=-1, keepdims=True, initial=0.0)
     binding: Indices = np.argmax(pnl <= pnl.min(axis=-1, keepdims=True) + tolerance, axis=-1)
     return binding
+
+
+def worst_scenario(pnl: Floats) -> int:
+    """Return `worst_scenarios` of one book's profit and loss (S,): of some twenty figures, in less time."""
+    figures = pnl.tolist()
+    least = min(figures)
+    limit = least + 1e-12 * max(max(figures), -least)
+    return next(index for index, figure in enumerate(figures) if figure <= limit)
