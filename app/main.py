@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=package_version(),
         summary="Margin and risk for AI trading agents",
         lifespan=_lifespan,
-        # the metrics are the service's own: looking for somebody's providers would cost each request as much as its body
+        # the metrics are the service's own; each request would look for somebody else's providers
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.parts = parts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,9 +11,10 @@ from app.domain.computed import computed
 from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Flags, Underlyings, total
 from app.domain.prices import PriceFinder
+from app.domain.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CollateralTerms:
     """One holding (or one debt): units of an asset, of which `lent` are out on loan; its own price if given."""
 
@@ -24,7 +24,7 @@ class CollateralTerms:
     lent: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class Collateral:
     """Holdings and debts as columns, each (K,); `amount` is negative for a debt, `value` signed, after haircut.
 
@@ -67,7 +67,7 @@ class Collateral:
         return CollateralSplit(on_underlying=on, other=other, stable=stable)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CollateralSplit:
     """Collateral value less debts in USD, by what moves it; `on_underlying` (J,)."""
 

@@ -14,6 +14,7 @@ from app.domain.black76 import Floats
 from app.domain.computed import computed
 from app.domain.correlation import correlation_matrix
 from app.domain.parameters import CorrelationTable, MarketParameters
+from app.domain.record import record
 
 T = TypeVar("T")
 
@@ -26,7 +27,9 @@ DERIVED_MAX = 32
 
 def sums(groups: Rows, values: Floats, count: int) -> Floats:
     """Return the sums (count,) of the values by group; float also where there is no value at all."""
-    return np.bincount(groups, weights=values, minlength=count) if len(values) else np.zeros(count)
+    if not len(values):
+        return np.zeros(count)
+    return cast("Floats", np.bincount(groups, weights=values, minlength=count))
 
 
 def total(values: Floats) -> float:
@@ -142,7 +145,7 @@ class Options:
         return self.quantity[:, None] * each
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class Portfolio:
     """n positions as columns, each (n,); money in USD. What follows from the columns is computed once, when asked.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime
 
 import numpy as np
@@ -19,10 +19,11 @@ from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
 from app.domain.portfolio import Flags, Portfolio, total
 from app.domain.prices import Price, PriceFinder, StoredPrice, conflicting_price
+from app.domain.record import record
 from app.domain.terms import PositionTerms, build_portfolio
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class QuoteTerms:
     """What is to be quoted. `reserved` is the sum of other services' open reservations, USD."""
 
@@ -36,7 +37,7 @@ class QuoteTerms:
     prices: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class MarginQuote:
     """A quote, USD. `liquidation_move` (n,) is NaN where there is none.
 
@@ -68,7 +69,7 @@ class MarginQuote:
         return total(self.portfolio.gross)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class AccountFigures:
     """What an account comes to now, USD: a quote without other models and without liquidation prices."""
 
@@ -106,7 +107,7 @@ def account_figures(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: d
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Account:
     """What an account holds at its prices: positions, isolated ones with their allocations, and collateral."""
 
@@ -126,7 +127,7 @@ def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     return Account(portfolio, collateral, finder.used)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Assessed:
     """The common part of a quote and of an account's figures."""
 

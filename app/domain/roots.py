@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from app.domain.black76 import Floats
 from app.domain.curves import MOVE_MAX, AccountCurve, AdditiveCurve
 from app.domain.portfolio import Flags
+from app.domain.record import record
 
 _REFINE_POINTS = 65
 _REFINE_ROUNDS = 2
@@ -22,7 +23,7 @@ def closed_form(curve: AdditiveCurve) -> Lines | Polynomials:
     return Polynomials(curve) if curve.pool.portfolio.has_gamma else Lines(curve)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Lines:
     """A book without options and gamma: surpluses are straight lines for every move above -1."""
 

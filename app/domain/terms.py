@@ -24,6 +24,7 @@ from app.domain.portfolio import (
     underlying_table,
 )
 from app.domain.prices import PriceFinder
+from app.domain.record import record
 from app.errors import FieldError, InvalidError, invalid
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ MarketKey = tuple[str | None, str | None]
 """A symbol and an underlying, as a position gives them."""
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class PositionTerms:
     """Positions as columns of n values, None where a caller left one out.
 
@@ -118,7 +119,7 @@ def _flags(column: Sequence[Any]) -> Flags:
     return np.array([v is not None for v in column], dtype=np.bool_)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Kinds:
     """Which rows (n,) are of which kind, and which kinds there are."""
 

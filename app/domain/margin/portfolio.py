@@ -30,6 +30,7 @@ from app.domain.margin.result import (
 )
 from app.domain.parameters import ModelParameters
 from app.domain.portfolio import Portfolio, Underlyings, total
+from app.domain.record import record
 from app.domain.revalue import pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, scan
 from app.errors import invalid
@@ -72,7 +73,7 @@ def _cells(table: Underlyings, models: ModelParameters) -> _Cells:
     return table.derived(("cells", multiple, weight), make)
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class Sides:
     """Losses by underlying (J,), USD >= 0: the worst with the price down and with it up, and their cells."""
 
@@ -105,7 +106,7 @@ def sides(pnl: Floats) -> Sides:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Joint:
     """joint = √(d'ρ'd) + √(n'ρn), USD, with its gradients (J,) by d and by n, and the repair if there was one."""
 
@@ -212,7 +213,7 @@ def long_option_cap(portfolio: Portfolio) -> float:
     return portfolio.options_value if only_options else float("inf")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Scan:
     """The scanned book: weighted profit and loss by underlying (J, 23) and in total (23,), and the losses' joins."""
 
@@ -240,7 +241,7 @@ def _scan(portfolio: Portfolio, models: ModelParameters) -> _Scan:
     return _Scan(cells, pnl, each_option, by_cell, losses, joint, worst_scenario(by_cell))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Requirement:
     """What binds, and what it comes to, USD; `floors` and `add_on` (J,)."""
 
