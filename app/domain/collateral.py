@@ -88,10 +88,15 @@ def value_collateral(
     """
     terms = [*held, *owed]
     assets = [parameters.asset(t.asset) for t in terms]
-    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
-    haircut = np.array([a.haircut for a in assets[: len(held)]] + [0.0] * len(owed), dtype=np.float64)
-    amount = np.array([t.amount for t in held] + [-t.amount for t in owed], dtype=np.float64)
-    lent = np.array([t.lent for t in terms], dtype=np.float64)
+    amount, lent, price, haircut = np.array(
+        (
+            [t.amount for t in held] + [-t.amount for t in owed],
+            [t.lent for t in terms],
+            [prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)],
+            [a.haircut for a in assets[: len(held)]] + [0.0] * len(owed),
+        ),
+        dtype=np.float64,
+    )
     return Collateral(
         assets=tuple([t.asset for t in terms]),
         holdings=len(held),
