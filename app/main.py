@@ -85,6 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=package_version(),
         summary="Margin and risk for AI trading agents",
         lifespan=_lifespan,
+        # the metrics are the service's own; each request would look for somebody else's providers
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.parts = parts
     for router in (

@@ -73,7 +73,8 @@ def main() -> None:
     """Print the table."""
     pin_to_one_core()
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(server(name, Path(directory))) for name in ("quote", *RIVALS)}
+        # the API alone, as its rivals are; a worker in the same process takes some 5 % of a core beside it
+        servers = {name: stack.enter_context(server(name, Path(directory), verb="api")) for name in ("quote", *RIVALS)}
         table = Table("book", "quotes/s", "CPU, µs", title="a quote over HTTP, as a share of what a rival does")
         for name in RIVALS:
             table.add_column(f"of {name}: rate", justify="right")
@@ -138,8 +139,13 @@ async def _connection(port: int, raw: bytes, deadline: float) -> tuple[int, int]
 
 
 @contextlib.contextmanager
-def server(name: str, directory: Path, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run one of the servers on a free port, with settings of ours where they matter, and stop it by its pid."""
+def server(
+    name: str, directory: Path, settings: Mapping[str, str] | None = None, verb: str = "serve"
+) -> Iterator[Server]:
+    """Run one of the servers on a free port, with settings of ours where they matter, and stop it by its pid.
+
+    The service itself is started by `verb`: `serve` with a worker, `api` without.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = os.environ | {
@@ -149,7 +155,7 @@ def server(name: str, directory: Path, settings: Mapping[str, str] | None = None
         "PRIMERISK_LOG_LEVEL": "warning",
         **(settings or {}),
     }
-    command = ["-m", "app.cli", "serve", "--port", str(port)]
+    command = ["-m", "app.cli", verb, "--port", str(port)]
     if name != "quote":
         command = ["-m", "uvicorn", f"benchmarks.baselines:{name}", "--port", str(port), "--no-access-log"]
     process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL)

@@ -37,6 +37,8 @@ _ANY_KEY = "..."
 _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]*)`")
 _MESSAGE_MAX = 200
+_COUNTED_BYTES_MAX = 8_192
+"""Bodies below this are counted faster by `bytes.count`."""
 BRACKETS_MAX = 200_000
 """Arrays or objects that the second look takes: more than any limit of ours lets through."""
 
@@ -173,6 +175,8 @@ def _may_hide_keys(raw: bytes, value: object) -> bool:
 
 def _colons(raw: bytes) -> int:
     """Return how many there are: in large bodies ten times faster than `bytes.count`, which stops at each."""
+    if len(raw) < _COUNTED_BYTES_MAX:
+        return raw.count(b":")
     return int(np.count_nonzero(np.frombuffer(raw, np.uint8) == ord(":")))
 
 

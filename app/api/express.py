@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -36,6 +37,23 @@ HANDLERS: Mapping[tuple[str, str], Handler] = {
 }
 
 
+class _Request(Request):
+    """A request whose body is read in one loop."""
+
+    async def body(self) -> bytes:
+        """Return as Starlette does, which goes through two generators. Raises ClientDisconnect."""
+        if not hasattr(self, "_body"):
+            chunks, more = [], True
+            while more:
+                message = await self.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunks.append(message.get("body", b""))
+                more = message.get("more_body", False)
+            self._body = b"".join(chunks)
+        return self._body
+
+
 @dataclass(frozen=True, slots=True)
 class _Route:
     """What the metrics read of a route."""
@@ -57,5 +75,5 @@ class Express:
             await self.app(scope, receive, send)
             return
         scope["app"], scope["route"] = self.parent, _Route(scope["path"])
-        response = await handler(Request(scope, receive, send))
+        response = await handler(_Request(scope, receive, send))
         await response(scope, receive, send)

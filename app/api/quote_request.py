@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
 from types import MappingProxyType
@@ -358,11 +359,16 @@ def _check_positions(terms: PositionTerms, parameters: MarketParameters, limits:
         raise invalid("/positions", "too_many_underlyings", detail)
     for field, names in zip(("symbol", "underlying"), zip(*markets, strict=True), strict=False):
         for name in names:
-            if name is not None and not SYMBOL.fullmatch(name):
+            if name is not None and not _is_symbol(name):
                 detail = "a symbol is 1 to 64 letters, digits or . _ : / - and starts with a letter or digit"
                 raise invalid(f"/positions/{getattr(terms, field).index(name)}/{field}", "invalid_symbol", detail)
     if "expiry" in terms.given:
         _check_expiries(terms.expiry, now + timedelta(days=365 * YEARS_TO_EXPIRY_MAX))
+
+
+@lru_cache(maxsize=8_192)
+def _is_symbol(name: str) -> bool:
+    return SYMBOL.fullmatch(name) is not None
 
 
 def _check_expiries(expiries: Sequence[datetime | None], latest: datetime) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.computed import computed
 from app.domain.parameters import MarketParameters
-from app.domain.portfolio import Flags, Underlyings
+from app.domain.portfolio import Flags, Underlyings, total
 from app.domain.prices import PriceFinder
+from app.domain.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CollateralTerms:
     """One holding (or one debt): units of an asset, of which `lent` are out on loan; its own price if given."""
 
@@ -24,7 +24,7 @@ class CollateralTerms:
     lent: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class Collateral:
     """Holdings and debts as columns, each (K,); `amount` is negative for a debt, `value` signed, after haircut.
 
@@ -45,12 +45,12 @@ class Collateral:
     @computed
     def collateral_value(self) -> float:
         """Value of all holdings after haircut, USD."""
-        return float(self.value[: self.holdings].sum())
+        return total(self.value[: self.holdings])
 
     @computed
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
-        return abs(float(self.value[self.holdings :].sum()))
+        return abs(total(self.value[self.holdings :]))
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""
@@ -67,7 +67,7 @@ class Collateral:
         return CollateralSplit(on_underlying=on, other=other, stable=stable)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CollateralSplit:
     """Collateral value less debts in USD, by what moves it; `on_underlying` (J,)."""
 
@@ -88,10 +88,15 @@ def value_collateral(
     """
     terms = [*held, *owed]
     assets = [parameters.asset(t.asset) for t in terms]
-    price = np.array([prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)], dtype=np.float64)
-    haircut = np.array([a.haircut for a in assets[: len(held)]] + [0.0] * len(owed), dtype=np.float64)
-    amount = np.array([t.amount for t in held] + [-t.amount for t in owed], dtype=np.float64)
-    lent = np.array([t.lent for t in terms], dtype=np.float64)
+    amount, lent, price, haircut = np.array(
+        (
+            [t.amount for t in held] + [-t.amount for t in owed],
+            [t.lent for t in terms],
+            [prices.asset(t.asset, _pointer(i, len(held))) for i, t in enumerate(terms)],
+            [a.haircut for a in assets[: len(held)]] + [0.0] * len(owed),
+        ),
+        dtype=np.float64,
+    )
     return Collateral(
         assets=tuple([t.asset for t in terms]),
         holdings=len(held),

@@ -15,6 +15,7 @@ from app.domain.margin.portfolio import portfolio_margin
 from app.domain.margin.result import MarginTerms
 from app.domain.parameters import MarginMode
 from app.domain.portfolio import Portfolio
+from app.domain.record import record
 from app.domain.revalue import sum_by_underlying
 
 MOVE_MIN = PRICE_FACTOR_MIN - 1.0
@@ -30,7 +31,7 @@ OPTIONS_AT_ONCE_MAX = 40
 """Options up to which thirty moves at once cost hardly more than one."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Figures:
     """Equity, required initial and required maintenance margin, USD, at each of K moves."""
 
@@ -39,7 +40,7 @@ class Figures:
     maintenance: Floats
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Point:
     """Equity, required initial and required maintenance margin at one move, or what a move adds to each, USD."""
 
@@ -77,7 +78,7 @@ class AccountCurve(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Pool:
     """Positions that share one collateral: their split, the open reservations of other services, the mode."""
 
@@ -134,7 +135,7 @@ def option_margins(book: Portfolio, moves: Floats, value: Floats) -> tuple[Float
     return initial, maintenance
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class AdditiveCurve:
     """Cross and isolated margin add up over underlyings, so each is a lane of its own; arrays (J,)."""
 
@@ -176,7 +177,7 @@ class AdditiveCurve:
         pool, book = self.pool, self.pool.portfolio
         held = pool.backing.on_underlying
         rows = np.array([held, held + book.taylor_delta, *self.straight_margins])
-        now = slope = rows.sum(axis=1).tolist()
+        now = slope = np.add.reduce(rows, axis=1).tolist()
         if book.underlyings.any_stable:
             slope = rows[:, ~book.underlyings.stable].sum(axis=1).tolist()
         base = pool.fixed_equity + pool.backing.other

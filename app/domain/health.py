@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from app.domain.collateral import Collateral
 from app.domain.curves import AccountCurve
 from app.domain.parameters import HealthPolicy
+from app.domain.record import record
 
 MAINTENANCE_MIN = 1e-9
 """USD below which there is nothing to keep: a ratio to it says nothing."""
@@ -18,7 +19,7 @@ MAINTENANCE_MIN = 1e-9
 Band = Literal["safe", "warning", "critical"]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BandValue:
     """One figure and the band it lies in; None where the figure is not defined."""
 
@@ -26,7 +27,7 @@ class BandValue:
     band: Band
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Advisory:
     """Something a careful owner would look at: a code, a sentence, the figure and the limit it passed."""
 
@@ -36,7 +37,7 @@ class Advisory:
     limit: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Health:
     """The figures of an account's pooled book, USD or fractions. None: not defined at this equity.
 
@@ -65,7 +66,7 @@ class Health:
     bands: Mapping[str, BandValue] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Standing:
     """What health is judged on, USD: equity, requirements with reservations, exposures."""
 
@@ -78,7 +79,7 @@ class Standing:
     gross_exposure: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Scales:
     """The two ratios of an account, None where equity leaves them undefined, and its place on the three scales."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,10 +13,11 @@ from app.domain.curves import ENDS, SEARCH_GRID, AccountCurve, AdditiveCurve, Fi
 from app.domain.margin.isolated import position_margin
 from app.domain.margin.result import MarginTerms
 from app.domain.portfolio import Flags, Portfolio
+from app.domain.record import record
 from app.domain.roots import closed_form, nearest_of, nearest_root, quadratic_roots
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Distances:
     """Relative moves to breach and to liquidation: of all non-stable prices, and (J,) of each underlying alone.
 

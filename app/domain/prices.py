@@ -10,6 +10,7 @@ from typing import Literal
 
 from app.domain.money import to_decimal
 from app.domain.parameters import MarketParameters
+from app.domain.record import record
 from app.errors import InvalidError, invalid
 
 PriceSource = Literal["request", "position", "stored", "par"]
@@ -29,7 +30,7 @@ class StoredPrice:
         return self.posted if self.posted is not None else to_decimal(self.value)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Price:
     """A price as used. `as_of` only where it is a stored one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime
 
 import numpy as np
@@ -17,12 +17,13 @@ from app.domain.margin.isolated import position_margin
 from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import MarginMode
-from app.domain.portfolio import Flags, Portfolio
+from app.domain.portfolio import Flags, Portfolio, total
 from app.domain.prices import Price, PriceFinder, StoredPrice, conflicting_price
+from app.domain.record import record
 from app.domain.terms import PositionTerms, build_portfolio
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class QuoteTerms:
     """What is to be quoted. `reserved` is the sum of other services' open reservations, USD."""
 
@@ -36,7 +37,7 @@ class QuoteTerms:
     prices: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class MarginQuote:
     """A quote, USD. `liquidation_move` (n,) is NaN where there is none.
 
@@ -65,10 +66,10 @@ class MarginQuote:
     @property
     def gross_notional(self) -> float:
         """Sum of absolute exposures of all positions, isolated ones too, USD."""
-        return float(self.portfolio.gross.sum())
+        return total(self.portfolio.gross)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class AccountFigures:
     """What an account comes to now, USD: a quote without other models and without liquidation prices."""
 
@@ -86,7 +87,7 @@ class AccountFigures:
     @property
     def gross_notional(self) -> float:
         """Sum of absolute exposures of all positions, isolated ones too, USD."""
-        return float(self.portfolio.gross.sum())
+        return total(self.portfolio.gross)
 
 
 def account_figures(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> AccountFigures:
@@ -106,7 +107,7 @@ def account_figures(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: d
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Account:
     """What an account holds at its prices: positions, isolated ones with their allocations, and collateral."""
 
@@ -126,7 +127,7 @@ def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     return Account(portfolio, collateral, finder.used)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Assessed:
     """The common part of a quote and of an account's figures."""
 
@@ -192,7 +193,7 @@ def _mark_advisories(portfolio: Portfolio) -> list[Advisory]:
     """Return the symbols that the request marks at two prices: each position keeps its own."""
     by_underlying = np.empty(len(portfolio.prices))
     by_underlying[portfolio.underlying] = portfolio.mark
-    if (by_underlying[portfolio.underlying] == portfolio.mark).all():
+    if not np.count_nonzero(by_underlying[portfolio.underlying] != portfolio.mark):
         return []  # all that stand on one underlying have one mark, as in most books: no symbol has two
     first: dict[str, float] = {}
     found: dict[str, Advisory] = {}
@@ -242,7 +243,7 @@ def pool_of(portfolio: Portfolio, collateral: Collateral, terms: QuoteTerms) -> 
 
 def _allocated(portfolio: Portfolio) -> float:
     """Return what isolated positions hold for themselves, USD."""
-    return float(portfolio.allocated[portfolio.isolated].sum()) if portfolio.any_isolated else 0.0
+    return total(portfolio.allocated[portfolio.isolated]) if portfolio.any_isolated else 0.0
 
 
 def _standing(pool: Pool, results: Mapping[str, MarginResult], whole: Portfolio) -> Standing:
@@ -250,15 +251,15 @@ def _standing(pool: Pool, results: Mapping[str, MarginResult], whole: Portfolio)
     known = results.get(pool.mode) if book is whole else None
     margin = known or MODELS[pool.mode](book, pool.terms)
     backing = pool.backing
-    equity = pool.fixed_equity + backing.other + float(backing.on_underlying.sum()) + book.options_value
+    equity = pool.fixed_equity + backing.other + total(backing.on_underlying) + book.options_value
     return Standing(
         model=pool.mode,
         equity=equity,
         required_initial=margin.initial_margin + pool.reserved,
         required_maintenance=margin.maintenance_margin + pool.reserved,
         reserved=pool.reserved,
-        net_exposure=float(book.net.sum()),
-        gross_exposure=float(book.gross.sum()),
+        net_exposure=total(book.net),
+        gross_exposure=total(book.gross),
     )
 
 
@@ -277,5 +278,6 @@ def _position_moves(portfolio: Portfolio, distance: Distances, margin: MarginTer
         moves = np.where(portfolio.isolated, own, moves)
         breached = np.where(portfolio.isolated, beyond, breached)
     # a flat position has no price at which anything happens to it
-    moves[portfolio.notional == 0.0] = np.nan
+    if portfolio.any_flat:
+        moves[portfolio.notional == 0.0] = np.nan
     return moves, breached

@@ -83,11 +83,11 @@ def position_pnl(portfolio: Portfolio, grid: ScenarioGrid, each_option: Floats, 
     `pnl_by_underlying`.
     """
     u = portfolio.underlying
-    pnl = portfolio.exposure * (chosen * grid.moves).sum(axis=1)[u]
+    pnl = portfolio.exposure * np.add.reduce(chosen * grid.moves, axis=1)[u]
     if portfolio.any_gamma:
-        pnl += 0.5 * portfolio.gamma * portfolio.notional * (chosen * grid.moves**2).sum(axis=1)[u]
+        pnl += 0.5 * portfolio.gamma * portfolio.notional * np.add.reduce(chosen * grid.moves**2, axis=1)[u]
     if portfolio.any_vega:
-        pnl += portfolio.vega * (chosen * grid.vol_moves).sum(axis=1)[u]
+        pnl += portfolio.vega * np.add.reduce(chosen * grid.vol_moves, axis=1)[u]
     if portfolio.has_options:
         options = portfolio.options
         pnl[options.row] = (each_option * chosen[options.underlying]).sum(axis=1)

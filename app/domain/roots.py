@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from scipy.optimize import brentq
 from app.domain.black76 import Floats
 from app.domain.curves import MOVE_MAX, AccountCurve, AdditiveCurve
 from app.domain.portfolio import Flags
+from app.domain.record import record
 
 _REFINE_POINTS = 65
 _REFINE_ROUNDS = 2
@@ -21,7 +23,7 @@ def closed_form(curve: AdditiveCurve) -> Lines | Polynomials:
     return Polynomials(curve) if curve.pool.portfolio.has_gamma else Lines(curve)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Lines:
     """A book without options and gamma: surpluses are straight lines for every move above -1."""
 
@@ -41,17 +43,15 @@ class Lines:
         """Return the root (J,) of equity - maintenance, now `surplus`, where one underlying moves alone; NaN: none."""
         curve = self.curve
         slopes = curve.pool.portfolio.taylor_delta + curve.pool.backing.on_underlying - curve.straight_margins[1]
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            roots: Floats = -surplus / slopes
-        roots[~((roots > -1.0) & (roots < np.inf))] = np.nan
-        return roots
+        # underlyings are few: less than what leaving out the zeros costs in arrays
+        return np.array([_line_root(surplus, slope) for slope in slopes.tolist()], dtype=np.float64)
 
 
 def _line_root(here: float, slope: float) -> float | None:
     if slope == 0.0:
         return None
     root = -here / slope
-    return root if root > -1.0 else None
+    return root if -1.0 < root < math.inf else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from app.domain.portfolio import (
     underlying_table,
 )
 from app.domain.prices import PriceFinder
+from app.domain.record import record
 from app.errors import FieldError, InvalidError, invalid
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ MarketKey = tuple[str | None, str | None]
 """A symbol and an underlying, as a position gives them."""
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class PositionTerms:
     """Positions as columns of n values, None where a caller left one out.
 
@@ -94,8 +95,9 @@ class PositionTerms:
     def floats(self, name: str, default: float = np.nan) -> Floats:
         """Return a column of numbers (n,) with `default` for what was left out."""
         if name not in self.given:
-            values = np.empty(len(self))
-            values.fill(default)
+            values = np.zeros(len(self))
+            if default:
+                values.fill(default)
             return values
         values = np.array(getattr(self, name), dtype=np.float64)
         if default == default:  # noqa: PLR0124  None became NaN, which may be the default as well
@@ -117,7 +119,7 @@ def _flags(column: Sequence[Any]) -> Flags:
     return np.array([v is not None for v in column], dtype=np.bool_)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Kinds:
     """Which rows (n,) are of which kind, and which kinds there are."""
 
@@ -135,8 +137,8 @@ _GREEKS_COLUMNS = frozenset(("notional", "delta", "gamma", "vega"))
 
 def _kinds(terms: PositionTerms) -> _Kinds:
     if terms.given.isdisjoint(_OPTION_COLUMNS | _GREEKS_COLUMNS):  # the book that most agents have
-        none, every = np.zeros(len(terms), dtype=np.bool_), np.ones(len(terms), dtype=np.bool_)
-        return _Kinds(every, none, none, len(terms) > 0, any_greeks=False, any_option=False)
+        none = np.zeros(len(terms), dtype=np.bool_)
+        return _Kinds(~none, none, none, len(terms) > 0, any_greeks=False, any_option=False)
     option = _any_flags(terms, _OPTION_COLUMNS)
     greeks = _any_flags(terms, _GREEKS_COLUMNS) & ~option
     linear = ~(option | greeks)

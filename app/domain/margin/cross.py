@@ -6,7 +6,7 @@ import numpy as np
 
 from app.domain.margin.isolated import position_margin
 from app.domain.margin.result import MarginResult, MarginTerms
-from app.domain.portfolio import Portfolio
+from app.domain.portfolio import Portfolio, total
 
 
 def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
@@ -25,8 +25,8 @@ def cross(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         maintenance = np.where(portfolio.is_option, position_margin(portfolio, portfolio.maintenance_rate), maintenance)
     return MarginResult(
         model="cross",
-        initial_margin=float(initial.sum()),
-        maintenance_margin=float(maintenance.sum()),
+        initial_margin=total(initial),
+        maintenance_margin=total(maintenance),
         position_initial=initial,
         position_maintenance=maintenance,
         per_underlying={

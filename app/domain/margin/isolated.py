@@ -6,7 +6,7 @@ import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.margin.result import MarginResult, MarginTerms
-from app.domain.portfolio import Portfolio
+from app.domain.portfolio import Portfolio, total
 
 
 def position_margin(portfolio: Portfolio, rate: Floats) -> Floats:
@@ -30,8 +30,8 @@ def isolated(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     maintenance = position_margin(portfolio, portfolio.maintenance_rate)
     return MarginResult(
         model="isolated",
-        initial_margin=float(initial.sum()),
-        maintenance_margin=float(maintenance.sum()),
+        initial_margin=total(initial),
+        maintenance_margin=total(maintenance),
         position_initial=initial,
         position_maintenance=maintenance,
         per_underlying={

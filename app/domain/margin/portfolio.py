@@ -26,10 +26,11 @@ from app.domain.margin.result import (
     MarginTerms,
     ScenarioTable,
     Worst,
-    worst_scenarios,
+    worst_scenario,
 )
 from app.domain.parameters import ModelParameters
-from app.domain.portfolio import Portfolio, Underlyings
+from app.domain.portfolio import Portfolio, Underlyings, total
+from app.domain.record import record
 from app.domain.revalue import pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, scan
 from app.errors import invalid
@@ -72,7 +73,7 @@ def _cells(table: Underlyings, models: ModelParameters) -> _Cells:
     return table.derived(("cells", multiple, weight), make)
 
 
-@dataclass(frozen=True, eq=False)
+@record(frozen=True, eq=False)
 class Sides:
     """Losses by underlying (J,), USD >= 0: the worst with the price down and with it up, and their cells."""
 
@@ -96,16 +97,16 @@ def sides(pnl: Floats) -> Sides:
     """Return the two-sided losses of weighted profit and loss by cell, (J, 23)."""
     down_cell = pnl[:, DOWN_CELLS].argmin(axis=1)
     up_cell = pnl[:, UP_CELLS].argmin(axis=1) + UP_CELLS.start
-    lanes = np.arange(len(pnl))
+    first = np.arange(0, pnl.size, pnl.shape[1])  # of each lane, where a flat look finds what a pair of indices does
     return Sides(
-        down=np.maximum(0.0, -pnl[lanes, down_cell]),
-        up=np.maximum(0.0, -pnl[lanes, up_cell]),
+        down=np.maximum(0.0, -pnl.take(first + down_cell)),
+        up=np.maximum(0.0, -pnl.take(first + up_cell)),
         down_cell=down_cell,
         up_cell=up_cell,
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Joint:
     """joint = √(d'ρ'd) + √(n'ρn), USD, with its gradients (J,) by d and by n, and the repair if there was one."""
 
@@ -134,11 +135,10 @@ def _norm(vector: Floats, table: Underlyings) -> tuple[float, Floats, float]:
     Of losses that are all of one sign, ρ' is the stress correlation.
     """
     gradient = np.zeros(len(vector))
-    signs = np.sign(vector)
-    live = signs.nonzero()[0]
+    live = vector.nonzero()[0]
     if not live.size:
         return 0.0, gradient, 0.0
-    x = vector[live]
+    signs, x = np.sign(vector), vector[live]
     matrix, distance = _live_correlation(signs, live, table)
     product = matrix @ x
     norm = math.sqrt(max(0.0, float(x @ product)))
@@ -213,7 +213,7 @@ def long_option_cap(portfolio: Portfolio) -> float:
     return portfolio.options_value if only_options else float("inf")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Scan:
     """The scanned book: weighted profit and loss by underlying (J, 23) and in total (23,), and the losses' joins."""
 
@@ -236,12 +236,12 @@ def _scan(portfolio: Portfolio, models: ModelParameters) -> _Scan:
     cells = _cells(table, models)
     pnl, each_option = pnl_by_underlying(portfolio, cells.grid)
     pnl *= cells.grid.weights
-    total, losses = pnl.sum(axis=0), sides(pnl)
+    by_cell, losses = np.add.reduce(pnl, axis=0), sides(pnl)
     joint = join(losses, table)
-    return _Scan(cells, pnl, each_option, total, losses, joint, int(worst_scenarios(total)))
+    return _Scan(cells, pnl, each_option, by_cell, losses, joint, worst_scenario(by_cell))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Requirement:
     """What binds, and what it comes to, USD; `floors` and `add_on` (J,)."""
 
@@ -251,6 +251,7 @@ class _Requirement:
     floors: Floats
     floor: float
     add_on: Floats
+    added: float
     uncapped: float
     cap: float
 
@@ -264,8 +265,9 @@ def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirem
     multiplier = models.regime_multiplier(terms.regime)
     joint, parallel = scan.joint.value, scan.parallel
     floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
-    risk, floor = max(joint, parallel) * multiplier, float(floors.sum())
+    risk, floor = max(joint, parallel) * multiplier, total(floors)
     add_on = concentration(portfolio.gross, portfolio.prices, portfolio.underlyings, models.concentration_rate)
+    added = total(add_on)
     rule = "floor" if floor > risk else "joint" if joint >= parallel else "parallel"
     return _Requirement(
         rule=rule,
@@ -274,7 +276,8 @@ def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirem
         floors=floors,
         floor=floor,
         add_on=add_on,
-        uncapped=models.portfolio_factor * max(risk, floor) + float(add_on.sum()),
+        added=added,
+        uncapped=models.portfolio_factor * max(risk, floor) + added,
         cap=long_option_cap(portfolio),
     )
 
@@ -300,7 +303,7 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         position_maintenance=models.maintenance_fraction * share,
         per_underlying=_per_underlying(portfolio, scan, required),
         parameters=_parameters(models, terms),
-        add_ons={"concentration": float(required.add_on.sum())},
+        add_ons={"concentration": required.added},
         worst=Worst(required.rule, binding, 0.0 - max(required.risk, required.floor)),
         scenarios=ScenarioTable(
             price_move=scan.cells.price_moves,

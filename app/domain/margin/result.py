@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from app.domain.black76 import Floats
 from app.domain.parameters import MarketParameters, Regime
+from app.domain.record import record
 from app.domain.scenarios import NAMED, Scenario
 
 Indices = NDArray[np.intp]
@@ -27,7 +28,7 @@ class SpanCharges:
     short_option_minimum: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class MarginTerms:
     """What a model needs beside the portfolio: parameters, the scenario set, the regime, SPAN charges."""
 
@@ -38,7 +39,7 @@ class MarginTerms:
     span_charges: Mapping[str, SpanCharges] = field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Worst:
     """What binds: a scenario by its index, or a rule by its name, and its profit and loss in USD."""
 
@@ -47,7 +48,7 @@ class Worst:
     pnl: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ScenarioTable:
     """The scenarios of a model, in order, with the book's profit and loss in USD in each, weighted.
 
@@ -64,7 +65,7 @@ class ScenarioTable:
     shocks: Sequence[Mapping[str, float]] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class MarginResult:
     """The margin of one model, USD, with its work shown.
 
@@ -95,3 +96,11 @@ def worst_scenarios(pnl: Floats) -> Indices:
     tolerance = 1e-12 * np.abs(pnl).max(axis=-1, keepdims=True, initial=0.0)
     binding: Indices = np.argmax(pnl <= pnl.min(axis=-1, keepdims=True) + tolerance, axis=-1)
     return binding
+
+
+def worst_scenario(pnl: Floats) -> int:
+    """Return `worst_scenarios` of one book's profit and loss (S,): of some twenty figures, in less time."""
+    figures = pnl.tolist()
+    least = min(figures)
+    limit = least + 1e-12 * max(*figures, -least)
+    return next(index for index, figure in enumerate(figures) if figure <= limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from app.domain.margin.result import MarginResult, MarginTerms, ScenarioTable, Worst, worst_scenarios
+from app.domain.margin.result import MarginResult, MarginTerms, ScenarioTable, Worst, worst_scenario
 from app.domain.portfolio import Portfolio, Underlyings
 from app.domain.revalue import pnl_by_underlying, position_pnl
 from app.domain.scenarios import NAMED, ScenarioGrid, lay_out
@@ -25,8 +25,8 @@ def scenario(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     grid = _grid(terms, table)
     by_underlying, each_option = pnl_by_underlying(portfolio, grid)
     by_underlying *= grid.weights
-    total = by_underlying.sum(axis=0)
-    binding = int(worst_scenarios(total))
+    total = np.add.reduce(by_underlying, axis=0)
+    binding = worst_scenario(total)
     worst = float(total[binding])
     initial = max(0.0, -worst) * models.scenario_factor
     chosen = np.zeros(grid.moves.shape)

@@ -18,7 +18,7 @@ from app.domain.margin.result import (
     worst_scenarios,
 )
 from app.domain.parameters import ModelParameters
-from app.domain.portfolio import Portfolio, Underlyings
+from app.domain.portfolio import Portfolio, Underlyings, total
 from app.domain.revalue import pnl_by_underlying, position_pnl
 from app.domain.scenarios import ScenarioGrid, scan, span_scenarios
 
@@ -84,9 +84,9 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     if terms.span_charges:
         share += portfolio.spread(required - risk)
     columns = _charge_columns(charges)
-    maintenance = float(required.sum())
-    total = pnl.sum(axis=0)
-    same = len(binding) > 0 and bool((binding == binding[0]).all())
+    maintenance = total(required)
+    by_scenario = np.add.reduce(pnl, axis=0)
+    same = len(binding) > 0 and not np.count_nonzero(binding != binding[0])
     return MarginResult(
         model="span",
         initial_margin=models.span_initial_factor * maintenance,
@@ -109,13 +109,13 @@ def span(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
             "tail_multiple": models.span_tail_multiple,
             "tail_weight": models.span_tail_weight,
         },
-        add_ons={name: float(values.sum()) for name, values in columns.items()},
-        worst=Worst("scan", int(binding[0]) - 1 if same else None, 0.0 - float(risk.sum())),
+        add_ons={name: total(values) for name, values in columns.items()},
+        worst=Worst("scan", int(binding[0]) - 1 if same else None, 0.0 - total(risk)),
         scenarios=ScenarioTable(
             price_move=[s.price_move for s in scenarios],
             vol_move=[s.vol_move for s in scenarios],
             weight=[s.weight for s in scenarios],
-            pnl=total,
+            pnl=by_scenario,
             in_ranges=[True] * len(scenarios),
             vol_in_ranges=True,
         ),
