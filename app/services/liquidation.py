@@ -118,15 +118,7 @@ def _part(held: Book, scene: Scene, target: Target, level: float, slippage: Deci
     def reduce(before: Book, chosen: Target, size: Decimal) -> Book:
         return reduced(scene, before, chosen, size, slippage)
 
-    def enough(after: AccountFigures) -> bool:
-        return _is_at(after, level)
-
-    return liquidate.next_slice(held, target, scene.figures, reduce, enough)
-
-
-def _is_at(figures: AccountFigures, level: float) -> bool:
-    used = figures.health.utilization
-    return used is not None and used <= level and not figures.health.insolvent
+    return liquidate.next_slice(held, target, scene.figures, reduce, level)
 
 
 async def close(tx: Tx, scene: Scene, held: Book, chosen: Slice, rules: Rules, call_id: str) -> Closed:
@@ -279,7 +271,7 @@ def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, An
             left = reduced(scene, left, target, target.size, ZERO)
         return left
 
-    count = liquidate.fewest(len(doomed), len(ordered), lambda k: _is_at(scene.figures(after(k)), level))
+    count = liquidate.fewest(len(doomed), len(ordered), lambda k: liquidate.is_at(scene.figures(after(k)), level))
     enough = count <= len(ordered)
     chosen = [Slice(target, target.size) for target in ordered[:count]]
     if enough and count > len(doomed):

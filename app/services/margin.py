@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from sqlalchemy import func, select
-
 from app.db.session import Tx
 from app.domain import pending
 from app.domain.book import Book, PendingOrder, Side
@@ -125,8 +123,7 @@ class Scenes:
     async def at(self, tx: Tx) -> Scene:
         """Return the scene of this moment; to be called when the book is locked."""
         view = await self._market.current(tx)
-        now: datetime = (await tx.connection.execute(select(func.clock_timestamp()))).scalar_one()
-        return Scene(view, now, self._price_age_max, self._items_max)
+        return Scene(view, view.read_at or tx.now, self._price_age_max, self._items_max)
 
 
 def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:
