@@ -10,24 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import DBAPIError
 
 from app.db.session import Tx
-from app.db.tables import margin_calls
 from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
 from app.domain.health import Health
 from app.domain.liquidate import Slice, Target
 from app.domain.margin_calls import (
-    LIVE_STATES,
     Become,
-    Call,
     Cause,
     Liquidate,
     Notice,
@@ -45,8 +41,9 @@ from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
-from app.errors import InvalidError, NotFoundError, PrimeriskError
-from app.services import accounts, audit, book, events, liquidation, prevention, shards, staleness, venue, watch
+from app.errors import InvalidError, PrimeriskError
+from app.services import accounts, audit, book, calls, events, liquidation, prevention, staleness, venue, watch
+from app.services.calls import StoredCall
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
@@ -54,7 +51,6 @@ from app.services.wallet import Names
 
 log = logging.getLogger(__name__)
 
-CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
 """Changes of state in one decision: more than the longest way through a life."""
 STEP_SHARE_MIN = 0.005
@@ -65,59 +61,12 @@ RETRY_STALE = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredCall:
-    """A call as stored, live or over."""
-
-    id: str
-    agent_id: str
-    state: str
-    cause: str
-    noticed_at: datetime
-    figures: Mapping[str, Any]
-    seq: int = 0
-    """Its number, 0 until it is written."""
-    opened_at: datetime | None = None
-    deadline_at: datetime | None = None
-    expired_at: datetime | None = None
-    ended_at: datetime | None = None
-    acknowledged_at: datetime | None = None
-    next_action_at: datetime | None = None
-    reminders: int = 0
-    slices: int = 0
-    deficit: Decimal = ZERO
-    attempts: int = 0
-    respond_by: datetime | None = None
-    uncovered: Decimal = ZERO
-    exhausted_at: datetime | None = None
-
-    @property
-    def lost(self) -> Decimal:
-        """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
-        return self.deficit + self.uncovered
-
-    def as_call(self) -> Call:
-        """Return what the pure step needs of it."""
-        return Call(
-            self.state,  # type: ignore[arg-type]  # the table's CHECK
-            self.noticed_at,
-            self.opened_at,
-            self.deadline_at,
-            self.reminders,
-            self.slices,
-            self.attempts,
-            self.respond_by,
-            self.cause,  # type: ignore[arg-type]
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Decided:
     """What came of a decision: the call as it now stands, the events that were written, what is told of its levels.
 
     `levels` are the ranks of zone and alert level, None where a price is missing; `band`: of equity, within which
     there is nothing to tell of the drawdown, None where it is not followed. It `waits` where prices are stale: nothing
-    was decided. `escalated`: a venue was asked once more for what it has not filled after as many requests as the
-    rules have.
+    was decided. `escalated`: a venue was asked once more after as many requests, or as much time, as the rules have.
     """
 
     call: StoredCall | None
@@ -159,11 +108,11 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     """
     held = await book.hold(tx, agent_id)
     scene = await scenes.at(tx)
-    call = None if held.live_call is None else await _live(tx, agent_id)
+    call = None if held.live_call is None else await calls.live(tx, agent_id)
     try:
         figures = scene.figures(held)
     except InvalidError:
-        return Decided(await _save(tx, call, _postponed(call, scene.now)))
+        return Decided(await calls.save(tx, call, _postponed(call, scene.now)))
     stale = staleness.stale(scene, figures)
     in_doubt = not staleness.is_grain(figures, staleness.at_best(scene, held, figures, stale))
     case = _Case(held, scene, figures, call, call, stale, in_doubt)
@@ -230,7 +179,7 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
         case Request():
             return True, await _ask(tx, case, call, rules, what.attempt)
         case _:
-            return True, await _liquidate(tx, replace(case, call=call), call, rules)
+            return True, await _try_to_liquidate(tx, replace(case, call=call), call, rules)
 
 
 async def _wait(tx: Tx, case: _Case, call: StoredCall, what: Wait, judged: Situation) -> _Case:
@@ -355,6 +304,21 @@ def _hangs_on_stale(case: _Case) -> bool:
     return _situation(case).cause is None and not nothing_at_stake
 
 
+async def _try_to_liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
+    """Liquidate; what was decided on the way there stands, whatever becomes of it: its owner is to hear of the call.
+
+    What can't be booked, at an absurd price, is then tried alone, and put off.
+    """
+    if case.stored is not None and case.stored.state == "liquidating":
+        return await _liquidate(tx, case, call, rules)
+    try:
+        async with tx.connection.begin_nested():
+            return await _liquidate(tx, case, call, rules)
+    except (PrimeriskError, DBAPIError):
+        log.exception("nothing of %s can be liquidated now", case.held.agent_id)
+        return case
+
+
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
     """Close what is next, and look again at once; or ask the venue for it.
 
@@ -403,8 +367,13 @@ def _next(case: _Case) -> Step | None:
 async def _ask(
     tx: Tx, case: _Case, call: StoredCall, rules: Rules, attempt: int, cancelled: Sequence[str] = ()
 ) -> _Case:
-    """Ask the venue for what waits there, and give it time: `next_action_at` is when it will have had it."""
-    until, escalated = case.scene.now + rules.venue_patience, attempt > rules.venue_attempts
+    """Ask the venue for what waits there, and give it time: `next_action_at` is when it will have had it.
+
+    It escalates after as many requests as the rules have, or as much time, if slice after slice is filled at leisure.
+    """
+    until, enough = case.scene.now + rules.venue_patience, rules.venue_attempts * rules.venue_patience
+    drags_on = call.slices > 0 and call.expired_at is not None and case.scene.now >= call.expired_at + enough
+    escalated = attempt > rules.venue_attempts or drags_on
     moved = replace(call, attempts=attempt, respond_by=until, next_action_at=until)
     told = {
         "attempt": attempt,
@@ -429,15 +398,15 @@ async def record_fill(
         return done
     if done.order.margin_call_id is not None:
         await _executed(tx, scene, held, done, done.trade, done.order.margin_call_id)
-    live = await _live(tx, held.agent_id)
+    live = await calls.live(tx, held.agent_id)
     if live is not None:
-        await _save(tx, live, replace(live, next_action_at=scene.now))
+        await calls.save(tx, live, replace(live, next_action_at=scene.now))
     return done
 
 
 async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: Trade, call_id: str) -> None:
     """Tell of a liquidation order's fill; one that comes when the call is over adds what it did not cover."""
-    call = await get(tx, before.agent_id, call_id)
+    call = await calls.get(tx, before.agent_id, call_id)
     figures, uncovered = call.figures, ZERO
     try:
         after = scene.figures(done.book)
@@ -454,7 +423,7 @@ async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: T
         uncovered=call.uncovered + uncovered,
         figures=figures,
     )
-    await _save(tx, call, moved)
+    await calls.save(tx, call, moved)
     told = {
         "position_id": done.fill.position_id,
         "order_id": done.order.id,
@@ -508,85 +477,17 @@ def _postponed(call: StoredCall | None, now: datetime) -> StoredCall | None:
     return None if call is None else replace(call, next_action_at=now + RETRY_STALE)
 
 
-async def _live(tx: Tx, agent_id: str) -> StoredCall | None:
-    columns = margin_calls.c
-    query = select(margin_calls).where(columns.agent_id == agent_id, columns.state.in_(LIVE_STATES))
-    row = (await tx.connection.execute(query)).mappings().first()
-    return None if row is None else StoredCall(**row)
-
-
 async def _saved(tx: Tx, case: _Case) -> _Case:
-    call = await _save(tx, case.stored, case.call)
+    call = await calls.save(tx, case.stored, case.call)
     return replace(case, call=call, stored=call)
-
-
-_ADD = insert(margin_calls).returning(margin_calls.c.seq)
-
-
-async def _save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> StoredCall | None:
-    """Write what has changed of a call since it was `before`, None: it is new. Return it as it is then stored."""
-    if after is None or after == before:
-        return after
-    if before is None:
-        row = {name: getattr(after, name) for name in StoredCall.__slots__ if name != "seq"}
-        return replace(after, seq=(await tx.connection.execute(_ADD, row)).scalar_one())
-    changed = {name: value for name in StoredCall.__slots__ if (value := getattr(after, name)) != getattr(before, name)}
-    await tx.connection.execute(update(margin_calls).where(margin_calls.c.id == after.id).values(**changed))
-    return after
-
-
-async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
-    """Let an account's call wait: what can't be decided on now does not hold up the others that are due."""
-    columns = margin_calls.c
-    again = func.greatest(columns.next_action_at, tx.now + timedelta(seconds=seconds))
-    live = (columns.agent_id == agent_id, columns.state.in_(LIVE_STATES), columns.next_action_at.is_not(None))
-    await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
-
-
-async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
-    """Return agents of these shards whose calls are due, the longest due first."""
-    columns = margin_calls.c
-    query = (
-        select(columns.agent_id)
-        .where(
-            columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now, shards.within(columns.agent_id, within)
-        )
-        .order_by(columns.next_action_at)
-        .limit(limit)
-    )
-    return list((await tx.connection.execute(query)).scalars())
 
 
 async def acknowledge(tx: Tx, agent_id: str, call_id: str, note: str) -> StoredCall:
     """Record that the owner has seen a call; the clock goes on. Raises NotFoundError."""
-    call = await get(tx, agent_id, call_id)
+    call = await calls.get(tx, agent_id, call_id)
     if call.acknowledged_at is not None:
         return call
     moved = replace(call, acknowledged_at=tx.now)
-    await _save(tx, call, moved)
+    await calls.save(tx, call, moved)
     await audit.record(tx, "margin_call.acknowledged", call_id, agent_id, note=note)
     return moved
-
-
-async def get(tx: Tx, agent_id: str, call_id: str) -> StoredCall:
-    """Return a call of the agent. Raises NotFoundError."""
-    columns = margin_calls.c
-    query = select(margin_calls).where(columns.agent_id == agent_id, columns.id == call_id)
-    row = (await tx.connection.execute(query)).mappings().first()
-    if row is None:
-        raise NotFoundError("There is no such margin call.", code="margin_call_not_found")
-    return StoredCall(**row)
-
-
-async def list_calls(
-    tx: Tx, agent_id: str, limit: int, before: int | None = None, state: str | None = None
-) -> list[StoredCall]:
-    """Return an agent's calls, newest first, from below the number `before`."""
-    columns = margin_calls.c
-    query = select(margin_calls).where(columns.agent_id == agent_id).order_by(columns.seq.desc())
-    if before is not None:
-        query = query.where(columns.seq < before)
-    if state is not None:
-        query = query.where(columns.state == state)
-    rows = await tx.connection.execute(query.limit(min(limit, CALLS_A_PAGE_MAX)))
-    return [StoredCall(**row) for row in rows.mappings()]

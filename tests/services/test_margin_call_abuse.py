@@ -15,7 +15,7 @@ from app.db.session import Database
 from app.domain.book import Book
 from app.domain.liquidate import fewest
 from app.domain.quote import AccountFigures
-from app.errors import ConflictError
+from app.errors import ConflictError, InvalidError
 from app.services import account, liquidation, market
 from app.services.liquidation import Rules
 from app.services.margin import Scene
@@ -179,7 +179,7 @@ async def test_an_isolated_position_closed_by_its_owner_is_the_cure(calls: Calls
     assert (await calls.only(agent_id)).state == "open"
     await calls.desk.order(agent_id, "sell", "0.1", "BTC-PERP", reduce_only=True)
     await calls.decide(agent_id)
-    assert (await calls.only(agent_id)).state == "cured"
+    assert (await calls.only(agent_id)).state == "completed"
 
 
 async def test_a_breach_of_the_pool_takes_the_call_over_with_its_own_time(calls: Calls) -> None:
@@ -319,3 +319,25 @@ async def test_largest_relief_weighs_the_largest_only(calls: Calls) -> None:
     await calls.until_settled(agent_id, rules=Rules("largest_relief", RULES.slippage))
     [call] = await calls.calls(agent_id)
     assert (call.state, call.slices) == ("completed", 1)
+
+
+@pytest.mark.parametrize("grace", [0, 300])
+async def test_a_call_at_an_absurd_price_is_told_though_nothing_can_be_booked(calls: Calls, grace: int) -> None:
+    """A loss of 10^16 USD has no place in the ledger. Its owner hears of the call; a slip that is mended ends it."""
+    agent_id = await calls.desk.agent("2000000", grace_period_seconds=grace)
+    await calls.desk.order(agent_id, "sell", "20", leverage=3)
+    await calls.desk.prices({"BTC": "999999999999999"})
+    await calls.decide(agent_id)
+    await calls.pass_time(agent_id, grace)
+    if grace:
+        await calls.decide(agent_id)
+    call = await calls.only(agent_id)
+    assert (call.state, call.slices) == ("liquidating", 0)
+    assert await calls.told(agent_id) == ["margin_call.opened", "margin_call.expired"]
+    with pytest.raises(InvalidError):
+        await calls.decide(agent_id)  # alone from now on: the worker counts it, and waits longer each time
+    await calls.desk.prices({"BTC": PRICES["BTC"]})
+    await calls.until_settled(agent_id)
+    assert (await calls.only(agent_id)).state == "completed"
+    assert await calls.sizes(agent_id) == {"BTC-PERP": Decimal(20)}
+    assert await calls.desk.imbalances() == {}
