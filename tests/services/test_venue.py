@@ -14,7 +14,7 @@ from sqlalchemy import URL
 
 from app.db.session import Database
 from app.errors import ConflictError, InvalidError, PrimeriskError
-from app.services import calls, margin_calls, orders, venue
+from app.services import calls, margin_calls, market, orders, venue
 from app.services.liquidation import Rules
 from app.services.orders import StoredOrder
 from app.services.venue import Fill, Recorded
@@ -222,6 +222,25 @@ async def test_two_pending_orders_pass_no_more_than_one(at_venue: Venue) -> None
     assert (await refused(at_venue.order(agent_id, "sell", "0.001"))).code == "insufficient_margin"
     await at_venue.cancel(agent_id, sell)
     await at_venue.order(agent_id, "sell", "0.001")
+
+
+async def test_pending_orders_that_hedge_each_other_stay_within_the_leverage_cap(at_venue: Venue) -> None:
+    """Either alone needs a margin of 16,000, both together next to none; 3.5 times 20,000 may be open."""
+    async with at_venue.desk.database.transaction(ACTOR) as tx:
+        for month in ("JUN", "SEP"):
+            await market.put_instrument(tx, f"BTC-{month}", {"underlying": "BTC", "kind": "perpetual"})
+    agent_id = await at_venue.agent()
+    first = await at_venue.order(agent_id, "buy", "0.8")
+    error = await refused(at_venue.order(agent_id, "sell", "0.8", "BTC-JUN"))
+    assert error.code == "leverage_above_cap"
+    assert error.figures["shortfall"] == pytest.approx(96_000 / 3.5 - 20_000)
+    assert float(error.figures["size_max"]) == pytest.approx((70_000 - 48_000) / 60_000)
+    await at_venue.order(agent_id, "sell", "0.36", "BTC-JUN")
+    assert (await refused(at_venue.order(agent_id, "sell", "0.36", "BTC-SEP"))).code == "leverage_above_cap"
+    error = await refused(at_venue.desk.withdraw(agent_id, "USDC", 1_000))
+    assert error.code == "insufficient_margin"
+    await at_venue.cancel(agent_id, first)
+    await at_venue.order(agent_id, "sell", "0.36", "BTC-SEP")
 
 
 async def test_orders_that_close_on_their_own_open_together(at_venue: Venue) -> None:
