@@ -73,6 +73,18 @@ async def test_a_grain_whose_feed_has_ended_holds_nothing_up(calls: Calls, amoun
     assert set(await calls.told(agent_id)) >= {"market.stale", "margin_call.opened", "liquidation.executed"}
 
 
+async def test_collateral_that_counts_at_no_price_holds_nothing_up(calls: Calls) -> None:
+    """Who holds enough of a coin whose feed has ended is never called, until an operator sets its haircut to 1."""
+    agent_id = await calls.trader()
+    await calls.desk.deposit(agent_id, "DOGE", "120000")
+    await calls.desk.prices({"BTC": DEEP})
+    await _let_go_stale(calls.desk, "DOGE")
+    assert "margin_call.opened" not in (await calls.decide(agent_id, AGE)).told
+    async with calls.desk.database.transaction(ACTOR) as tx:
+        await market.put_asset(tx, "DOGE", {"haircut": 1.0})
+    assert "margin_call.opened" in (await calls.decide(agent_id, AGE)).told
+
+
 async def test_a_breach_that_hangs_on_a_stale_price_waits(calls: Calls) -> None:
     """Without haircut, and .30 higher, the DOGE would be worth 15,600 USD: enough to be sound."""
     agent_id = await calls.trader(grace_period_seconds=0)
