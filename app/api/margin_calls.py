@@ -75,7 +75,7 @@ async def acknowledge(request: Request, owner: BookOwner, call_id: str) -> Respo
 
 
 def _cure(held: Book, scene: Scene) -> dict[str, Any] | None:
-    """Return what would cure the account now, None where a price is missing. It assesses the book some thirty times."""
+    """Return what would cure the account now, None where a price is missing. It assesses the book several times."""
     try:
         return liquidation.cures(held, scene, scene.figures(held))
     except InvalidError:
