@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import ROUND_CEILING, Decimal
+from itertools import accumulate
 from typing import Any, cast
 
 from app.db.session import Tx
@@ -265,17 +266,15 @@ def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, An
     if len(held.positions) > CURE_POSITIONS_MAX:
         return {"orders": [], "releases": [], "complete": False}
 
-    def after(count: int) -> Book:
-        left = held
-        for target in ordered[:count]:
-            left = reduced(scene, left, target, target.size, ZERO)
-        return left
+    def closed(left: Book, target: Target) -> Book:
+        return reduced(scene, left, target, target.size, ZERO)
 
-    count = liquidate.fewest(len(doomed), len(ordered), lambda k: liquidate.is_at(scene.figures(after(k)), level))
+    books = list(accumulate(ordered, closed, initial=held))
+    count = liquidate.fewest(len(doomed), len(ordered), lambda k: liquidate.is_at(scene.figures(books[k]), level))
     enough = count <= len(ordered)
     chosen = [Slice(target, target.size) for target in ordered[:count]]
     if enough and count > len(doomed):
-        chosen[-1] = _part(after(count - 1), scene, ordered[count - 1], level, ZERO)
+        chosen[-1] = _part(books[count - 1], scene, ordered[count - 1], level, ZERO)
     shown = chosen[:ORDERS_SHOWN_MAX]
     return {
         "orders": [_order_shown(part) for part in shown if isinstance(part.target.item, OpenPosition)],
