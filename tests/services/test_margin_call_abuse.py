@@ -191,7 +191,7 @@ async def test_an_isolated_position_closed_by_its_owner_is_the_cure(calls: Calls
     assert (await calls.only(agent_id)).state == "open"
     await calls.desk.order(agent_id, "sell", "0.1", "BTC-PERP", reduce_only=True)
     await calls.decide(agent_id)
-    assert (await calls.only(agent_id)).state == "completed"
+    assert (await calls.only(agent_id)).state == "cured"
 
 
 async def test_a_breach_of_the_pool_takes_the_call_over_with_its_own_time(calls: Calls) -> None:
