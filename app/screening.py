@@ -33,7 +33,10 @@ _QUIET = Band(-np.inf, np.inf)
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Agents on whom a decision is due: those past a level at which it matters when, and those with news to tell."""
+    """Agents on whom a decision is due: those past a level at which it matters when, and those with news to tell.
+
+    Of the former those whose equity covers the least of their maintenance margin come first.
+    """
 
     urgent: Sequence[str] = ()
     others: Sequence[str] = ()
@@ -194,7 +197,7 @@ class Watchman:
     def _due(self, screen: Screen, touched: Rows) -> tuple[Rows, Rows]:
         """Return who is in breach without a call, or has one and is not, or stands otherwise than when it was judged.
 
-        And of whom else something is no longer as it was told.
+        The worst off come first. And of whom else something is no longer as it was told.
         """
         figures, told, policy = screen.figures(touched), self._told, screen.parameters.policy
         stands = screen.standing(touched)
@@ -205,7 +208,8 @@ class Watchman:
         moved |= levels_moved(watch.levels(policy), told.alert[touched], figures.margin_ratio)
         equity = screen.whole_equity(touched)
         moved |= (equity <= told.low[touched]) | (equity >= told.high[touched])
-        return touched[urgent], touched[moved & ~urgent]
+        worst_first = np.lexsort((equity[urgent], -figures.margin_ratio[urgent]))
+        return touched[urgent][worst_first], touched[moved & ~urgent]
 
     def _gone_stale(self, screen: Screen) -> Rows:
         """Return the accounts with a price that has gone stale or is fresh again, and those that need wait no more.

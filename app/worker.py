@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.screening import Watchman
-from app.services import delivery, heartbeat, margin_calls, shards, snapshots
+from app.services import calls, delivery, heartbeat, margin_calls, shards, snapshots
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
 from app.services.market_cache import MarketCache
@@ -190,7 +190,7 @@ class Worker:
         """Name the accounts of this worker whose calls are due."""
         while True:
             async with self._database.transaction(self.id) as tx:
-                due = await margin_calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
+                due = await calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
             self._agenda.add(due, urgent=True)
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
@@ -228,7 +228,7 @@ class Worker:
         seconds = self._agenda.put_off(agent_id)
         with contextlib.suppress(DatabaseUnavailableError, SQLAlchemyError):
             async with self._database.transaction(self.id) as tx:
-                await margin_calls.put_off(tx, agent_id, seconds)
+                await calls.put_off(tx, agent_id, seconds)
 
     async def _decide(self, agent_id: str) -> None:
         started = time.perf_counter()

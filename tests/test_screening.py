@@ -47,6 +47,18 @@ def everybody(named: Named) -> set[str]:
     return {*named.urgent, *named.others}
 
 
+async def test_the_worst_off_come_first(desk: Desk) -> None:
+    sizes = [240, 265, 235, 250, 245, 260]
+    agents = [await desk.agent("10000") for _ in sizes]
+    for agent, size in zip(agents, sizes, strict=True):
+        await desk.order(agent, "buy", size, "X-PERP")
+    watchman = Watchman(ACTOR, desk.database, desk.market, AGE)
+    await watchman.look(ALL)
+    await desk.prices({"X": "60"})  # a loss of 40 a contract: some are below zero
+    named = (await watchman.look(ALL)).urgent
+    assert named == [agent for _, agent in sorted(zip(sizes, agents, strict=True), reverse=True)]
+
+
 async def test_a_breach_is_urgent_and_a_level_is_news(desk: Desk) -> None:
     agents = await traders(desk, 3)
     watchman = Watchman(ACTOR, desk.database, desk.market, AGE)

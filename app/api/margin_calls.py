@@ -16,9 +16,9 @@ from app.domain.book import Book
 from app.domain.margin_calls import LIVE_STATES
 from app.domain.money import plain
 from app.errors import InvalidError
-from app.services import book, events, liquidation, margin_calls
+from app.services import book, calls, events, liquidation, margin_calls
+from app.services.calls import StoredCall
 from app.services.margin import Scene
-from app.services.margin_calls import StoredCall
 
 router = APIRouter(prefix="/api/margin-calls", tags=["margin calls"])
 
@@ -45,7 +45,7 @@ async def list_calls(
 ) -> Response:
     """List the account's calls, newest first."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        found = await margin_calls.list_calls(tx, owner.agent_id, limit, number_cursor(cursor), state)
+        found = await calls.list_calls(tx, owner.agent_id, limit, number_cursor(cursor), state)
     more = next_cursor([call.seq for call in found], limit)
     return wire.JsonResponse({"margin_calls": [_shown(call) for call in found], "next_cursor": more})
 
@@ -55,7 +55,7 @@ async def get_call(request: Request, owner: BookOwner, call_id: str) -> Response
     """Show a call with its events; while it lives, also what would cure it now."""
     parts = parts_of(request)
     async with parts.database.transaction(owner.caller.key_id) as tx:
-        call = await margin_calls.get(tx, owner.agent_id, call_id)
+        call = await calls.get(tx, owner.agent_id, call_id)
         told = await events.of_call(tx, owner.agent_id, call_id, EVENTS_SHOWN_MAX)
         held = await book.load(tx, owner.agent_id)
         scene = await parts.scenes.at(tx)
@@ -75,7 +75,7 @@ async def acknowledge(request: Request, owner: BookOwner, call_id: str) -> Respo
 
 
 def _cure(held: Book, scene: Scene) -> dict[str, Any] | None:
-    """Return what would cure the account now, None where a price is missing. It assesses the book some thirty times."""
+    """Return what would cure the account now, None where a price is missing. It assesses the book several times."""
     try:
         return liquidation.cures(held, scene, scene.figures(held))
     except InvalidError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ POSTGRES_VERSION_MIN = 150_000
 STATEMENT_SECONDS_MAX = 15
 LOCK_SECONDS_MAX = 5
 IDLE_IN_TRANSACTION_SECONDS_MAX = 30
+
+_NOW = select(func.now())
 
 _DRIVER = "postgresql+asyncpg"
 _SCHEMES = ("postgresql", "postgres", _DRIVER)
@@ -109,14 +111,34 @@ class Database:
         """
         try:
             with _outages_named():
-                async with self.engine.begin() as connection:
-                    now: datetime = (await connection.execute(select(func.now()))).scalar_one()
+                async with AsyncExitStack() as stack:
+                    connection, now = await self._begin(stack)
                     self.clock.set(now)
                     self.reachable = True
                     yield Tx(connection, now, actor)
         except DatabaseUnavailableError as error:
             self._fail(error)
             raise
+
+    async def _begin(self, stack: AsyncExitStack) -> tuple[AsyncConnection, datetime]:
+        """Begin a transaction that ends with the stack, and return it with the database's time.
+
+        Where the connection was lost in the pool, that is once more on a new one: nothing was done on it yet. To ask
+        each connection first whether it lives, as the engine would, costs three round trips a transaction.
+        """
+        try:
+            return await self._begin_once(stack)
+        except DBAPIError as error:
+            if not (error.connection_invalidated or _is_closed(error)):
+                raise
+            return await self._begin_once(stack)
+
+    async def _begin_once(self, stack: AsyncExitStack) -> tuple[AsyncConnection, datetime]:
+        async with AsyncExitStack() as begun:
+            connection = await begun.enter_async_context(self.engine.begin())
+            now: datetime = (await connection.execute(_NOW)).scalar_one()
+            await stack.enter_async_context(begun.pop_all())
+        return connection, now
 
     async def fetch_value(self, query: str, *arguments: object) -> Any:
         """Return the first value of a query, None where it has no row; for reads that are asked for all the time.
@@ -258,7 +280,6 @@ def _engine(url: URL, settings: Settings) -> AsyncEngine:
         pool_size=settings.database_pool_size,
         max_overflow=0,
         pool_timeout=settings.database_connect_seconds,
-        pool_pre_ping=True,
         pool_use_lifo=True,
         connect_args=_connect_options(settings.database_connect_seconds),
     )

@@ -428,7 +428,7 @@ margin_calls = Table(
         postgresql_where=text("state IN ('noticed', 'open', 'expired', 'liquidating')"),
     ),
     Index("margin_calls_agent_id_idx", "agent_id", "seq"),
-    info={"owner": "margin_calls"},
+    info={"owner": "calls"},
 )
 
 workers = Table(

@@ -14,7 +14,7 @@ from typing import Literal
 from app.domain.book import Book, OpenPosition
 from app.domain.cheapest import Search, cheapest
 from app.domain.health import Health
-from app.domain.liquidate import Assess, Reduce, Slice, Target, next_slice
+from app.domain.liquidate import Assess, Reduce, Slice, Target, is_at, next_slice
 from app.domain.quote import AccountFigures
 from app.domain.trade import Order
 
@@ -56,9 +56,9 @@ def smallest_first(held: Book, assess: Assess, reduce: Reduce, target: float = T
     figures = assess(held)
     left, slices = held, list[Slice]()
     for chosen in sorted(_pooled(held, figures), key=lambda t: (t.notional, t.item.id)):
-        if _is_within(assess(left), target):
+        if is_at(assess(left), target):
             break
-        part = next_slice(left, chosen, assess, reduce, lambda then: _is_within(then, target))
+        part = next_slice(left, chosen, assess, reduce, target)
         left = reduce(left, part.target, part.size)
         slices.append(part)
     return _plan("smallest_first", figures, assess(left), slices, left, target)
@@ -84,7 +84,7 @@ def cheapest_cure(held: Book, assess: Assess, reduce: Reduce, target: float = TA
     figures = assess(held)
     targets = sorted(_pooled(held, figures), key=lambda t: (-t.notional, t.item.id))
     slices: list[Slice] = []
-    if not _is_within(figures, target):
+    if not is_at(figures, target):
         slices = cheapest(Search(held, targets, assess, reduce, target))
     left = held
     for part in slices:
@@ -100,11 +100,6 @@ def planned_order(part: Slice) -> PlannedOrder:
     share = 1.0 if part.is_whole else float(part.size / part.target.size)
     order = Order(position.symbol, "sell" if position.side == "long" else "buy", part.size, reduce_only=True)
     return PlannedOrder(position.id, order, share * part.target.notional, part.is_whole)
-
-
-def _is_within(figures: AccountFigures, target: float) -> bool:
-    utilization = figures.health.utilization
-    return utilization is not None and utilization <= target
 
 
 def _targets(held: Book, figures: AccountFigures) -> list[Target]:
@@ -131,7 +126,7 @@ def _plan(
     return DeleveragePlan(
         policy=policy,
         orders=orders,
-        reached=reached if target is None else _is_within(after, target),
+        reached=reached if target is None else is_at(after, target),
         dollars_traded=sum(planned.notional for planned in orders),
         margin_freed=before.health.required_initial - after.health.required_initial,
         before=before.health,

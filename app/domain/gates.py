@@ -53,13 +53,18 @@ def _gate(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | 
 
 
 def _cap(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | None:
-    gross, cap = after.gross_notional, policy.leverage_cap
-    if gross == 0.0 or gross <= cap * after.equity * (1.0 + TOLERANCE):
+    return capped((before.gross_notional, before.equity), (after.gross_notional, after.equity), policy)
+
+
+def capped(before: tuple[float, float], after: tuple[float, float], policy: HealthPolicy) -> Refusal | None:
+    """Return why gross notional and equity, USD, may not go from one pair to the other: the leverage cap, or None."""
+    (gross, equity), cap = after, policy.leverage_cap
+    if gross == 0.0 or gross <= cap * equity * (1.0 + TOLERANCE):
         return None
-    if gross <= before.gross_notional and after.equity >= before.equity:
+    if gross <= before[0] and equity >= before[1]:
         return None
-    detail = f"gross notional would be {gross:,.2f}, over {cap:g} times the equity of {after.equity:,.2f}"
-    return Refusal("leverage_above_cap", detail, max(0.0, gross / cap - after.equity))
+    detail = f"gross notional would be {gross:,.2f}, over {cap:g} times the equity of {equity:,.2f}"
+    return Refusal("leverage_above_cap", detail, max(0.0, gross / cap - equity))
 
 
 def _debt(before: Assessed, after: Assessed, policy: HealthPolicy) -> Refusal | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from app.domain.book import Book, OpenPosition, OpenReservation
-from app.domain.money import DECIMALS_MAX, round_owed
+from app.domain.money import DECIMALS_MAX, round_owed, to_decimal
 from app.domain.quote import AccountFigures
 
 LiquidationPolicy = Literal["smallest_first", "largest_relief", "keep_top_n"]
@@ -66,19 +67,46 @@ def outside_largest(targets: Sequence[Target], keep: int) -> list[Target]:
     return [t for t in targets if t.item.id not in kept]
 
 
-def next_slice(
-    book: Book, target: Target, assess: Assess, reduce: Reduce, enough: Callable[[AccountFigures], bool]
-) -> Slice:
-    """Return how much of a target to close: all of it, or just the part that is enough if less will do."""
-    if not enough(assess(reduce(book, target, target.size))):
+def is_at(figures: AccountFigures, level: float) -> bool:
+    """Whether utilization is at the level or below."""
+    used = figures.health.utilization
+    return used is not None and used <= level and not figures.health.insolvent
+
+
+def next_slice(book: Book, target: Target, assess: Assess, reduce: Reduce, level: float) -> Slice:
+    """Return how much of a target to close: all of it, or just the part that brings utilization to the level.
+
+    By regula falsi on required initial margin - level x equity (Illinois; Dowell & Jarratt 1971), which is a line in
+    the size but where a net exposure turns: a few assessments, not one a bit. What is returned was itself found enough.
+    """
+
+    def closed(size: Decimal) -> tuple[bool, float]:
+        after = assess(reduce(book, target, size))
+        return is_at(after, level), _missing(after, level)
+
+    enough, below = closed(target.size)
+    if not enough:
         return Slice(target, target.size)
-    low, high = Decimal(0), target.size
+    low, above, high = Decimal(0), _missing(assess(book), level), target.size
+    was_enough = None
     for _ in range(SIZE_STEPS):
-        middle = round_owed(_DIGITS.plus((low + high) / 2), DECIMALS_MAX)
+        share = above / (above - below) if below <= 0.0 < above < math.inf else 0.5
+        middle = round_owed(_DIGITS.plus(low + (high - low) * to_decimal(share)), DECIMALS_MAX)
         if not low < middle < high:
             break
-        low, high = (low, middle) if enough(assess(reduce(book, target, middle))) else (middle, high)
+        enough, missing = closed(middle)
+        again, was_enough = enough is was_enough, enough  # the end that was kept twice weighs half
+        if enough:
+            high, below, above = middle, min(0.0, missing), above / 2.0 if again else above
+        else:
+            low, above, below = middle, missing, below / 2.0 if again else below
     return Slice(target, high)
+
+
+def _missing(figures: AccountFigures, level: float) -> float:
+    """Return required initial margin - level x equity, USD; infinite where there is no utilization."""
+    health = figures.health
+    return math.inf if health.utilization is None else health.required_initial - level * health.equity
 
 
 def fewest(least: int, most: int, enough: Callable[[int], bool]) -> int:

@@ -8,7 +8,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from app.domain.book import Book, OpenPosition, PendingOrder, PositionMode, Side
-from app.domain.money import to_decimal
+from app.domain.money import to_decimal, to_float
 from app.domain.parameters import MarketParameters
 from app.domain.prices import StoredPrice
 from app.domain.quote import account_figures
@@ -57,6 +57,23 @@ def filled(
         asked = Order(order.symbol, order.side, size, order.reduce_only, order.leverage, mode)
         book = plan(book, asked, contract, mark.exact, f"new:{order.id}", now).book
     return book
+
+
+def gross_reached(book: Book, parameters: MarketParameters, stored: Prices) -> float:
+    """Return the gross notional, USD, that pending orders may lead to: the most on each symbol, whatever they hedge.
+
+    On a symbol none of them, all that buy or all that sell are filled. Raises InvalidError for a missing price.
+    """
+    opening = [order for order in book.pending if not order.reduce_only]
+    total = 0.0
+    for symbol in {*(p.symbol for p in book.positions), *(order.symbol for order in opening)}:
+        held, here = book.position(symbol), [order for order in opening if order.symbol == symbol]
+        size = Decimal(0) if held is None else held.size if held.side == "long" else -held.size
+        bought = size + sum(order.remaining for order in here if order.side == "buy")
+        sold = size - sum(order.remaining for order in here if order.side == "sell")
+        contract, mark = at_mark(parameters, stored, symbol)
+        total += to_float(max(abs(size), abs(bought), abs(sold)) * contract.contract_size * mark.exact)
+    return total
 
 
 def exposed(book: Book, parameters: MarketParameters, stored: Prices, now: datetime) -> Book:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 
 from app.domain.book import Book, OpenPosition
-from app.domain.gates import Refusal, refusal, stale_symbols
+from app.domain.gates import Refusal, capped, refusal, stale_symbols
 from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.parameters import MarketParameters
-from app.domain.pending import exposed
+from app.domain.pending import exposed, gross_reached
 from app.domain.prices import StoredPrice
 from app.domain.quote import MarginQuote, margin_quote
 from app.domain.terms import PositionTerms
@@ -81,7 +81,11 @@ def what_if(
         joined = replace(waiting, positions=_joined(waiting.positions, _rows(added, other)))
         still = exposed(book, parameters, stored, now).quote_terms(parameters, stored)
         judged = margin_quote(still, stored, now), margin_quote(joined, stored, now)
-    refused = refused or refusal(*judged, before.margin.parameters.policy)
+    policy = before.margin.parameters.policy
+    refused = refused or refusal(*judged, policy)
+    if book.pending and refused is None:
+        then_gross, gross = (gross_reached(b, parameters, stored) for b in (book, left))
+        refused = capped((then_gross, judged[0].equity), (gross, judged[1].equity), policy)
     return WhatIf(then, quoted, refused)
 
 

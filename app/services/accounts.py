@@ -12,7 +12,7 @@ from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, get_args
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 
 from app.db.tables import accounts, agents, api_keys
 from app.domain.money import to_decimal
@@ -134,16 +134,22 @@ def no_such_agent() -> NotFoundError:
 # --- accounts
 
 
+_LOCK = (
+    update(accounts)
+    .where(accounts.c.agent_id == bindparam("of"))
+    .values(version=accounts.c.version + 1, updated_at=bindparam("at"))
+    .returning(accounts.c.version)
+)
+_HOLD = select(accounts.c.version).where(accounts.c.agent_id == bindparam("of")).with_for_update()
+
+
 async def lock_account(tx: Tx, agent_id: str) -> int:
     """Lock an agent's book until the transaction ends, and return its new version. Raises NotFoundError.
 
     Whoever changes a book holds this lock, so that changes go one by one and each is judged on what the last one
     left. Several accounts are locked in the order of their ids.
     """
-    columns = accounts.c
-    statement = update(accounts).where(columns.agent_id == agent_id)
-    statement = statement.values(version=columns.version + 1, updated_at=tx.now)
-    row = (await tx.connection.execute(statement.returning(columns.version))).first()
+    row = (await tx.connection.execute(_LOCK, {"of": agent_id, "at": tx.now})).first()
     if row is None:
         raise no_such_agent()
     version: int = row.version
@@ -152,8 +158,7 @@ async def lock_account(tx: Tx, agent_id: str) -> int:
 
 async def hold_account(tx: Tx, agent_id: str) -> None:
     """Lock an agent's book as `lock_account` does, without saying that it changes. Raises NotFoundError."""
-    query = select(accounts.c.version).where(accounts.c.agent_id == agent_id).with_for_update()
-    if (await tx.connection.execute(query)).first() is None:
+    if (await tx.connection.execute(_HOLD, {"of": agent_id})).first() is None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
 
 

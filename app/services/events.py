@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import DateTime, Integer, Text, bindparam, select, text
+from sqlalchemy import DateTime, Integer, Text, TextClause, bindparam, select, text
 
 from app.db.event_tables import events
 from app.db.session import Database, Tx
@@ -68,40 +68,52 @@ async def emit(tx: Tx, event_type: str, agent_id: str | None, data: Mapping[str,
     `deadline_at`, a datetime, is until when its webhook is tried at short intervals. The agent's next events wait
     for this transaction: emit last.
     """
-    written = await write(tx, event_type, agent_id, data)
     deadline = data.get(_DEADLINE) if is_urgent(event_type) else None
-    await outbox.enqueue(tx, written.number, event_type, agent_id, deadline)
-    return written.event_id
+    values = _values(tx, event_type, agent_id, data) | outbox.queue_values(event_type, deadline)
+    await tx.connection.execute(_EMIT[agent_id is not None], values)
+    return str(values["event_id"])
 
 
-_WRITE = text(
-    """
+_WRITTEN = """
     WITH counted AS (
         INSERT INTO event_sequences AS s (agent_id, last) VALUES (:agent_id, 1)
         ON CONFLICT (agent_id) DO UPDATE SET last = s.last + 1 RETURNING last
-    )
-    INSERT INTO events (event_id, agent_id, sequence, type, timestamp, data)
-    SELECT :event_id, :agent_id, last, :type, :now, CAST(:data AS jsonb) || jsonb_build_object(
+    ), written AS (
+        INSERT INTO events (event_id, agent_id, sequence, type, timestamp, data)
+        SELECT :event_id, :agent_id, last, :type, :now, CAST(:data AS jsonb) || jsonb_build_object(
         'agent_id', CAST(:agent_id AS text), 'fleet_id', NULL, 'sequence', last)
-    FROM counted RETURNING id
+        FROM counted RETURNING id
+    )
     """
-).bindparams(
-    bindparam("agent_id", type_=Text),
-    bindparam("event_id", type_=Text),
-    bindparam("type", type_=Text),
-    bindparam("now", type_=DateTime(timezone=True)),
-    bindparam("data", type_=Text),
-)
+_NUMBER = "SELECT id FROM written"
+
+
+def _typed(statement: TextClause) -> TextClause:
+    texts = [bindparam(name, type_=Text) for name in ("agent_id", "event_id", "type", "data")]
+    return statement.bindparams(bindparam("now", type_=DateTime(timezone=True)), *texts)
+
+
+_WRITE = _typed(text(_WRITTEN + _NUMBER))
+_EMIT = {is_agents: _typed(statement) for is_agents, statement in outbox.enqueueing(_WRITTEN).items()}
 
 
 async def write(tx: Tx, event_type: str, agent_id: str | None, data: Mapping[str, Any]) -> Written:
     """Write an event that goes to no webhook by itself; `emit` is what others call."""
+    values = _values(tx, event_type, agent_id, data)
+    number = (await tx.connection.execute(_WRITE, values)).scalar_one()
+    return Written(number, str(values["event_id"]))
+
+
+def _values(tx: Tx, event_type: str, agent_id: str | None, data: Mapping[str, Any]) -> dict[str, object]:
     if event_type not in EVENT_TYPES:
         raise ValueError(f"{event_type} is no event type")
-    event_id = f"evt_{secrets.token_hex(16)}"
-    values = {"event_id": event_id, "agent_id": agent_id, "type": event_type, "now": tx.now}
-    done = await tx.connection.execute(_WRITE, values | {"data": _encoder.encode(data).decode()})
-    return Written(done.scalar_one(), event_id)
+    return {
+        "event_id": f"evt_{secrets.token_hex(16)}",
+        "agent_id": agent_id,
+        "type": event_type,
+        "now": tx.now,
+        "data": _encoder.encode(data).decode(),
+    }
 
 
 async def list_events(tx: Tx, agent_id: str | None, limit: int, after: int = 0) -> list[Event]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import ROUND_CEILING, Decimal
+from itertools import accumulate
 from typing import Any, cast
 
 from app.db.session import Tx
@@ -118,15 +119,7 @@ def _part(held: Book, scene: Scene, target: Target, level: float, slippage: Deci
     def reduce(before: Book, chosen: Target, size: Decimal) -> Book:
         return reduced(scene, before, chosen, size, slippage)
 
-    def enough(after: AccountFigures) -> bool:
-        return _is_at(after, level)
-
-    return liquidate.next_slice(held, target, scene.figures, reduce, enough)
-
-
-def _is_at(figures: AccountFigures, level: float) -> bool:
-    used = figures.health.utilization
-    return used is not None and used <= level and not figures.health.insolvent
+    return liquidate.next_slice(held, target, scene.figures, reduce, level)
 
 
 async def close(tx: Tx, scene: Scene, held: Book, chosen: Slice, rules: Rules, call_id: str) -> Closed:
@@ -273,17 +266,15 @@ def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, An
     if len(held.positions) > CURE_POSITIONS_MAX:
         return {"orders": [], "releases": [], "complete": False}
 
-    def after(count: int) -> Book:
-        left = held
-        for target in ordered[:count]:
-            left = reduced(scene, left, target, target.size, ZERO)
-        return left
+    def closed(left: Book, target: Target) -> Book:
+        return reduced(scene, left, target, target.size, ZERO)
 
-    count = liquidate.fewest(len(doomed), len(ordered), lambda k: _is_at(scene.figures(after(k)), level))
+    books = list(accumulate(ordered, closed, initial=held))
+    count = liquidate.fewest(len(doomed), len(ordered), lambda k: liquidate.is_at(scene.figures(books[k]), level))
     enough = count <= len(ordered)
     chosen = [Slice(target, target.size) for target in ordered[:count]]
     if enough and count > len(doomed):
-        chosen[-1] = _part(after(count - 1), scene, ordered[count - 1], level, ZERO)
+        chosen[-1] = _part(books[count - 1], scene, ordered[count - 1], level, ZERO)
     shown = chosen[:ORDERS_SHOWN_MAX]
     return {
         "orders": [_order_shown(part) for part in shown if isinstance(part.target.item, OpenPosition)],

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-from sqlalchemy import func, select
-
 from app.db.session import Tx
 from app.domain import pending
 from app.domain.book import Book, PendingOrder, Side
-from app.domain.gates import Refusal, refusal, stale_symbols
+from app.domain.gates import Refusal, capped, refusal, stale_symbols
 from app.domain.money import plain, to_float
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.prices import PriceFinder, StoredPrice
@@ -64,6 +62,20 @@ class Scene:
             return Refusal("insufficient_margin", detail, to_float(-free))
         return refusal(before, after, book.settings.policy(self.market.parameters.policy))
 
+    def crowding(
+        self, before: Book, after: Book, figures_before: AccountFigures, figures: AccountFigures
+    ) -> Refusal | None:
+        """Return why pending orders may not go this far together: hedged ones need little margin, and all may fill.
+
+        The books are as they stand, their figures as exposed.
+        """
+        if not after.pending:
+            return None
+        view = self.market
+        then, now = (pending.gross_reached(book, view.parameters, view.prices) for book in (before, after))
+        policy = after.settings.policy(view.parameters.policy)
+        return capped((then, figures_before.equity), (now, figures.equity), policy)
+
     def require_room(self, book: Book) -> None:
         """Raise ConflictError `account_full` where a book has grown past what is assessed in a moment."""
         items = len(book.positions) + len(book.reservations) + len(book.holdings)
@@ -102,10 +114,11 @@ class Scene:
         """
         if not after.is_leveraged:
             return
-        after = self.exposed(after)
-        figures = self.figures(after)
+        exposed = self.exposed(after)
+        figures, figures_before = self.figures(exposed), self.figures(self.exposed(before))
         self.require_fresh(figures)
-        refused = self.judge(self.figures(self.exposed(before)), figures, after)
+        refused = self.judge(figures_before, figures, exposed)
+        refused = refused or self.crowding(before, after, figures_before, figures)
         if refused is not None:
             raise refusal_error(refused, pointer)
         if after.settings.margin_mode == "portfolio" and not figures.eligible:
@@ -125,8 +138,7 @@ class Scenes:
     async def at(self, tx: Tx) -> Scene:
         """Return the scene of this moment; to be called when the book is locked."""
         view = await self._market.current(tx)
-        now: datetime = (await tx.connection.execute(select(func.clock_timestamp()))).scalar_one()
-        return Scene(view, now, self._price_age_max, self._items_max)
+        return Scene(view, view.read_at or tx.now, self._price_age_max, self._items_max)
 
 
 def by_mark(view: MarketView, symbol: str) -> tuple[Contract, StoredPrice]:

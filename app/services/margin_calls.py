@@ -10,24 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import DBAPIError
 
 from app.db.session import Tx
-from app.db.tables import margin_calls
 from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
 from app.domain.health import Health
 from app.domain.liquidate import Slice, Target
 from app.domain.margin_calls import (
-    LIVE_STATES,
     Become,
-    Call,
+    Cause,
     Liquidate,
     Notice,
     Open,
@@ -44,8 +41,9 @@ from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
-from app.errors import InvalidError, NotFoundError, PrimeriskError
-from app.services import accounts, audit, book, events, liquidation, prevention, shards, staleness, venue, watch
+from app.errors import InvalidError, PrimeriskError
+from app.services import accounts, audit, book, calls, events, liquidation, prevention, staleness, venue, watch
+from app.services.calls import StoredCall
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
@@ -53,7 +51,6 @@ from app.services.wallet import Names
 
 log = logging.getLogger(__name__)
 
-CALLS_A_PAGE_MAX = 200
 STEPS_MAX = 8
 """Changes of state in one decision: more than the longest way through a life."""
 STEP_SHARE_MIN = 0.005
@@ -64,58 +61,12 @@ RETRY_STALE = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredCall:
-    """A call as stored, live or over."""
-
-    id: str
-    seq: int
-    agent_id: str
-    state: str
-    cause: str
-    noticed_at: datetime
-    opened_at: datetime | None
-    deadline_at: datetime | None
-    expired_at: datetime | None
-    ended_at: datetime | None
-    acknowledged_at: datetime | None
-    next_action_at: datetime | None
-    reminders: int
-    slices: int
-    deficit: Decimal
-    figures: Mapping[str, Any]
-    attempts: int
-    respond_by: datetime | None
-    uncovered: Decimal
-    exhausted_at: datetime | None
-
-    @property
-    def lost(self) -> Decimal:
-        """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
-        return self.deficit + self.uncovered
-
-    def as_call(self) -> Call:
-        """Return what the pure step needs of it."""
-        return Call(
-            self.state,  # type: ignore[arg-type]  # the table's CHECK
-            self.noticed_at,
-            self.opened_at,
-            self.deadline_at,
-            self.reminders,
-            self.slices,
-            self.attempts,
-            self.respond_by,
-            self.cause,  # type: ignore[arg-type]
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Decided:
     """What came of a decision: the call as it now stands, the events that were written, what is told of its levels.
 
     `levels` are the ranks of zone and alert level, None where a price is missing; `band`: of equity, within which
     there is nothing to tell of the drawdown, None where it is not followed. It `waits` where prices are stale: nothing
-    was decided. `escalated`: a venue was asked once more for what it has not filled after as many requests as the
-    rules have.
+    was decided. `escalated`: a venue was asked once more after as many requests, or as much time, as the rules have.
     """
 
     call: StoredCall | None
@@ -134,6 +85,8 @@ class _Case:
     scene: Scene
     figures: AccountFigures
     call: StoredCall | None
+    stored: StoredCall | None = None
+    """The call as it is in the table: what a decision makes of it is written once, at its end."""
     stale: frozenset[str] = frozenset()
     in_doubt: bool = False
     """Whether so much is stale that figures as they are decide nothing for the better."""
@@ -155,22 +108,23 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     """
     held = await book.hold(tx, agent_id)
     scene = await scenes.at(tx)
-    call = await _live(tx, agent_id)
+    call = None if held.live_call is None else await calls.live(tx, agent_id)
     try:
         figures = scene.figures(held)
     except InvalidError:
-        return Decided(await _postpone(tx, call, scene.now))
+        return Decided(await calls.save(tx, call, _postponed(call, scene.now)))
     stale = staleness.stale(scene, figures)
     in_doubt = not staleness.is_grain(figures, staleness.at_best(scene, held, figures, stale))
-    case = _Case(held, scene, figures, call, stale, in_doubt)
+    case = _Case(held, scene, figures, call, call, stale, in_doubt)
     if case.in_doubt and _hangs_on_stale(case):
-        case = replace(case, call=await _postpone(tx, call, scene.now))
+        case = await _saved(tx, replace(case, call=_postponed(call, scene.now)))
         return await _look(tx, case, rules)
     case = await _without_moot(tx, case)
     for _ in range(STEPS_MAX):
         settled, case = await _advance(tx, case, rules)
         if settled:
             break
+    case = await _saved(tx, case)
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
     return await _look(tx, case, rules)
@@ -205,17 +159,17 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
     if what is None:
         return True, case
     if isinstance(what, Notice | Open) and call is None:
-        call = await _begin(tx, case, judged)
+        call = _begun(case, judged.cause)
     if call is None:
         raise RuntimeError("a step of a call that is not there")
     match what:
         case Notice():
-            moved = await _set(tx, call, next_action_at=what.until)
+            moved = replace(call, next_action_at=what.until)
             return True, replace(case, call=moved)
         case Open():
             return False, _with(case, await _open(tx, case, call, what, judged), "margin_call.opened")
         case Remind():
-            moved = await _set(tx, call, reminders=what.number, next_action_at=now)
+            moved = replace(call, reminders=what.number, next_action_at=now)
             await _tell(tx, "margin_call.reminded", _figures(case), moved)
             return False, _with(case, moved, "margin_call.reminded")
         case Wait():
@@ -225,16 +179,16 @@ async def _advance(tx: Tx, case: _Case, rules: Rules) -> tuple[bool, _Case]:  # 
         case Request():
             return True, await _ask(tx, case, call, rules, what.attempt)
         case _:
-            return True, await _liquidate(tx, replace(case, call=call), call, rules)
+            return True, await _try_to_liquidate(tx, replace(case, call=call), call, rules)
 
 
 async def _wait(tx: Tx, case: _Case, call: StoredCall, what: Wait, judged: Situation) -> _Case:
     """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
     is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.in_doubt
     if not is_exhausted:
-        return replace(case, call=await _set(tx, call, next_action_at=what.until))
+        return replace(case, call=replace(call, next_action_at=what.until))
     now, uncovered = case.scene.now, _uncovered(case.figures)
-    moved = await _set(tx, call, next_action_at=what.until, uncovered=uncovered, exhausted_at=call.exhausted_at or now)
+    moved = replace(call, next_action_at=what.until, uncovered=uncovered, exhausted_at=call.exhausted_at or now)
     if call.exhausted_at is not None:
         return replace(case, call=moved)
     await _tell(tx, "liquidation.exhausted", _figures(case), moved, deficit=plain(moved.lost))
@@ -242,34 +196,33 @@ async def _wait(tx: Tx, case: _Case, call: StoredCall, what: Wait, judged: Situa
     return _with(case, moved, "liquidation.exhausted")
 
 
-async def _begin(tx: Tx, case: _Case, judged: Situation) -> StoredCall:
-    row = {
-        "id": f"call_{secrets.token_hex(10)}",
-        "agent_id": case.held.agent_id,
-        "state": "noticed",
-        "cause": judged.cause,
-        "noticed_at": case.scene.now,
-        "next_action_at": case.scene.now,
-        "deficit": ZERO,
-        "figures": _figures(case),
-    }
-    stored = (await tx.connection.execute(insert(margin_calls).values(row).returning(margin_calls))).mappings().one()
-    return StoredCall(**stored)
+def _begun(case: _Case, cause: Cause | None) -> StoredCall:
+    if cause is None:
+        raise RuntimeError("a call without a cause")
+    return StoredCall(
+        id=f"call_{secrets.token_hex(10)}",
+        agent_id=case.held.agent_id,
+        state="noticed",
+        cause=cause,
+        noticed_at=case.scene.now,
+        next_action_at=case.scene.now,
+        figures=_figures(case),
+    )
 
 
 async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situation) -> StoredCall:
-    changed = {
-        "state": "open",
-        "cause": judged.cause or call.cause,
-        "opened_at": case.scene.now,
-        "deadline_at": what.deadline,
-        "next_action_at": what.deadline,
-        "reminders": 0,
-        "expired_at": None,
-        "figures": _figures(case),
-    }
-    moved = await _set(tx, call, **changed)
-    # in a thread: it assesses the book some thirty times, and the process may have requests to answer
+    moved = replace(
+        call,
+        state="open",
+        cause=judged.cause or call.cause,
+        opened_at=case.scene.now,
+        deadline_at=what.deadline,
+        next_action_at=what.deadline,
+        reminders=0,
+        expired_at=None,
+        figures=_figures(case),
+    )
+    # in a thread: it assesses the book several times, and the process may have requests to answer
     cure = await asyncio.to_thread(liquidation.cures, case.held, case.scene, case.figures)
     await _tell(tx, "margin_call.opened", _figures(case), moved, cure=cure)
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
@@ -282,23 +235,23 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
         case "expired":
             # from now on the account may only reduce
             case, cancelled = await _withdraw(tx, case, [o for o in case.held.pending if not o.reduce_only])
-            moved = await _set(tx, call, state="expired", expired_at=now, next_action_at=now)
+            moved = replace(call, state="expired", expired_at=now, next_action_at=now)
             await _tell(tx, "margin_call.expired", _figures(case), moved, cancelled_orders=cancelled)
             return False, _with(case, moved, "margin_call.expired")
         case "liquidating":
-            return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
+            return False, replace(case, call=replace(call, state="liquidating", next_action_at=now))
         case "completed":
             case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
             uncovered = max(call.uncovered, _uncovered(case.figures))
-            moved = await _end(tx, call, "completed", now, uncovered=uncovered)
+            moved = _ended(call, "completed", now, uncovered=uncovered)
             told = {"deficit": plain(moved.lost), "slices": moved.slices, "cancelled_orders": cancelled}
             await _tell(tx, "liquidation.completed", _figures(case), moved, **told)
         case "cured":
             case, cancelled = await _withdraw(tx, case, case.held.requested(call.id))
-            moved = await _end(tx, call, "cured", now)
+            moved = _ended(call, "cured", now)
             await _tell(tx, "margin_call.cured", _figures(case), moved, cancelled_orders=cancelled)
         case _:
-            moved = await _end(tx, call, "lapsed", now)
+            moved = _ended(call, "lapsed", now)
     await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.lost))
     kind = {"completed": "liquidation.completed", "cured": "margin_call.cured"}.get(moved.state)
     return True, _with(case, moved, *(() if kind is None else (kind,)))
@@ -318,8 +271,8 @@ def _uncovered(figures: AccountFigures) -> Decimal:
     return max(ZERO, to_decimal(round(-figures.equity, SETTLEMENT_DECIMALS)))
 
 
-async def _end(tx: Tx, call: StoredCall, state: str, now: datetime, **values: Any) -> StoredCall:
-    return await _set(tx, call, state=state, ended_at=now, next_action_at=None, **values)
+def _ended(call: StoredCall, state: str, now: datetime, **values: Any) -> StoredCall:
+    return replace(call, state=state, ended_at=now, next_action_at=None, **values)
 
 
 def _situation(case: _Case) -> Situation:
@@ -351,12 +304,29 @@ def _hangs_on_stale(case: _Case) -> bool:
     return _situation(case).cause is None and not nothing_at_stake
 
 
+async def _try_to_liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
+    """Liquidate; what was decided on the way there stands, whatever becomes of it: its owner is to hear of the call.
+
+    What can't be booked, at an absurd price, is then tried alone, and put off.
+    """
+    if case.stored is not None and case.stored.state == "liquidating":
+        return await _liquidate(tx, case, call, rules)
+    try:
+        async with tx.connection.begin_nested():
+            return await _liquidate(tx, case, call, rules)
+    except (PrimeriskError, DBAPIError):
+        log.exception("nothing of %s can be liquidated now", case.held.agent_id)
+        return case
+
+
 async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Case:
     """Close what is next, and look again at once; or ask the venue for it.
 
     Where it is a small part of the book, what comes after it as well: dust would hold up the rest.
     """
     await accounts.lock_account(tx, case.held.agent_id)
+    case = await _saved(tx, case)  # orders refer to it
+    call = case.call or call
     least = STEP_SHARE_MIN * sum(target.notional for target in case.targets)
     closed = 0.0
     for _ in range(max(1, SLICES_A_STEP_MAX // max(POSITIONS_USUAL, len(case.held.positions)))):
@@ -377,8 +347,14 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
 async def _close(tx: Tx, case: _Case, call: StoredCall, chosen: Slice, rules: Rules) -> tuple[_Case, StoredCall]:
     closed = await liquidation.close(tx, case.scene, case.held, chosen, rules, call.id)
     after = replace(case, held=closed.book, figures=case.scene.figures(closed.book))
-    changed = {"slices": call.slices + 1, "deficit": call.deficit + closed.deficit, "figures": _figures(after)}
-    moved = await _set(tx, call, next_action_at=case.scene.now, exhausted_at=None, **changed)
+    moved = replace(
+        call,
+        slices=call.slices + 1,
+        deficit=call.deficit + closed.deficit,
+        figures=_figures(after),
+        next_action_at=case.scene.now,
+        exhausted_at=None,
+    )
     await _tell(tx, "liquidation.executed", _figures(after), moved, **closed.told)
     return _with(after, moved, "liquidation.executed"), moved
 
@@ -391,9 +367,14 @@ def _next(case: _Case) -> Step | None:
 async def _ask(
     tx: Tx, case: _Case, call: StoredCall, rules: Rules, attempt: int, cancelled: Sequence[str] = ()
 ) -> _Case:
-    """Ask the venue for what waits there, and give it time: `next_action_at` is when it will have had it."""
-    until, escalated = case.scene.now + rules.venue_patience, attempt > rules.venue_attempts
-    moved = await _set(tx, call, attempts=attempt, respond_by=until, next_action_at=until)
+    """Ask the venue for what waits there, and give it time: `next_action_at` is when it will have had it.
+
+    It escalates after as many requests as the rules have, or as much time, if slice after slice is filled at leisure.
+    """
+    until, enough = case.scene.now + rules.venue_patience, rules.venue_attempts * rules.venue_patience
+    drags_on = call.slices > 0 and call.expired_at is not None and case.scene.now >= call.expired_at + enough
+    escalated = attempt > rules.venue_attempts or drags_on
+    moved = replace(call, attempts=attempt, respond_by=until, next_action_at=until)
     told = {
         "attempt": attempt,
         "escalated": escalated,
@@ -417,15 +398,15 @@ async def record_fill(
         return done
     if done.order.margin_call_id is not None:
         await _executed(tx, scene, held, done, done.trade, done.order.margin_call_id)
-    live = await _live(tx, held.agent_id)
+    live = await calls.live(tx, held.agent_id)
     if live is not None:
-        await _set(tx, live, next_action_at=scene.now)
+        await calls.save(tx, live, replace(live, next_action_at=scene.now))
     return done
 
 
 async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: Trade, call_id: str) -> None:
     """Tell of a liquidation order's fill; one that comes when the call is over adds what it did not cover."""
-    call = await get(tx, before.agent_id, call_id)
+    call = await calls.get(tx, before.agent_id, call_id)
     figures, uncovered = call.figures, ZERO
     try:
         after = scene.figures(done.book)
@@ -435,8 +416,14 @@ async def _executed(tx: Tx, scene: Scene, before: Book, done: Recorded, trade: T
         figures = _shown(after)
         if call.ended_at is not None and not done.book.positions:
             uncovered = max(ZERO, _uncovered(after) - _uncovered(scene.figures(before)))
-    changed = {"deficit": call.deficit + trade.deficit, "uncovered": call.uncovered + uncovered, "figures": figures}
-    moved = await _set(tx, call, slices=call.slices + 1, **changed)
+    moved = replace(
+        call,
+        slices=call.slices + 1,
+        deficit=call.deficit + trade.deficit,
+        uncovered=call.uncovered + uncovered,
+        figures=figures,
+    )
+    await calls.save(tx, call, moved)
     told = {
         "position_id": done.fill.position_id,
         "order_id": done.order.id,
@@ -485,76 +472,22 @@ async def _tell(tx: Tx, kind: str, figures: Mapping[str, Any], call: StoredCall,
     await events.emit(tx, kind, call.agent_id, data)
 
 
-async def _postpone(tx: Tx, call: StoredCall | None, now: datetime) -> StoredCall | None:
-    """Look again soon: nothing is decided on prices that are stale or missing."""
-    return None if call is None else await _set(tx, call, next_action_at=now + RETRY_STALE)
+def _postponed(call: StoredCall | None, now: datetime) -> StoredCall | None:
+    """Return a call that is looked at again soon: nothing is decided on prices that are stale or missing."""
+    return None if call is None else replace(call, next_action_at=now + RETRY_STALE)
 
 
-async def _live(tx: Tx, agent_id: str) -> StoredCall | None:
-    columns = margin_calls.c
-    query = select(margin_calls).where(columns.agent_id == agent_id, columns.state.in_(LIVE_STATES))
-    row = (await tx.connection.execute(query)).mappings().first()
-    return None if row is None else StoredCall(**row)
-
-
-async def _set(tx: Tx, call: StoredCall, **values: Any) -> StoredCall:
-    changed = {name: value for name, value in values.items() if value != getattr(call, name)}
-    if changed:
-        await tx.connection.execute(update(margin_calls).where(margin_calls.c.id == call.id).values(**changed))
-    return replace(call, **changed)
-
-
-async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
-    """Let an account's call wait: what can't be decided on now does not hold up the others that are due."""
-    columns = margin_calls.c
-    again = func.greatest(columns.next_action_at, tx.now + timedelta(seconds=seconds))
-    live = (columns.agent_id == agent_id, columns.state.in_(LIVE_STATES), columns.next_action_at.is_not(None))
-    await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
-
-
-async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
-    """Return agents of these shards whose calls are due, the longest due first."""
-    columns = margin_calls.c
-    query = (
-        select(columns.agent_id)
-        .where(
-            columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now, shards.within(columns.agent_id, within)
-        )
-        .order_by(columns.next_action_at)
-        .limit(limit)
-    )
-    return list((await tx.connection.execute(query)).scalars())
+async def _saved(tx: Tx, case: _Case) -> _Case:
+    call = await calls.save(tx, case.stored, case.call)
+    return replace(case, call=call, stored=call)
 
 
 async def acknowledge(tx: Tx, agent_id: str, call_id: str, note: str) -> StoredCall:
     """Record that the owner has seen a call; the clock goes on. Raises NotFoundError."""
-    call = await get(tx, agent_id, call_id)
+    call = await calls.get(tx, agent_id, call_id)
     if call.acknowledged_at is not None:
         return call
-    moved = await _set(tx, call, acknowledged_at=tx.now)
+    moved = replace(call, acknowledged_at=tx.now)
+    await calls.save(tx, call, moved)
     await audit.record(tx, "margin_call.acknowledged", call_id, agent_id, note=note)
     return moved
-
-
-async def get(tx: Tx, agent_id: str, call_id: str) -> StoredCall:
-    """Return a call of the agent. Raises NotFoundError."""
-    columns = margin_calls.c
-    query = select(margin_calls).where(columns.agent_id == agent_id, columns.id == call_id)
-    row = (await tx.connection.execute(query)).mappings().first()
-    if row is None:
-        raise NotFoundError("There is no such margin call.", code="margin_call_not_found")
-    return StoredCall(**row)
-
-
-async def list_calls(
-    tx: Tx, agent_id: str, limit: int, before: int | None = None, state: str | None = None
-) -> list[StoredCall]:
-    """Return an agent's calls, newest first, from below the number `before`."""
-    columns = margin_calls.c
-    query = select(margin_calls).where(columns.agent_id == agent_id).order_by(columns.seq.desc())
-    if before is not None:
-        query = query.where(columns.seq < before)
-    if state is not None:
-        query = query.where(columns.state == state)
-    rows = await tx.connection.execute(query.limit(min(limit, CALLS_A_PAGE_MAX)))
-    return [StoredCall(**row) for row in rows.mappings()]

@@ -101,10 +101,11 @@ class InstrumentChange(TypedDict, total=False):
 
 
 class Versions(NamedTuple):
-    """How far the two sides of the market have come."""
+    """How far the two sides of the market have come, and when that was read."""
 
     parameters: int
     prices: int
+    read_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +146,14 @@ class Change:
 # --- reading
 
 
+_VERSIONS = select(market_state.c.name, market_state.c.version, func.clock_timestamp().label("read_at"))
+
+
 async def load_versions(tx: Tx) -> Versions:
-    """Return the latest committed versions."""
-    rows = await tx.connection.execute(select(market_state.c.name, market_state.c.version))
-    versions = {row.name: row.version for row in rows}
-    return Versions(versions[PARAMETERS], versions[PRICES])
+    """Return the latest committed versions, and when they were read."""
+    rows = (await tx.connection.execute(_VERSIONS)).all()
+    versions = {name: version for name, version, _ in rows}
+    return Versions(versions[PARAMETERS], versions[PRICES], rows[0].read_at)
 
 
 async def load_parameters(tx: Tx, at: int | None = None) -> MarketParameters:

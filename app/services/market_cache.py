@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class MarketView:
-    """The market as one read of the database saw it; before the first read, the package's defaults."""
+    """The market as one read of the database saw it, and when; before the first read, the package's defaults."""
 
     parameters: MarketParameters = field(default_factory=MarketParameters)
     prices: Mapping[str, StoredPrice] = field(default_factory=lambda: MappingProxyType({}))
@@ -105,4 +105,4 @@ async def _newer(tx: Tx, view: MarketView) -> MarketView:
     if versions.prices != view.price_version:
         # Writers commit in the order of their versions, so none below the last one read can follow.
         prices = MappingProxyType({**prices, **await load_prices(tx, after=view.price_version)})
-    return MarketView(parameters, prices, versions.prices, tx.now)
+    return MarketView(parameters, prices, versions.prices, versions.read_at)

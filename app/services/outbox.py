@@ -149,28 +149,26 @@ def _owned(statement: str) -> dict[bool, TextClause]:
     }
 
 
-_ENQUEUE = _owned(
-    """
+_ENQUEUE = """
     INSERT INTO webhook_deliveries (endpoint_id, event, priority, urgent_until, created_at, next_attempt_at)
-    SELECT id, CAST(:event AS bigint), CAST(:priority AS smallint), CAST(:deadline AS timestamptz),
-        CAST(:now AS timestamptz), CAST(:now AS timestamptz)
-    FROM webhook_endpoints
-    WHERE {mine} AND status = 'enabled' AND (filters = '{{}}' OR filters && CAST(:patterns AS text[]))
+    SELECT e.id, written.id, CAST(:priority AS smallint), CAST(:deadline AS timestamptz), :now, :now
+    FROM written, webhook_endpoints e
+    WHERE {mine} AND e.status = 'enabled' AND (e.filters = '{{}}' OR e.filters && CAST(:patterns AS text[]))
     """
-)
 
 
-async def enqueue(tx: Tx, event: int, event_type: str, agent_id: str | None, deadline: datetime | None) -> None:
-    """Queue an event for every enabled endpoint of its agent that wants its type."""
-    values = {
-        "event": event,
-        "priority": priority_of(event_type),
-        "deadline": deadline,
-        "now": tx.now,
-        "patterns": list(patterns_of(event_type)),
-        **_owner(agent_id),
-    }
-    await tx.connection.execute(_ENQUEUE[agent_id is not None], values)
+def enqueueing(written: str) -> dict[bool, TextClause]:
+    """Return the statement that queues an event for every enabled endpoint of its agent that wants its type.
+
+    `written` are the common table expressions that write the event, the last of them `written` with its `id`; its
+    parameters are `agent_id`, `now` and those of `queue_values`. For an agent (True) and for the service.
+    """
+    return _owned(written + _ENQUEUE)
+
+
+def queue_values(event_type: str, deadline: datetime | None) -> dict[str, object]:
+    """Return what the statement needs to know of an event; it is urgent until `deadline`."""
+    return {"priority": priority_of(event_type), "deadline": deadline, "patterns": list(patterns_of(event_type))}
 
 
 def _owner(agent_id: str | None) -> dict[str, str]:

@@ -59,12 +59,16 @@ def at_best(scene: Scene, held: Book, figures: AccountFigures, symbols: Collecti
 
 
 def _collateral(scene: Scene, held: Book, figures: AccountFigures, symbols: Collection[str]) -> float:
-    """Return what stale holdings may be worth more, and stale debts less, USD."""
+    """Return what stale holdings may be worth more, and stale debts less, USD.
+
+    What has a haircut of 1 is collateral at no price: so an operator ends what a dead feed would hold up for ever.
+    """
     more = 0.0
     for asset, holding in held.holdings.items():
         if asset in symbols:
             terms, price = scene.market.parameters.asset(asset), figures.prices[asset].value
-            more += to_float(holding.held) * price * (terms.haircut + terms.price_range)
+            if terms.haircut < 1.0:
+                more += to_float(holding.held) * price * (terms.haircut + terms.price_range)
             more += to_float(holding.owed) * price * terms.price_range
     return more
 

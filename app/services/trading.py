@@ -112,7 +112,7 @@ def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, t
         least = scene.market.parameters.models.portfolio_minimum_equity
         detail = f"equity is below the {least:,.0f} USD that portfolio margin asks for: reduce only"
         raise conflict("/reduce_only", "reduce_only", detail)
-    refused = scene.judge(figures, after, exposed)
+    refused = scene.judge(figures, after, exposed) or scene.crowding(held, trade.book, figures, after)
     if refused is not None:
         small = len(held.positions) <= SIZE_SEARCH_POSITIONS_MAX and len(held.pending) <= SIZE_SEARCH_PENDING_MAX
         largest = _largest_size(scene, held, figures, order, contract, trade) if small else None
@@ -140,8 +140,10 @@ def _largest_size(
         middle = _SIZE_DIGITS.plus((low + high) / 2)
         if not low < middle < high:
             break
-        smaller = scene.exposed(plan(held, replace(order, size=middle), contract, trade.price, "", scene.now).book)
-        passes = scene.judge(figures, scene.figures(smaller), smaller) is None
+        smaller = plan(held, replace(order, size=middle), contract, trade.price, "", scene.now).book
+        exposed = scene.exposed(smaller)
+        after = scene.figures(exposed)
+        passes = scene.judge(figures, after, exposed) is None and scene.crowding(held, smaller, figures, after) is None
         low, high = (middle, high) if passes else (low, middle)
     return low
 

@@ -236,14 +236,20 @@ def levels(policy: HealthPolicy) -> Scale:
     return Scale(_LEVELS, (policy.alert_warning, policy.alert_danger, policy.alert_emergency))
 
 
+_LOAD = select(*(account_watch.c[name] for name in Watch.__slots__)).where(
+    account_watch.c.agent_id == bindparam("agent_id")
+)
+_ADD = insert(account_watch)
+_STORE = _ADD.on_conflict_do_update(
+    index_elements=["agent_id"], set_={name: _ADD.excluded[name] for name in (*Watch.__slots__, "updated_at")}
+)
+
+
 async def _load(tx: Tx, agent_id: str) -> Watch:
-    columns = account_watch.c
-    names = [columns[name] for name in Watch.__slots__]
-    row = (await tx.connection.execute(select(*names).where(columns.agent_id == agent_id))).mappings().first()
+    row = (await tx.connection.execute(_LOAD, {"agent_id": agent_id})).mappings().first()
     return Watch() if row is None else Watch(**row)
 
 
 async def _store(tx: Tx, agent_id: str, watch: Watch) -> None:
-    values = {name: getattr(watch, name) for name in Watch.__slots__} | {"updated_at": tx.now}
-    statement = insert(account_watch).values(agent_id=agent_id, **values)
-    await tx.connection.execute(statement.on_conflict_do_update(index_elements=["agent_id"], set_=values))
+    row = {name: getattr(watch, name) for name in Watch.__slots__} | {"agent_id": agent_id, "updated_at": tx.now}
+    await tx.connection.execute(_STORE, row)

@@ -354,30 +354,32 @@ def test_just_the_part_that_is_enough(goal: float) -> None:
     def enough(figures: AccountFigures) -> bool:
         return (figures.health.utilization or 0.0) <= goal
 
+    assessed = []
+
+    def assess(held: Book) -> AccountFigures:
+        assessed.append(held)
+        return scene().figures(held)
+
     target = next(t for t in targets() if t.size == 10)
     before = scene().figures(HELD)
     assert not enough(before)
-    chosen = liquidate.next_slice(HELD, target, scene().figures, closed, enough)
+    chosen = liquidate.next_slice(HELD, target, assess, closed, goal)
+    assert len(assessed) <= 6  # margin and equity are lines in the size: no search bit by bit
     after = scene().figures(closed(HELD, target, chosen.size))
     if not enough(scene().figures(closed(HELD, target, target.size))):
         assert chosen.is_whole
         return
     assert not chosen.is_whole
     assert enough(after)
-    spare = target.size / 2**18  # the search halves twenty times, at eight digits
+    spare = target.size / 2**18  # of a size that is sought at eight digits
     assert not enough(scene().figures(closed(HELD, target, chosen.size - spare)))
 
 
 def test_all_of_it_where_that_is_just_enough() -> None:
     target = targets()[0]
     exact = scene().figures(closed(HELD, target, target.size)).health.utilization
-
-    def enough(figures: AccountFigures) -> bool:
-        assert exact is not None
-        assert figures.health.utilization is not None
-        return figures.health.utilization <= exact
-
-    assert liquidate.next_slice(HELD, target, scene().figures, closed, enough).is_whole
+    assert exact is not None
+    assert liquidate.next_slice(HELD, target, scene().figures, closed, exact).is_whole
 
 
 @pytest.mark.parametrize("told", range(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from itertools import chain, combinations, product
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.domain.book import Book, PendingOrder
+from app.domain.pending import gross_reached
 from app.domain.quote import AccountFigures
 from tests.domain.test_gates import book, scene
 
@@ -57,6 +59,27 @@ def test_it_is_the_worst_of_all_subsets(held: dict[str, int], orders: list[Signe
     assert after.health.required_initial == pytest.approx(worst, rel=1e-12)
     assert after.equity == pytest.approx(100_000)  # at the mark nothing is gained
     assert scene().exposed(with_pending(before, orders)).pending in ((), [])
+
+
+@given(
+    held=st.dictionaries(st.sampled_from(["BTC_PERP", "ETH_PERP"]), st.integers(-9, 9).filter(bool), max_size=2),
+    orders=st.lists(SIGNED, max_size=6),
+)
+def test_the_gross_that_is_reached_is_that_of_the_worst_subset(held: dict[str, int], orders: list[Signed]) -> None:
+    """For the leverage cap nothing nets but on one symbol: hedges on two contracts may both fill."""
+    subsets = chain.from_iterable(combinations(orders, n) for n in range(len(orders) + 1))
+    grosses = []
+    for subset in subsets:
+        lots = Counter({name.replace("_", "-"): size for name, size in held.items()})
+        for symbol, size in subset:
+            lots[symbol] += size
+        grosses.append(sum(abs(size) * MARK for size in lots.values()))
+    market = scene().market
+    waiting = with_pending(book(100_000, **held), orders)
+    assert gross_reached(waiting, market.parameters, market.prices) == pytest.approx(max(grosses), rel=1e-12)
+    only_reducing = with_pending(book(100_000, **held), orders, reduce_only=True)
+    now = sum(abs(size) * MARK for size in held.values())
+    assert gross_reached(only_reducing, market.parameters, market.prices) == pytest.approx(now)
 
 
 @given(orders=st.lists(SIGNED, min_size=1, max_size=4))

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 import pytest
@@ -108,3 +109,32 @@ async def test_a_server_killed_under_a_call_finishes_it_once(place: Home, databa
             await wait_for(receiver, "liquidation.completed", 30.0)
             await _check_liquidated_once(again, database, receiver)
             assert all(is_genuine(item, secret) for item in receiver.received)
+
+
+async def _told_to_the_end(database: Database, trader: Trader) -> list[str]:
+    async with asyncio.timeout(20):
+        while True:
+            told = [kind for _, kind in await calls_told(database, trader.agent_id)]
+            if LIFE[-1] in told:
+                return told
+            await asyncio.sleep(0.05)
+
+
+async def test_no_grace_and_a_notice_delay(place: Home, database: Database) -> None:
+    """Both at one price: the one is liquidated at once, the other when its breach has lasted."""
+    async with receiving() as receiver:
+        with _served(place, database) as served:
+            address, no_grace = served.greeting.address, {"grace_period_seconds": 0}
+            async with (
+                trading(address, database, receiver, **no_grace) as (hasty, _),
+                trading(address, database, receiver, notice_delay_seconds=2, **no_grace) as (patient, _),
+            ):
+                await hasty.prices(BREACH)
+                for trader in (hasty, patient):
+                    assert await _told_to_the_end(database, trader) == LIFE
+                [at_once] = (await hasty.call("GET", "/margin-calls"))["margin_calls"]
+                assert at_once["noticed_at"] == at_once["opened_at"] == at_once["deadline_at"]
+                [later] = (await patient.call("GET", "/margin-calls"))["margin_calls"]
+                noticed, opened = (datetime.fromisoformat(later[name]) for name in ("noticed_at", "opened_at"))
+                assert opened - noticed >= timedelta(seconds=2)
+                assert later["deadline_at"] == later["opened_at"]

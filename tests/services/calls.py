@@ -9,10 +9,12 @@ from typing import Any
 
 from sqlalchemy import text
 
+from app.services import calls as stored
 from app.services import margin_calls
+from app.services.calls import StoredCall
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
-from app.services.margin_calls import Decided, StoredCall
+from app.services.margin_calls import Decided
 from tests.database import make_settings
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
 
@@ -54,7 +56,7 @@ class Calls:
 
     async def calls(self, agent_id: str) -> list[StoredCall]:
         async with self.desk.database.transaction(ACTOR) as tx:
-            return await margin_calls.list_calls(tx, agent_id, 100)
+            return await stored.list_calls(tx, agent_id, 100)
 
     async def only(self, agent_id: str) -> StoredCall:
         [call] = await self.calls(agent_id)
@@ -70,7 +72,7 @@ class Calls:
 
     async def pass_time(self, agent_id: str, seconds: float) -> None:
         """Let a call be so much older."""
-        moments = ("noticed_at", "opened_at", "deadline_at", "next_action_at", "respond_by")
+        moments = ("noticed_at", "opened_at", "deadline_at", "expired_at", "next_action_at", "respond_by")
         changes = ", ".join(f"{name} = {name} - make_interval(secs => :seconds)" for name in moments)
         statement = text(f"UPDATE margin_calls SET {changes} WHERE agent_id = :agent_id AND ended_at IS NULL")
         async with self.desk.database.transaction(ACTOR) as tx:

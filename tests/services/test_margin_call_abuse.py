@@ -15,7 +15,7 @@ from app.db.session import Database
 from app.domain.book import Book
 from app.domain.liquidate import fewest
 from app.domain.quote import AccountFigures
-from app.errors import ConflictError
+from app.errors import ConflictError, InvalidError
 from app.services import account, liquidation, market
 from app.services.liquidation import Rules
 from app.services.margin import Scene
@@ -71,6 +71,18 @@ async def test_a_grain_whose_feed_has_ended_holds_nothing_up(calls: Calls, amoun
     [call] = await calls.calls(agent_id)
     assert call.state == "completed"
     assert set(await calls.told(agent_id)) >= {"market.stale", "margin_call.opened", "liquidation.executed"}
+
+
+async def test_collateral_that_counts_at_no_price_holds_nothing_up(calls: Calls) -> None:
+    """Who holds enough of a coin whose feed has ended is never called, until an operator sets its haircut to 1."""
+    agent_id = await calls.trader()
+    await calls.desk.deposit(agent_id, "DOGE", "120000")
+    await calls.desk.prices({"BTC": DEEP})
+    await _let_go_stale(calls.desk, "DOGE")
+    assert "margin_call.opened" not in (await calls.decide(agent_id, AGE)).told
+    async with calls.desk.database.transaction(ACTOR) as tx:
+        await market.put_asset(tx, "DOGE", {"haircut": 1.0})
+    assert "margin_call.opened" in (await calls.decide(agent_id, AGE)).told
 
 
 async def test_a_breach_that_hangs_on_a_stale_price_waits(calls: Calls) -> None:
@@ -319,3 +331,25 @@ async def test_largest_relief_weighs_the_largest_only(calls: Calls) -> None:
     await calls.until_settled(agent_id, rules=Rules("largest_relief", RULES.slippage))
     [call] = await calls.calls(agent_id)
     assert (call.state, call.slices) == ("completed", 1)
+
+
+@pytest.mark.parametrize("grace", [0, 300])
+async def test_a_call_at_an_absurd_price_is_told_though_nothing_can_be_booked(calls: Calls, grace: int) -> None:
+    """A loss of 10^16 USD has no place in the ledger. Its owner hears of the call; a slip that is mended ends it."""
+    agent_id = await calls.desk.agent("2000000", grace_period_seconds=grace)
+    await calls.desk.order(agent_id, "sell", "20", leverage=3)
+    await calls.desk.prices({"BTC": "999999999999999"})
+    await calls.decide(agent_id)
+    await calls.pass_time(agent_id, grace)
+    if grace:
+        await calls.decide(agent_id)
+    call = await calls.only(agent_id)
+    assert (call.state, call.slices) == ("liquidating", 0)
+    assert await calls.told(agent_id) == ["margin_call.opened", "margin_call.expired"]
+    with pytest.raises(InvalidError):
+        await calls.decide(agent_id)  # alone from now on: the worker counts it, and waits longer each time
+    await calls.desk.prices({"BTC": PRICES["BTC"]})
+    await calls.until_settled(agent_id)
+    assert (await calls.only(agent_id)).state == "completed"
+    assert await calls.sizes(agent_id) == {"BTC-PERP": Decimal(20)}
+    assert await calls.desk.imbalances() == {}

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import URL
+from sqlalchemy import URL, event
 
 from app.db.session import Database
 from app.errors import ConflictError
@@ -59,6 +59,24 @@ async def test_a_breach_makes_one_call_however_many_see_it(calls: Calls) -> None
     assert call.next_action_at == call.opened_at + timedelta(seconds=150)
     assert await calls.told(agent_id) == ["margin_call.opened"]
     assert await calls.sizes(agent_id) == {"BTC-PERP": Decimal("0.5"), "ETH-PERP": 2, "SOL-PERP": 10}
+
+
+async def test_a_call_is_made_in_few_round_trips(calls: Calls) -> None:
+    """In a crash every statement of a decision is one that all the others wait for."""
+    agent_id = await calls.trader()
+    await calls.desk.prices({"BTC": BREACH})
+    await calls.desk.market.refresh()
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    engine = calls.desk.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    assert "margin_call.opened" in (await calls.decide(agent_id)).told
+    event.remove(engine, "before_cursor_execute", note)
+    # the time, the lock, the book, the market; event, audit, call, version; levels, zone, levels
+    assert len(sent) == 11
 
 
 async def test_what_a_call_says(calls: Calls) -> None:

@@ -532,8 +532,8 @@ async def test_the_loop_survives_an_outage_and_says_so_once(
 
 async def test_versions_only_grow(database: Database) -> None:
     async with database.transaction("reader") as tx:
-        assert await load_versions(tx) == (1, 0)
+        assert (await load_versions(tx))[:2] == (1, 0)
     await _post(database, {"BTC": "1"})
     await _put_asset(database, "BTC", {"haircut": 0.2})
     async with database.transaction("reader") as tx:
-        assert await load_versions(tx) == (2, 1)
+        assert (await load_versions(tx))[:2] == (2, 1)

@@ -14,7 +14,7 @@ from sqlalchemy import URL
 
 from app.db.session import Database
 from app.errors import ConflictError, InvalidError, PrimeriskError
-from app.services import margin_calls, orders, venue
+from app.services import calls, margin_calls, market, orders, venue
 from app.services.liquidation import Rules
 from app.services.orders import StoredOrder
 from app.services.venue import Fill, Recorded
@@ -224,6 +224,25 @@ async def test_two_pending_orders_pass_no_more_than_one(at_venue: Venue) -> None
     await at_venue.order(agent_id, "sell", "0.001")
 
 
+async def test_pending_orders_that_hedge_each_other_stay_within_the_leverage_cap(at_venue: Venue) -> None:
+    """Either alone needs a margin of 16,000, both together next to none; 3.5 times 20,000 may be open."""
+    async with at_venue.desk.database.transaction(ACTOR) as tx:
+        for month in ("JUN", "SEP"):
+            await market.put_instrument(tx, f"BTC-{month}", {"underlying": "BTC", "kind": "perpetual"})
+    agent_id = await at_venue.agent()
+    first = await at_venue.order(agent_id, "buy", "0.8")
+    error = await refused(at_venue.order(agent_id, "sell", "0.8", "BTC-JUN"))
+    assert error.code == "leverage_above_cap"
+    assert error.figures["shortfall"] == pytest.approx(96_000 / 3.5 - 20_000)
+    assert float(error.figures["size_max"]) == pytest.approx((70_000 - 48_000) / 60_000)
+    await at_venue.order(agent_id, "sell", "0.36", "BTC-JUN")
+    assert (await refused(at_venue.order(agent_id, "sell", "0.36", "BTC-SEP"))).code == "leverage_above_cap"
+    error = await refused(at_venue.desk.withdraw(agent_id, "USDC", 1_000))
+    assert error.code == "insufficient_margin"
+    await at_venue.cancel(agent_id, first)
+    await at_venue.order(agent_id, "sell", "0.36", "BTC-SEP")
+
+
 async def test_orders_that_close_on_their_own_open_together(at_venue: Venue) -> None:
     agent_id = await at_venue.agent()
     await at_venue.traded(agent_id, "buy", "0.8")
@@ -417,7 +436,7 @@ async def test_liquidation_asks_waits_and_goes_on_at_each_fill(at_venue: Venue) 
     call = await at_venue.calls.only(agent_id)
     assert call.slices == 1
     async with at_venue.desk.database.transaction(ACTOR) as tx:
-        assert agent_id in await margin_calls.due(tx, 10)  # at once
+        assert agent_id in await calls.due(tx, 10)  # at once
     executed = await at_venue.last(agent_id, "liquidation.executed")
     assert (executed["order_id"], executed["fill_price"], executed["realized_pnl"]) == (asked.id, 99.5, -5)
     assert (await at_venue.calls.decide(agent_id)).told == ("liquidation.requested",)
@@ -430,6 +449,24 @@ async def test_liquidation_asks_waits_and_goes_on_at_each_fill(at_venue: Venue) 
     call = await at_venue.calls.only(agent_id)
     assert (call.state, call.slices, call.deficit) == ("completed", 2, Decimal(0))
     assert await at_venue.live(agent_id) == []
+
+
+async def test_slices_that_are_filled_at_leisure_escalate_too(at_venue: Venue) -> None:
+    """Each is filled in time, so that none is asked for again: dust could put off the rest for hours."""
+    agent_id = await at_venue.trader(grace_period_seconds=0)
+    for n in range(4):
+        await at_venue.desk.prices({f"DUST{n}": "1"})
+        order_id = await at_venue.order(agent_id, "buy", "1", f"DUST{n}-PERP")
+        await at_venue.fill(agent_id, order_id, "whole", "1", "1")
+    await at_venue.desk.prices({"BTC": BREACH})
+    await at_venue.calls.decide(agent_id)
+    for n in range(4):
+        await at_venue.calls.pass_time(agent_id, 29)
+        [asked] = await at_venue.live(agent_id)
+        await at_venue.fill(agent_id, asked.id, f"slow{n}", "1", "1")
+        assert (await at_venue.calls.decide(agent_id)).told == ("liquidation.requested",)
+    requests = await at_venue.requests(agent_id)
+    assert [(r["attempt"], r["escalated"]) for r in requests] == [(1, False)] * 4 + [(1, True)]  # 3 times 30 s are over
 
 
 async def test_what_is_not_filled_in_time_is_asked_for_again_and_escalates(at_venue: Venue) -> None:

@@ -1,0 +1,135 @@
+"""Margin calls as stored, and which of them are due; what becomes of one is decided in `margin_calls`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import func, insert, select, update
+
+from app.db.session import Tx
+from app.db.tables import margin_calls
+from app.domain.book import ZERO
+from app.domain.margin_calls import LIVE_STATES, Call
+from app.errors import NotFoundError
+from app.services import shards
+
+CALLS_A_PAGE_MAX = 200
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCall:
+    """A call as stored, live or over."""
+
+    id: str
+    agent_id: str
+    state: str
+    cause: str
+    noticed_at: datetime
+    figures: Mapping[str, Any]
+    seq: int = 0
+    """Its number, 0 until it is written."""
+    opened_at: datetime | None = None
+    deadline_at: datetime | None = None
+    expired_at: datetime | None = None
+    ended_at: datetime | None = None
+    acknowledged_at: datetime | None = None
+    next_action_at: datetime | None = None
+    reminders: int = 0
+    slices: int = 0
+    deficit: Decimal = ZERO
+    attempts: int = 0
+    respond_by: datetime | None = None
+    uncovered: Decimal = ZERO
+    exhausted_at: datetime | None = None
+
+    @property
+    def lost(self) -> Decimal:
+        """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
+        return self.deficit + self.uncovered
+
+    def as_call(self) -> Call:
+        """Return what the pure step needs of it."""
+        return Call(
+            self.state,  # type: ignore[arg-type]  # the table's CHECK
+            self.noticed_at,
+            self.opened_at,
+            self.deadline_at,
+            self.reminders,
+            self.slices,
+            self.attempts,
+            self.respond_by,
+            self.cause,  # type: ignore[arg-type]
+        )
+
+
+async def live(tx: Tx, agent_id: str) -> StoredCall | None:
+    """Return the call that an account is under, None where there is none."""
+    columns = margin_calls.c
+    query = select(margin_calls).where(columns.agent_id == agent_id, columns.state.in_(LIVE_STATES))
+    row = (await tx.connection.execute(query)).mappings().first()
+    return None if row is None else StoredCall(**row)
+
+
+_ADD = insert(margin_calls).returning(margin_calls.c.seq)
+
+
+async def save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> StoredCall | None:
+    """Write what has changed of a call since it was `before`, None: it is new. Return it as it is then stored."""
+    if after is None or after == before:
+        return after
+    if before is None:
+        row = {name: getattr(after, name) for name in StoredCall.__slots__ if name != "seq"}
+        return replace(after, seq=(await tx.connection.execute(_ADD, row)).scalar_one())
+    changed = {name: value for name in StoredCall.__slots__ if (value := getattr(after, name)) != getattr(before, name)}
+    await tx.connection.execute(update(margin_calls).where(margin_calls.c.id == after.id).values(**changed))
+    return after
+
+
+async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
+    """Let an account's call wait: what can't be decided on now does not hold up the others that are due."""
+    columns = margin_calls.c
+    again = func.greatest(columns.next_action_at, tx.now + timedelta(seconds=seconds))
+    live = (columns.agent_id == agent_id, columns.state.in_(LIVE_STATES), columns.next_action_at.is_not(None))
+    await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
+
+
+async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
+    """Return agents of these shards whose calls are due, the longest due first."""
+    columns = margin_calls.c
+    query = (
+        select(columns.agent_id)
+        .where(
+            columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now, shards.within(columns.agent_id, within)
+        )
+        .order_by(columns.next_action_at)
+        .limit(limit)
+    )
+    return list((await tx.connection.execute(query)).scalars())
+
+
+async def get(tx: Tx, agent_id: str, call_id: str) -> StoredCall:
+    """Return a call of the agent. Raises NotFoundError."""
+    columns = margin_calls.c
+    query = select(margin_calls).where(columns.agent_id == agent_id, columns.id == call_id)
+    row = (await tx.connection.execute(query)).mappings().first()
+    if row is None:
+        raise NotFoundError("There is no such margin call.", code="margin_call_not_found")
+    return StoredCall(**row)
+
+
+async def list_calls(
+    tx: Tx, agent_id: str, limit: int, before: int | None = None, state: str | None = None
+) -> list[StoredCall]:
+    """Return an agent's calls, newest first, from below the number `before`."""
+    columns = margin_calls.c
+    query = select(margin_calls).where(columns.agent_id == agent_id).order_by(columns.seq.desc())
+    if before is not None:
+        query = query.where(columns.seq < before)
+    if state is not None:
+        query = query.where(columns.state == state)
+    rows = await tx.connection.execute(query.limit(min(limit, CALLS_A_PAGE_MAX)))
+    return [StoredCall(**row) for row in rows.mappings()]
