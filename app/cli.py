@@ -143,9 +143,11 @@ def import_history(
     """Store the daily closes of a file, all or none; what looks wrong is named, and waits for --confirm."""
     import asyncio  # noqa: PLC0415
 
-    from app import history, server  # noqa: PLC0415
+    from app import history  # noqa: PLC0415
 
     found = history.read_closes(file)
+    from app import server  # noqa: PLC0415  (a file that is refused need not wait for it)
+
     with server.running_database(read_settings()) as settings:
         tally = asyncio.run(server.import_history(settings, found, confirm=confirm))
     kept = confirm or not tally.flagged
