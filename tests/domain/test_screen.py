@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
+from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation, Side
 from app.domain.book_columns import book_columns
-from app.domain.parameters import AssetParameters, CorrelationTable, InstrumentParameters, MarketParameters
+from app.domain.parameters import AssetParameters, CorrelationTable, InstrumentParameters, MarginMode, MarketParameters
 from app.domain.prices import StoredPrice
 from app.domain.quote import AccountFigures, account_figures
 from app.domain.screen import Screen
@@ -62,7 +62,7 @@ def decimals(low: float, high: float) -> st.SearchStrategy[Decimal]:
 
 # Each strategy is made once: hypothesis looks a new one over before it draws, which costs more than the drawing.
 FLAGS = st.booleans()
-SIDES = st.sampled_from(("long", "short"))
+SIDES: st.SearchStrategy[Side] = st.sampled_from(("long", "short"))
 WORTHS = st.floats(100.0, 100_000.0)
 ENTRIES = st.floats(0.7, 1.4)
 LEVERAGES = st.none() | decimals(1.0, 20.0)
@@ -105,7 +105,7 @@ ASSETS_DRAWN = st.lists(st.sampled_from(ASSETS), unique=True, max_size=4)
 POSITIONS = {symbol: positions(symbol) for symbol in SYMBOLS}
 HOLDINGS = {asset: holdings(asset) for asset in ASSETS}
 BREACHES = st.none() | st.floats(0.3, 1.0)
-MODES = st.sampled_from(("cross", "isolated", "portfolio"))
+MODES: st.SearchStrategy[MarginMode] = st.sampled_from(("cross", "isolated", "portfolio"))
 
 
 @st.composite
