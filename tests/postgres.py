@@ -38,7 +38,7 @@ _QUICK = (
 def pytest_configure(config: pytest.Config) -> None:
     """Make a directory for everything that the run writes: every temporary one of it is in there."""
     if _HOME not in os.environ:
-        home = Path(tempfile.mkdtemp(prefix="primerisk-tests-", dir=_MEMORY if _is_roomy(_MEMORY) else None))
+        home = Path(tempfile.mkdtemp(prefix="pr-", dir=_MEMORY if _is_roomy(_MEMORY) else None))
         home.chmod(0o711)  # root's servers run as another user
         (home / "tmp").mkdir()
         config.stash[_OWNED] = home
