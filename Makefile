@@ -1,5 +1,6 @@
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto
+# A worker a processor; whoever has done its share takes from the other's.
+PYTEST_ARGS ?= -n logical --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin

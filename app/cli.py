@@ -14,8 +14,8 @@ from app.errors import PrimeriskError, StartupError
 from app.settings import Settings
 from app.telemetry import configure_logging
 
-# What serves imports the web framework, what quotes imports the risk core: each command imports its own,
-# so that `primerisk settings` answers at once.
+# What serves imports the web framework, what quotes imports the risk core: each command imports its own, and after
+# it has read its settings and files, so that `primerisk settings` answers at once, and so does a refusal.
 
 # Before numpy is loaded: on matrices as small as ours its threads only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -57,9 +57,10 @@ def read_settings(**overrides: Any) -> Settings:
 @cli.command()
 def serve(host: Host = None, port: Port = None) -> None:
     """Run API and worker, with an embedded Postgres where PRIMERISK_DATABASE_URL is not set."""
+    settings = read_settings(host=host, port=port)
+
     from app import server  # noqa: PLC0415
 
-    settings = read_settings(host=host, port=port)
     configure_logging(settings.log_level, settings.log_format)
     server.serve(settings)
 
@@ -67,9 +68,10 @@ def serve(host: Host = None, port: Port = None) -> None:
 @cli.command()
 def api(host: Host = None, port: Port = None) -> None:
     """Run the API alone; `primerisk worker` runs beside it."""
+    settings = read_settings(host=host, port=port)
+
     from app import server  # noqa: PLC0415
 
-    settings = read_settings(host=host, port=port)
     configure_logging(settings.log_level, settings.log_format)
     server.serve(settings, with_worker=False)
 
@@ -77,9 +79,10 @@ def api(host: Host = None, port: Port = None) -> None:
 @cli.command()
 def worker() -> None:
     """Run a worker alone: margin calls, liquidations, webhooks. Several may run at once."""
+    settings = read_settings()
+
     from app import server  # noqa: PLC0415
 
-    settings = read_settings()
     configure_logging(settings.log_level, settings.log_format)
     server.work(settings)
 
@@ -143,9 +146,12 @@ def import_history(
     """Store the daily closes of a file, all or none; what looks wrong is named, and waits for --confirm."""
     import asyncio  # noqa: PLC0415
 
-    from app import history, server  # noqa: PLC0415
+    from app import history  # noqa: PLC0415
 
     found = history.read_closes(file)
+
+    from app import server  # noqa: PLC0415
+
     with server.running_database(read_settings()) as settings:
         tally = asyncio.run(server.import_history(settings, found, confirm=confirm))
     kept = confirm or not tally.flagged
@@ -175,9 +181,11 @@ def quote(
     as_json: Annotated[bool, typer.Option("--json", help="the reply as the API gives it")] = False,
 ) -> None:
     """Quote the margin of a portfolio, offline, with the parameters that the package ships."""
+    raw, settings = _read(file), read_settings()
+
     from app import console  # noqa: PLC0415
 
-    console.print_quote(_read(file), read_settings(), as_json=as_json)
+    console.print_quote(raw, settings, as_json=as_json)
 
 
 @cli.command()
@@ -189,9 +197,11 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
 ) -> None:
     """Write a portfolio's risk report, one page of HTML with pictures, offline."""
+    raw, settings = _read(file), read_settings()
+
     from app import report_file  # noqa: PLC0415
 
-    report_file.write_report(_read(file), history, out, seed, read_settings(), show=show)
+    report_file.write_report(raw, history, out, seed, settings, show=show)
 
 
 @cli.command()

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation
+from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation, Side
 from app.domain.book_columns import book_columns
-from app.domain.parameters import AssetParameters, CorrelationTable, InstrumentParameters, MarketParameters
+from app.domain.parameters import AssetParameters, CorrelationTable, InstrumentParameters, MarginMode, MarketParameters
 from app.domain.prices import StoredPrice
 from app.domain.quote import AccountFigures, account_figures
 from app.domain.screen import Screen
@@ -60,53 +60,71 @@ def decimals(low: float, high: float) -> st.SearchStrategy[Decimal]:
     return st.floats(low, high, allow_nan=False).map(lambda v: Decimal(f"{v:.6f}"))
 
 
+# Each strategy is made once: hypothesis looks a new one over before it draws, which costs more than the drawing.
+FLAGS = st.booleans()
+SIDES: st.SearchStrategy[Side] = st.sampled_from(("long", "short"))
+WORTHS = st.floats(100.0, 100_000.0)
+ENTRIES = st.floats(0.7, 1.4)
+LEVERAGES = st.none() | decimals(1.0, 20.0)
+ALLOCATED = decimals(0.0, 30_000.0)
+
+
 @st.composite
 def positions(draw: st.DrawFn, symbol: str) -> OpenPosition:
-    isolated = draw(st.booleans()) and draw(st.booleans())
+    isolated = draw(FLAGS) and draw(FLAGS)
     price = price_of(symbol)
     return OpenPosition(
         id=symbol,
         symbol=symbol,
-        side=draw(st.sampled_from(("long", "short"))),
-        size=Decimal(f"{draw(st.floats(100.0, 100_000.0)) / price:.6f}") + Decimal("0.000001"),
-        entry_price=Decimal(f"{price * draw(st.floats(0.7, 1.4)):.6f}"),
-        leverage=draw(st.none() | decimals(1.0, 20.0)),
+        side=draw(SIDES),
+        size=Decimal(f"{draw(WORTHS) / price:.6f}") + Decimal("0.000001"),
+        entry_price=Decimal(f"{price * draw(ENTRIES):.6f}"),
+        leverage=draw(LEVERAGES),
         margin_mode="isolated" if isolated else "pooled",
-        allocated=draw(decimals(0.0, 30_000.0)) if isolated else Decimal(0),
+        allocated=draw(ALLOCATED) if isolated else Decimal(0),
         realized_pnl=Decimal(0),
         reducible=True,
         opened_at=NOW,
     )
 
 
+def holdings(asset: str) -> st.SearchStrategy[Holding]:
+    most = 60_000.0 / price_of(asset)
+    nothing = st.just(Decimal(0))
+    return st.builds(
+        Holding,
+        free=decimals(0.0, most),
+        reserved=decimals(0.0, most / 4),
+        allocated=nothing | decimals(0.0, most / 4),
+        owed=nothing | decimals(0.0, most / 3),
+    )
+
+
+SYMBOLS_DRAWN = st.lists(st.sampled_from(SYMBOLS), unique=True, max_size=8)
+ASSETS_DRAWN = st.lists(st.sampled_from(ASSETS), unique=True, max_size=4)
+POSITIONS = {symbol: positions(symbol) for symbol in SYMBOLS}
+HOLDINGS = {asset: holdings(asset) for asset in ASSETS}
+BREACHES = st.none() | st.floats(0.3, 1.0)
+MODES: st.SearchStrategy[MarginMode] = st.sampled_from(("cross", "isolated", "portfolio"))
+
+
 @st.composite
 def books(draw: st.DrawFn, agent_id: str) -> Book:
-    symbols = draw(st.lists(st.sampled_from(SYMBOLS), unique=True, max_size=8))
-    assets = draw(st.lists(st.sampled_from(ASSETS), unique=True, max_size=4))
-    worth = {asset: 60_000.0 / price_of(asset) for asset in assets}
-    holdings = {
-        asset: Holding(
-            free=draw(decimals(0.0, most)),
-            reserved=draw(decimals(0.0, most / 4)),
-            allocated=draw(st.just(Decimal(0)) | decimals(0.0, most / 4)),
-            owed=draw(st.just(Decimal(0)) | decimals(0.0, most / 3)),
-        )
-        for asset, most in worth.items()
-    }
+    symbols, assets = draw(SYMBOLS_DRAWN), draw(ASSETS_DRAWN)
+    held = {asset: draw(HOLDINGS[asset]) for asset in assets}
     reservations = [
         OpenReservation("r", "casino", a, h.reserved, h.reserved, Decimal(0), None, True, NOW)
-        for a, h in holdings.items()
+        for a, h in held.items()
         if h.reserved > 0
     ]
-    breach = draw(st.none() | st.floats(0.3, 1.0))
-    chosen = AccountSettings(
-        margin_mode=draw(st.sampled_from(("cross", "isolated", "portfolio"))), breach_utilization=breach
-    )
-    return Book(agent_id, chosen, 1, holdings, [draw(positions(s)) for s in symbols], reservations)
+    chosen = AccountSettings(breach_utilization=draw(BREACHES), margin_mode=draw(MODES))
+    return Book(agent_id, chosen, 1, held, [draw(POSITIONS[s]) for s in symbols], reservations)
 
 
-fleets = st.integers(1, 6).flatmap(lambda n: st.tuples(*(books(f"agent{k}") for k in range(n))))
+BOOKS = [books(f"agent{k}") for k in range(6)]
+fleets = st.sampled_from([st.tuples(*BOOKS[:n]) for n in range(1, 7)]).flatmap(lambda fleet: fleet)
 moves = st.dictionaries(st.sampled_from((*PRICES, "USDC", "BTC-PERP", "SOL-PERP")), st.floats(0.4, 1.8), max_size=5)
+changed_books = st.lists(st.tuples(st.one_of(BOOKS), moves), max_size=6)
 
 
 def moved(prices: Mapping[str, float], by: Mapping[str, float]) -> dict[str, float]:
@@ -185,7 +203,7 @@ def test_ticks_touch_whoever_they_change_and_nobody_else(
 
 
 @settings(max_examples=150, deadline=None)
-@given(fleets, st.lists(st.tuples(st.integers(0, 5).flatmap(lambda k: books(f"agent{k}")), moves), max_size=6))
+@given(fleets, changed_books)
 def test_books_that_changed_take_the_place_of_what_they_were(
     fleet: tuple[Book, ...], changes: list[tuple[Book, dict[str, float]]]
 ) -> None:

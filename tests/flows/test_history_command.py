@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from app.db import embedded
 from tests.flows.process import Home, home
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Home]:
-    with home() as made:
+    """Yield a home whose server runs all the while: the commands join it."""
+    with home() as made, embedded.start(made.data):
         yield made
 
 

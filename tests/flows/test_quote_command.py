@@ -32,9 +32,13 @@ def test_every_example(place: Home, path: Path) -> None:
     assert (shown.returncode, shown.stderr) == (0, b"")
     for word in ("equity", "margin by model", "health", "positions", "liquidation", "parameters: version 0"):
         assert word in shown.stdout.decode()
-    as_json = place.run("quote", "--json", str(path))
-    reply = json.loads(as_json.stdout)
+    reply = json.loads(place.run("quote", "--json", str(path)).stdout)
     assert len(reply["positions"]) == len(json.loads(path.read_text())["positions"])
+
+
+def test_every_way_in(place: Home) -> None:
+    path = ROOT / "examples" / "pair.json"
+    reply = json.loads(place.run("quote", "--json", str(path)).stdout)
     piped = json.loads(place.run("quote", "-", "--json", stdin=path.read_bytes()).stdout)
     assert piped.keys() == reply.keys()
     assert piped["models"].keys() == reply["models"].keys()

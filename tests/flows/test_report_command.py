@@ -23,7 +23,8 @@ PAIR = ROOT / "examples" / "pair.json"
 def run(place: Path, *arguments: str, stdin: bytes = b"", **given: str) -> subprocess.CompletedProcess[bytes]:
     """Run `primerisk report` of this tree in a directory, where no settings lie about."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    environment = kept | {"PYTHONPATH": str(ROOT), "HOME": str(place)} | given
+    # one home for all: matplotlib looks for fonts when it finds none noted there, which takes longer than to draw
+    environment = kept | {"PYTHONPATH": str(ROOT), "HOME": str(place.parent)} | given
     command = [sys.executable, "-m", "app.cli", "report", *arguments]
     return subprocess.run(
         command, check=False, cwd=place, env=environment, input=stdin, capture_output=True, timeout=120

@@ -20,6 +20,8 @@ from tests.flows.process import ROOT, STOP_SECONDS_MAX, Home, home, running, ser
 from tests.flows.trader import BREACH, CALM, LIFE, Trader, settings_of, trading, wait_for, wait_for_workers
 from tests.receiver import Receiver, receiving
 
+SILENCE = text("UPDATE workers SET seen_at = seen_at - interval '10 s' RETURNING id")
+
 
 @pytest.fixture
 def place() -> Iterator[Home]:
@@ -71,10 +73,12 @@ async def test_two_workers_make_one_call_and_one_carries_on_alone(place: Home, d
                 await _check_liquidated(trader, database, receiver, 2)
                 survivor.send_signal(signal.SIGTERM)
                 assert survivor.wait(STOP_SECONDS_MAX) == 0
-                # nobody looks any more, and the API answers on
+                # nobody looks any more, and the API says so and answers on
                 await trader.prices(CALM)
+                async with database.transaction("test") as tx:
+                    [_] = (await tx.connection.execute(SILENCE)).all()  # of the one that was killed: the other left
                 ready = await asyncio.to_thread(httpx.get, f"{served.greeting.address}/readyz")
-                assert (ready.status_code, ready.json()["checks"]["worker"]["ok"]) == (200, True)
+                assert (ready.status_code, ready.json()["checks"]["worker"]["ok"]) == (200, False)
 
 
 async def test_a_worker_that_is_told_to_stop_finishes_what_it_sends(place: Home, database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ EXPOSURES = {"BTC": 30_000.0, "ETH": -27_000.0}
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.json"))
 
 
+@cache
+def with_history() -> Page:
+    """Return the page of PAIR with the closes of BTC and ETH, drawn once for all who read it."""
+    return Page(paged(PAIR, closes("BTC", "ETH")))
+
+
+@cache
 def both(path: Path) -> tuple[Page, dict[str, Any]]:
     """Return the page of a request body and the API's reply to it, of one moment."""
     raw = json.dumps(json.loads(path.read_text()) | {"as_of": AS_OF}).encode()
@@ -84,7 +92,7 @@ WHOLE = EXPOSURES | {"BTC": EXPOSURES["BTC"] + 6_000.0}
 def test_historical_var_and_es_by_hand() -> None:
     history = closes("BTC", "ETH")
     pnl = np.array(list(WHOLE.values())) @ _returns(history)
-    shown = Page(paged(PAIR, history))
+    shown = with_history()
     rows = {row["confidence"]: row for row in shown.table("Value at risk")}
     for confidence, count in (("95%", 15), ("99%", 3)):
         # of 299 days the quantiles lie between the 15th and 16th worst, the 3rd and the 4th
@@ -96,7 +104,7 @@ def test_historical_var_and_es_by_hand() -> None:
 
 def test_the_correlations_are_those_of_the_returns() -> None:
     history = closes("BTC", "ETH")
-    (btc, _) = Page(paged(PAIR, history)).table("Correlations")
+    (btc, _) = with_history().table("Correlations")
     assert float(btc["ETH"]) == pytest.approx(np.corrcoef(_returns(history))[0, 1], abs=0.005)
 
 
@@ -129,7 +137,7 @@ def test_what_is_assumed_is_named() -> None:
 
 
 def test_components_sum_to_the_whole() -> None:
-    shown = Page(paged(PAIR, closes("BTC", "ETH")))
+    shown = with_history()
     assert {row["position"] for row in shown.table("Component VaR by position")} == {"BTC-PERP", "ETH-PERP", "BTC held"}
     whole = next(row for row in shown.table("Value at risk") if row["confidence"] == "99%")
     for part in ("underlying", "position"):
@@ -165,7 +173,7 @@ def test_scenarios_and_stress_of_a_linear_book_by_hand() -> None:
 def test_the_worst_day_of_the_past_is_replayed() -> None:
     history = closes("BTC", "ETH")
     change = np.array([EXPOSURES["BTC"] + 5_400.0, EXPOSURES["ETH"]]) @ _returns(history)
-    rows = Page(paged(PAIR, history)).table("The whole account after each shock")
+    rows = with_history().table("The whole account after each shock")
     worst = [amount(row["P&L"]) + amount(row["collateral"]) for row in rows[2:7]]
     assert worst == pytest.approx(np.sort(change)[:5].tolist(), abs=0.011)
     assert list(history["BTC"])[int(np.argmin(change)) + 1].isoformat() == rows[2]["shock"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -18,6 +19,7 @@ OPTIONS = book(
 EMPTY = book(held={"USDC": 1_000})
 DROWNED = book(linear("BTC-PERP", "long", 1, entry_price=90_000), held={"USDC": 1_000})
 BOOKS = {"pair": PAIR, "options": OPTIONS, "empty": EMPTY, "drowned": DROWNED, "nothing": book()}
+HISTORIES = {"alone": None, "history": closes("BTC", "ETH")}
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -31,10 +33,16 @@ HOSTILE = (
 )
 
 
+@cache
+def drawn(name: str, history: str) -> str:
+    """Return the page of a book, drawn once for all who look at it."""
+    return paged(BOOKS[name], HISTORIES[history])
+
+
 @pytest.mark.parametrize("name", BOOKS)
-@pytest.mark.parametrize("history", [None, closes("BTC", "ETH")], ids=["alone", "history"])
-def test_every_page_is_whole_and_every_picture_is_said_in_words(name: str, history: dict[str, dict] | None) -> None:  # type: ignore[type-arg]
-    text = paged(BOOKS[name], history)
+@pytest.mark.parametrize("history", HISTORIES)
+def test_every_page_is_whole_and_every_picture_is_said_in_words(name: str, history: str) -> None:
+    text = drawn(name, history)
     page = Page(text)
     assert page.tags.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "form", "base"})
     assert [name for name, count in Counter(page.ids).items() if count > 1] == []
@@ -57,7 +65,7 @@ def test_every_page_is_whole_and_every_picture_is_said_in_words(name: str, histo
 
 @pytest.mark.parametrize("name", BOOKS)
 def test_nothing_is_loaded_from_elsewhere(name: str) -> None:
-    text = paged(BOOKS[name], closes("BTC", "ETH"))
+    text = drawn(name, "history")
     assert set(re.findall(r"\b[a-z]+://[^\"'\s<)]*", text)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -114,7 +122,7 @@ def test_a_thousand_positions_are_twenty_and_the_others() -> None:
 
 
 def test_an_account_under_water_is_said_to_be() -> None:
-    page = Page(paged(DROWNED))
+    page = Page(drawn("drowned", "alone"))
     words = " ".join(page.text)
     assert "LIQUIDATION" in words
     assert "undefined" in words
