@@ -45,7 +45,19 @@ from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
 from app.errors import InvalidError, NotFoundError, PrimeriskError
-from app.services import accounts, audit, book, events, liquidation, prevention, shards, staleness, venue, watch
+from app.services import (
+    accounts,
+    audit,
+    book,
+    events,
+    liquidation,
+    prevention,
+    recalls,
+    shards,
+    staleness,
+    venue,
+    watch,
+)
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
@@ -271,7 +283,8 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
     moved = await _set(tx, call, **changed)
     # in a thread: it assesses the book some thirty times, and the process may have requests to answer
     cure = await asyncio.to_thread(liquidation.cures, case.held, case.scene, case.figures)
-    await _tell(tx, "margin_call.opened", _figures(case), moved, cure=cure)
+    asked_back = await recalls.arm(tx, case.scene, case.held, case.figures, moved.id, moved.cause)
+    await _tell(tx, "margin_call.opened", _figures(case), moved, cure=cure, recalls=asked_back)
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
     return moved
 
@@ -283,7 +296,11 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
             # from now on the account may only reduce
             case, cancelled = await _withdraw(tx, case, [o for o in case.held.pending if not o.reduce_only])
             moved = await _set(tx, call, state="expired", expired_at=now, next_action_at=now)
-            await _tell(tx, "margin_call.expired", _figures(case), moved, cancelled_orders=cancelled)
+            held, offers = await recalls.withdraw_offers(tx, case.scene, case.held, call.id, call.cause)
+            asked_back = await recalls.arm(tx, case.scene, held, case.figures, call.id, call.cause)
+            case = replace(case, held=held)
+            told = {"cancelled_orders": cancelled, "cancelled_offers": offers, "recalls": asked_back}
+            await _tell(tx, "margin_call.expired", _figures(case), moved, **told)
             return False, _with(case, moved, "margin_call.expired")
         case "liquidating":
             return False, replace(case, call=await _set(tx, call, state="liquidating", next_action_at=now))
@@ -356,6 +373,8 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
 
     Where it is a small part of the book, what comes after it as well: dust would hold up the rest.
     """
+    if await recalls.are_awaited(tx, case.held, call.expired_at, case.scene.now):
+        return replace(case, call=await _set(tx, call, next_action_at=case.scene.now + recalls.RETRY))
     await accounts.lock_account(tx, case.held.agent_id)
     least = STEP_SHARE_MIN * sum(target.notional for target in case.targets)
     closed = 0.0

@@ -88,6 +88,8 @@ def books(draw: st.DrawFn, agent_id: str) -> Book:
         asset: Holding(
             free=draw(decimals(0.0, most)),
             reserved=draw(decimals(0.0, most / 4)),
+            lent=draw(decimals(0.0, most / 4)),
+            borrowed=draw(st.sampled_from([Decimal(0), Decimal(0), Decimal("0.001")])),
             allocated=draw(st.just(Decimal(0)) | decimals(0.0, most / 4)),
             owed=draw(st.just(Decimal(0)) | decimals(0.0, most / 3)),
         )
