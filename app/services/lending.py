@@ -82,7 +82,8 @@ async def stage(tx: Tx, scenes: Scenes, agents: Collection[str], asset: str) -> 
     books = {agent_id: await book.hold(tx, agent_id) for agent_id in sorted(agents)}
     market = await loans.lock_market(tx, asset)
     if market is None:
-        market = await loans.open_market(tx, asset, (await scenes.at(tx)).market.parameters.loans_of(asset))
+        scene = await scenes.at(tx)
+        market = await loans.open_market(tx, asset, scene.market.parameters.loans_of(asset), scene.now)
     return Stage(tx, await scenes.at(tx), asset, books, market)
 
 
@@ -206,7 +207,7 @@ async def cancel_all(tx: Tx, scene: Scene, held: Book, named: Names) -> tuple[Bo
     found = await loans.own_offers(tx, held.agent_id)
     for one in found:
         terms = scene.market.parameters.loans_of(one.asset)
-        market = await loans.lock_market(tx, one.asset) or await loans.open_market(tx, one.asset, terms)
+        market = await loans.lock_market(tx, one.asset) or await loans.open_market(tx, one.asset, terms, scene.now)
         await loans.shrink_offer(tx, one.id, one.remaining, scene.now)
         moves = _given_back(held, one.asset, one.remaining)
         await ledger.post(tx, named.occasion(held.agent_id, "lending", "offer_cancelled", one.id), moves)

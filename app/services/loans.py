@@ -137,9 +137,9 @@ async def lock_market(tx: Tx, asset: str) -> Market | None:
     return None if row is None else Market(**row)
 
 
-async def open_market(tx: Tx, asset: str, terms: LendingParameters) -> Market:
+async def open_market(tx: Tx, asset: str, terms: LendingParameters, now: datetime) -> Market:
     """Open the market of an asset, unless another has done so meanwhile, and return it locked."""
-    new = {"asset": asset, "supplied": ZERO, "borrowed": ZERO, "rate": curve_rate(ZERO, terms), "changed_at": tx.now}
+    new = {"asset": asset, "supplied": ZERO, "borrowed": ZERO, "rate": curve_rate(ZERO, terms), "changed_at": now}
     made = await tx.connection.execute(upsert(lending_markets).values(new).on_conflict_do_nothing())
     if made.rowcount:
         await tx.connection.execute(insert(lending_rates).values(new))
