@@ -32,7 +32,7 @@ async def _trader(lenders: Lenders, *amounts: tuple[int, float]) -> tuple[str, l
     made = []
     for amount, hours in amounts:
         await lenders.offer(trader, amount, hours=hours)
-        made += [loan.id for loan in await lenders.borrow(borrower, amount, Decimal(amount) / 30_000)]
+        made += [loan.id for loan in await lenders.borrow(borrower, amount, Decimal(amount) / 25_000)]
     await lenders.desk.order(trader, "buy", "0.8")  # 14,400 of margin
     return trader, made
 
