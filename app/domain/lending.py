@@ -217,7 +217,7 @@ def next_step(loan: Situation, terms: LendingParameters, now: datetime) -> Step 
     low = to_decimal(terms.low_ratio)
     if loan.ratio is not None:
         if loan.ratio < to_decimal(terms.liquidation_ratio):
-            return "liquidate"
+            return "liquidate" if loan.is_low else "warn"  # both in one decision, where the price leaves no time
         if loan.due_at is not None and loan.due_at <= now:
             return "buy in"
     if loan.is_wanted_back and loan.status == "active":

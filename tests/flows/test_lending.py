@@ -20,7 +20,7 @@ from tests.services.desk import Desk
 from tests.services.lenders import Lenders
 from tests.services.test_lending_races import check
 
-BORROWERS, KILLS = 30, 6
+BORROWERS, KILLS = 30, 4
 SECONDS_MAX = 60
 
 

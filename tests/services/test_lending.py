@@ -394,7 +394,7 @@ async def test_nothing_is_sold_on_a_stale_or_missing_price(lenders: Lenders) -> 
     assert found.status == "recalled"
     assert found.next_action_at is not None  # a second later
     lenders.pass_time(days=-20_000)
-    assert (await lenders.decide(loan.id)).told == ("loan.liquidated",)
+    assert (await lenders.decide(loan.id)).told == ("loan.collateral_low", "loan.liquidated")
 
 
 async def test_a_warning_is_over_when_there_is_collateral_again(lenders: Lenders) -> None:
