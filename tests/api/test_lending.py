@@ -210,3 +210,17 @@ async def test_the_parameters_of_loans_are_versioned(shared: Service, lender: Ag
     await shared.put("/api/market/lending/USDC", json={"slope": before["slope"]})
     listed = (await shared.get("/api/market/lending")).json()["lending"]
     assert {row["asset"] for row in listed} >= {"BTC", "ETH", "SOL", "USDC", "default"}
+
+
+async def test_a_plan_recalls_loans_before_it_closes_anything(lender: Agent, borrower: Agent) -> None:
+    await lender.post("/lending/create", {**OFFER, "amount": 400})
+    ids = [(await borrower.post("/lending/borrow", _wanted(amount)))["loan_id"] for amount in (200, 50)]
+    await lender.order("BTC-PERP", "buy", 0.03)  # 540 of margin
+    plan = await lender.post("/quotes/deleverage", {"book": "account", "target": 0.5})
+    assert [recall["loan_id"] for recall in plan["recalls"]] == [ids[1], ids[0]]  # 92.5 are missing
+    assert plan["before"]["equity"] == pytest.approx(Decimal(1_000) - Decimal("0.05") * 250)
+    assert plan["after"]["equity"] == pytest.approx(Decimal(1_000))
+    assert plan["orders"]
+    enough = await lender.post("/quotes/deleverage", {"book": "account", "target": 0.545})
+    assert [recall["loan_id"] for recall in enough["recalls"]] == [ids[1]]
+    assert enough["reached"]
