@@ -41,6 +41,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.screen --load
 	$(BIN)/python -m benchmarks.stress
 	$(BIN)/python -m benchmarks.sizing
+	$(BIN)/python -m benchmarks.loans
 
 lock: $(INSTALLED)
 	@$(PIP) install uv

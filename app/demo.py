@@ -47,7 +47,7 @@ LEVELS = ((0.0, 1.0), (0.15, 1.0), (0.40, 0.76), (0.60, 0.77), (0.75, 0.98), (1.
 INITIAL_RATE = 0.30
 """Initial margin of the three markets, as a share of notional: how much a utilization buys."""
 
-Plan = Literal["deposits", "reduces", "waits", "sleeps", "is careful", "is short"]
+Plan = Literal["deposits", "reduces", "waits", "sleeps", "is careful", "is short", "lends", "borrows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,9 @@ FLEET = (
     Member("Kofi", "is careful", 0.35, 0.4),
     Member("Lena", "is short", 0.50, 0.4, side="sell"),
 )
+LENDER, BORROWER = Member("Mona", "lends", 0.0, 0.4), Member("Nils", "borrows", 0.0, 0.4)
+LENT, PLEDGED = 5_000, 0.104
+"""USDC that the one lends the other, and the bitcoins that secure it: a tenth more than they have to."""
 REACTION = 0.03
 """How long an agent takes to answer a call, as a share of the demonstration's time."""
 GENEROSITY = 2.5
@@ -229,6 +232,20 @@ async def _enter(stage: Stage, member: Member) -> None:
     stage.players.append(player)
 
 
+async def _lend(stage: Stage) -> None:
+    """Have one agent offer USDC, and another borrow it against bitcoins, which the crash will not spare."""
+    keys = {}
+    for member, asset, amount in ((LENDER, "USDC", 4.0 * LENT), (BORROWER, "BTC", 2.0 * PLEDGED)):
+        made = await stage.send("POST", "/agents", {"name": member.name})
+        keys[member.plan] = made["api_key"]
+        await stage.send("POST", "/wallet/deposits", {"asset": asset, "amount": amount}, made["api_key"])
+        worth = amount if asset == "USDC" else amount * OPENING[0]
+        stage.players.append(Player(member, made["api_key"], worth))
+    await stage.send("POST", "/lending/create", {"asset": "USDC", "amount": LENT}, keys["lends"])
+    wanted = {"asset": "USDC", "amount": LENT, "collateral": {"asset": "BTC", "amount": PLEDGED}}
+    await stage.send("POST", "/lending/borrow", wanted, keys["borrows"])
+
+
 async def _listen(stage: Stage, player: Player, is_listening: asyncio.Event) -> None:
     """Follow an agent's event stream, print what it tells, and answer its calls."""
     headers = {"Authorization": f"Bearer {player.key}", "Accept": "text/event-stream"}
@@ -336,7 +353,25 @@ def _zone(_: Player, data: Mapping[str, Any]) -> _Told:
     return f"is {data['zone']}", f"after {data['zone_before']}, {_percent(data['utilization'])}", style
 
 
+def _loan_opened(player: Player, data: Mapping[str, Any]) -> _Told:
+    return player.member.plan, f"{data['principal']:,.2f} {data['asset']} at {data['rate_apy']:.1%} a year", "green"
+
+
+def _loan_low(_: Player, data: Mapping[str, Any]) -> _Told:
+    more = f"collateral is {data['ratio']:.1%} of the debt, {data['top_up']:g} {data['collateral_asset']} are missing"
+    return "loan is low", more, "yellow"
+
+
+def _loan_closed(_: Player, data: Mapping[str, Any]) -> _Told:
+    paid = data["returned"] + data["interest"]
+    sold = f"{data['collateral_sold']:.4f} {data['collateral_asset']} are sold"
+    return "loan is closed", f"{sold} for {paid:,.2f} {data['asset']}, deficit {data['deficit']:,.2f}", "red"
+
+
 _TOLD = {
+    "loan.opened": _loan_opened,
+    "loan.collateral_low": _loan_low,
+    "loan.liquidated": _loan_closed,
     "margin_call.opened": _opened,
     "margin_call.reminded": _reminded,
     "margin_call.cured": _cured,
@@ -397,6 +432,7 @@ async def _play(service: Service, console: Console, seed: int, seconds: float) -
         await _post(stage, OPENING)
         for member in FLEET:  # one after the other: each draws from the same rng
             await _enter(stage, member)
+        await _lend(stage)
         async with _listening(stage):
             stage.started = asyncio.get_running_loop().time()
             await _trade(stage, path)

@@ -22,6 +22,7 @@ from app.api import (
     correlation,
     events,
     history,
+    lending,
     margin_calls,
     market,
     ops,
@@ -109,6 +110,7 @@ def create_app(settings: Settings) -> FastAPI:
         audit.router,
         events.router,
         margin_calls.router,
+        lending.router,
         webhooks.router,
         ops.router,
     ):

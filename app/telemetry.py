@@ -1,4 +1,4 @@
-"""Metrics, logs and the request id. Labels are bounded: never an agent, a key or a symbol."""
+"""Metrics, logs and the request id. Labels are bounded: never an agent or a key; assets of the largest loan markets."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Metrics:
         self._of_quotes()
         self._of_books()
         self._of_webhooks()
+        self._of_loans()
         self.database_up = Gauge(
             "primerisk_database_up", "1 when the database answered last, else 0.", registry=self.registry
         )
@@ -138,6 +139,32 @@ class Metrics:
             "primerisk_worker_heartbeat_timestamp_seconds",
             "When the worker of this process last told that it lives, Unix time; 0: there is none.",
             registry=self.registry,
+        )
+
+    def _of_loans(self) -> None:
+        self.loan_events = Counter(
+            "primerisk_loan_events_total",
+            "What became of loans by themselves, by event.",
+            ("event",),
+            registry=self.registry,
+        )
+        self.loan_deficits = Counter(
+            "primerisk_loan_deficits_usd_total",
+            "What the house advanced to make lenders whole, USD.",
+            registry=self.registry,
+        )
+        self.loans = Gauge("primerisk_loans", "Live loans by state.", ("state",), registry=self.registry)
+        self.loans_borrowed = Gauge(
+            "primerisk_loans_borrowed_usd", "What is borrowed, by asset, USD.", ("asset",), registry=self.registry
+        )
+        self.loans_utilization = Gauge(
+            "primerisk_loans_utilization",
+            "Share of what is lent or on offer that is borrowed, by asset.",
+            ("asset",),
+            registry=self.registry,
+        )
+        self.loans_rate = Gauge(
+            "primerisk_loans_rate", "Annual borrow rate of the curve, by asset.", ("asset",), registry=self.registry
         )
 
     def _of_webhooks(self) -> None:

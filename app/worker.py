@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.session import Database
 from app.errors import DatabaseUnavailableError
+from app.loan_keeping import LoanKeeper
 from app.screening import Watchman
 from app.services import calls, delivery, heartbeat, margin_calls, shards, snapshots
 from app.services.liquidation import Rules
@@ -136,6 +137,8 @@ class Worker:
             settings.liquidation_venue_attempts,
         )
 
+        self._keeper = LoanKeeper(self.id, database, scenes, market, metrics, self._rules, age_max)
+
     async def run(self) -> None:
         """Work until cancelled, then finish what is under way."""
         async with Sender(self._settings, self._database.clock) as sender:
@@ -144,6 +147,7 @@ class Worker:
                 asyncio.create_task(self._forever(self._fire_timers)),
                 asyncio.create_task(self._forever(self._beat)),
                 asyncio.create_task(self._forever(self._take_snapshots)),
+                asyncio.create_task(self._forever(self._keep_loans)),
                 asyncio.create_task(self._forever(lambda: self._deliver(sender))),
                 *(asyncio.create_task(self._forever(self._decide_on)) for _ in range(DECISIONS_AT_ONCE)),
             ]
@@ -203,6 +207,12 @@ class Worker:
             taken = await self._snapshots.round(self._market.view, self._shards)
             self._metrics.account_snapshots.inc(taken.count)
             await asyncio.sleep(0.0 if taken.more else snapshots.EVERY_SECONDS)
+
+    async def _keep_loans(self) -> None:
+        """Take what is due of the loans whose borrowers are in this worker's shards."""
+        while True:
+            await self._keeper.round(self._shards)
+            await asyncio.sleep(self._settings.worker_poll_seconds)
 
     async def _deliver(self, sender: Sender) -> None:
         await delivery.run(self._database, sender, self._settings, self._metrics, self.id)

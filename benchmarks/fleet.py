@@ -67,16 +67,17 @@ def _parts(accounts: int, most: int = 10_000) -> list[int]:
 
 
 def _holdings(accounts: int, positions: int, prices: dict[str, float], rng: np.random.Generator) -> HoldingColumns:
-    """Return USDC for all, BTC for a third, ETH and a debt for a tenth, a reservation for a fifth."""
+    """Return USDC for all, BTC for a third, ETH and a debt for a tenth, of each a fifth reserved and a fifth lent."""
     worth = 12_000.0 * positions * rng.uniform(0.4, 2.0, accounts)
     everyone = np.arange(accounts)
     parts = []
     for asset, share, name in ((0, 1.0, "USDC"), (1, 0.33, "BTC"), (2, 0.1, "ETH")):
         who = everyone[rng.random(accounts) < share]
-        units = np.zeros((3, len(who)))
+        units = np.zeros((4, len(who)))
         units[0] = worth[who] / prices[name] * (1.0 if asset == 0 else 0.3)
         units[1] = units[0] * 0.1 * (asset == 2)
         units[2] = units[0] * 0.05 * (rng.random(len(who)) < 0.2)
+        units[3] = units[0] * 0.3 * (rng.random(len(who)) < 0.2)
         parts.append((who, np.full(len(who), asset), units.round(6)))
     account, asset_row, units = (np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
     return HoldingColumns(account, asset_row, *units)

@@ -32,7 +32,8 @@ def _tables(fleet: BookColumns, prices: dict[str, float]) -> Iterable[tuple[str,
     modes = [MODES[code] for code in fleet.mode.tolist()]
     yield "accounts", ["agent_id", "margin_mode", "version"], zip(agents, modes, fleet.version.tolist(), strict=True)
     owners, assets = [agents[k] for k in h.account.tolist()], [fleet.assets[k] for k in h.asset.tolist()]
-    for bucket, units in (("free", h.held - h.reserved), ("reserved", h.reserved), ("owed", h.owed)):
+    buckets = {"free": h.held - h.reserved - h.lent, "reserved": h.reserved, "lent": h.lent, "owed": h.owed}
+    for bucket, units in buckets.items():
         rows = zip(owners, assets, map(_decimal, units.tolist()), strict=True)
         kept = [(owner, asset, bucket, units) for owner, asset, units in rows if units > 0]
         yield "balances", ["agent_id", "asset", "bucket", "amount"], kept

@@ -7,7 +7,7 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from app.domain.book import THRESHOLDS, Book, OpenPosition, OpenReservation, PendingOrder, reserved_value
+from app.domain.book import THRESHOLDS, Book, Holding, OpenPosition, OpenReservation, PendingOrder, reserved_value
 from app.domain.gates import stale_symbols
 from app.domain.money import plain, to_float
 from app.domain.moves import SETTLEMENT_ASSET
@@ -57,9 +57,15 @@ def balances(book: Book) -> list[dict[str, Any]]:
             "reserved": plain(held.reserved),
             "allocated": plain(held.allocated),
             "owed": plain(held.owed),
+            **_of_loans(held),
         }
         for asset, held in sorted(book.holdings.items())
     ]
+
+
+def _of_loans(held: Holding) -> dict[str, Any]:
+    """Return what of an asset is on offer, lent, pledged for own loans, and borrowed."""
+    return {name: plain(getattr(held, name)) for name in ("offered", "lent", "pledged", "borrowed")}
 
 
 def balance_reply(book: Book, figures: AccountFigures) -> dict[str, Any]:
@@ -71,6 +77,7 @@ def balance_reply(book: Book, figures: AccountFigures) -> dict[str, Any]:
         "reserved": plain(usdc.reserved),
         "allocated": plain(usdc.allocated),
         "owed": plain(usdc.owed),
+        **_of_loans(usdc),
         "collateral_value": figures.collateral.collateral_value,
         "equity": figures.equity,
         "balances": balances(book),

@@ -12,6 +12,7 @@ from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
 from app.api.backtest import BacktestIn
 from app.api.history import HistoryPost
+from app.api.lending import BorrowPost, HoldingPut, LendingPut, OfferPost, PledgePost, RecallPost, ReturnPost
 from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
 from app.api.plans import DeleverageIn, DrawdownIn
@@ -52,6 +53,13 @@ BODIES = (
     SizingIn,
     DeleverageIn,
     DrawdownIn,
+    OfferPost,
+    BorrowPost,
+    ReturnPost,
+    PledgePost,
+    RecallPost,
+    HoldingPut,
+    LendingPut,
     AcknowledgePost,
     AgentPost,
     KeyPost,

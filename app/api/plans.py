@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +15,7 @@ from app.api.deps import Parts, document, parts_of
 from app.api.quote_request import Limits, Positive, Signed, check_work
 from app.api.risk_book import AgentId, Asked, PlannedBook, RiskBookIn, asked_of, planned_book
 from app.domain import ladder
-from app.domain.book import MINIMUM_VIABLE
+from app.domain.book import MINIMUM_VIABLE, LentLoan
 from app.domain.cheapest import RESTARTED_MAX, SEARCHED_MAX
 from app.domain.deleverage import (
     DeleveragePlan,
@@ -21,6 +23,7 @@ from app.domain.deleverage import (
     PlannedOrder,
     cheapest_cure,
     keep_top_n,
+    recall_first,
     smallest_first,
 )
 from app.domain.liquidate import Target
@@ -32,7 +35,7 @@ from app.errors import invalid
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
 
 KEEP = 3
-NOT_MODELLED = ("prices moved by the orders, and fees", "recall of loans before positions are touched")
+NOT_MODELLED = ("prices moved by the orders, and fees", "the notice of recalled loans: after counts them as back")
 
 
 class DeleverageIn(RiskBookIn):
@@ -80,8 +83,12 @@ def _deleverage(parts: Parts, asked: Asked[DeleverageIn]) -> bytes:
     _check_terms(body, policy)
     planned = planned_book(parts, asked)
     check_plan_work(parts, planned, policy)
-    found = _planned(body, policy, planned)
-    return wire.encoder.encode(_deleverage_reply(body, found, planned, is_account=asked.held is not None))
+    before = planned.assess(planned.held)
+    recalled, left = list[LentLoan](), planned.held
+    if policy != "keep_top_n":
+        recalled, left = recall_first(left, before, _target(body, planned))
+    found = replace(_planned(body, policy, replace(planned, held=left)), before=before.health)
+    return wire.encoder.encode(_deleverage_reply(body, found, planned, recalled, is_account=asked.held is not None))
 
 
 def _check_terms(body: DeleverageIn, policy: DeleveragePolicy) -> None:
@@ -132,7 +139,7 @@ def _target(body: DeleverageIn, planned: PlannedBook) -> float:
 
 
 def _deleverage_reply(
-    body: DeleverageIn, found: DeleveragePlan, planned: PlannedBook, *, is_account: bool
+    body: DeleverageIn, found: DeleveragePlan, planned: PlannedBook, recalled: Sequence[LentLoan], *, is_account: bool
 ) -> dict[str, Any]:
     keeps = found.policy == "keep_top_n"
     return {
@@ -142,6 +149,7 @@ def _deleverage_reply(
         "target": None if keeps else _target(body, planned),
         "n": (KEEP if body.n is None else body.n) if keeps else None,
         "reached": found.reached,
+        "recalls": [_recall_shown(loan) for loan in recalled],
         "orders": [planned_shown(order) for order in found.orders],
         "dollars_traded": found.dollars_traded,
         "margin_freed": found.margin_freed,
@@ -149,6 +157,16 @@ def _deleverage_reply(
         "after": found.after,
         "not_modelled": NOT_MODELLED,
         "parameters": {"version": planned.parameters.version, "settings": planned.parameters.policy},
+    }
+
+
+def _recall_shown(loan: LentLoan) -> dict[str, Any]:
+    """Return a loan to recall first, by POST /api/lending/{loan_id}/recall."""
+    return {
+        "loan_id": loan.id,
+        "asset": loan.asset,
+        "amount": plain(loan.principal),
+        "recall_notice_hours": loan.notice_seconds / 3600,
     }
 
 

@@ -124,7 +124,7 @@ market_changes = Table(
     string("changed_by"),
     string("kind"),
     string("name"),
-    check("kind", "kind IN ('seed', 'asset', 'instrument', 'model', 'correlation')"),
+    check("kind", "kind IN ('seed', 'asset', 'instrument', 'model', 'correlation', 'lending')"),
     info={"owner": "market"},
 )
 
@@ -284,7 +284,8 @@ accounts = Table(
     info={"owner": "accounts"},
 )
 
-# An agent's units of each asset: free to spend, reserved by a service, allocated to an isolated position, owed.
+# An agent's units of each asset: free to spend, reserved by a service, allocated to an isolated position, on offer to
+# borrowers, lent, securing own loans; and what is owed to the house, and to lenders.
 balances = Table(
     "balances",
     metadata,
@@ -293,13 +294,13 @@ balances = Table(
     _key("bucket"),
     number("amount"),
     _symbol("asset"),
-    check("bucket", "bucket IN ('free', 'reserved', 'allocated', 'owed')"),
+    check("bucket", "bucket IN ('free', 'reserved', 'allocated', 'owed', 'offered', 'lent', 'pledged', 'borrowed')"),
     check("amount", "amount >= 0 AND amount < 1e15 AND scale(amount) <= 18"),
     info={"owner": "ledger"},
 )
 
-# Every move of money, out of one bucket into another: each row balances by itself. What is owed is a claim of the
-# house on the agent: the owed bucket grows by what leaves it.
+# Every move of money, out of one bucket into another: each row balances by itself. What is owed or borrowed is a claim
+# on the agent: those buckets grow by what leaves them.
 ledger_entries = Table(
     "ledger_entries",
     metadata,

@@ -22,6 +22,7 @@ class Board:
     def __init__(self, parameters: MarketParameters, prices: Mapping[str, float]) -> None:
         self.parameters = parameters
         self.stored = dict(prices)
+        self.recall_haircut = parameters.models.recall_haircut
         self.symbols: dict[str, int] = {"": 0}
         self.assets: dict[str, int] = {"": 0}
         self.underlying: Rows = np.zeros(1, dtype=np.intp)

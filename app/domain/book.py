@@ -74,17 +74,26 @@ class AccountSettings:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Units of one asset by bucket, each >= 0. `owed` is a debt, not part of what is held."""
+    """Units of one asset by bucket, each >= 0. `owed` and `borrowed` are debts, not part of what is held."""
 
     free: Decimal = ZERO
     reserved: Decimal = ZERO
     allocated: Decimal = ZERO
     owed: Decimal = ZERO
+    offered: Decimal = ZERO
+    lent: Decimal = ZERO
+    pledged: Decimal = ZERO
+    borrowed: Decimal = ZERO
 
     @property
     def held(self) -> Decimal:
-        """All units held, whatever they are kept for."""
-        return self.free + self.reserved + self.allocated
+        """All units held, whatever they are kept for, those on loan included."""
+        return self.free + self.reserved + self.allocated + self.offered + self.lent + self.pledged
+
+    @property
+    def debt(self) -> Decimal:
+        """All units owed, to the house and to lenders."""
+        return self.owed + self.borrowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,20 @@ class PendingOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class LentLoan:
+    """A loan to another agent that can be had back within a day: units, notice in seconds.
+
+    `asked_back`: it is recalled, or about to be.
+    """
+
+    id: str
+    asset: str
+    principal: Decimal
+    notice_seconds: int
+    asked_back: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Book:
     """Everything that an agent's margin depends on, but for the market."""
 
@@ -152,6 +175,8 @@ class Book:
     """The rung of the drawdown ladder that was last told."""
     pending: Sequence[PendingOrder] = ()
     """Orders at a venue, oldest first. They weigh on what the gates allow, not on the account's own figures."""
+    loans: Sequence[LentLoan] = ()
+    """What a margin call would recall first."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -174,7 +199,7 @@ class Book:
     def is_leveraged(self) -> bool:
         """Whether anything is open, about to open or owed, so that its prices decide what may be spent."""
         waits = any(not order.reduce_only for order in self.pending)
-        return bool(self.positions) or waits or any(h.owed > 0 for h in self.holdings.values())
+        return bool(self.positions) or waits or any(h.debt > 0 for h in self.holdings.values())
 
     def requested(self, call_id: str) -> list[PendingOrder]:
         """Return the liquidation orders of a call that wait for fills."""
@@ -208,8 +233,12 @@ class Book:
         return QuoteTerms(
             positions=position_terms(self.positions),
             margin=MarginTerms(parameters=self._parameters(parameters)),
-            collateral=[CollateralTerms(a, to_float(h.held)) for a, h in self.holdings.items() if h.held > 0],
-            liabilities=[CollateralTerms(a, to_float(h.owed)) for a, h in self.holdings.items() if h.owed > 0],
+            collateral=[
+                CollateralTerms(a, to_float(h.held), lent=to_float(h.lent))
+                for a, h in self.holdings.items()
+                if h.held > 0
+            ],
+            liabilities=[CollateralTerms(a, to_float(h.debt)) for a, h in self.holdings.items() if h.debt > 0],
             margin_mode=self.settings.margin_mode,
             reserved=reserved_value(self.reservations, parameters, stored),
         )

@@ -40,13 +40,14 @@ class PositionColumns:
 
 @dataclass(frozen=True, slots=True)
 class HoldingColumns:
-    """Units of an asset that an account holds, owes, or keeps reserved (n,), all >= 0; rows of one asset add up."""
+    """Units of an asset (n,), all >= 0: held, of those reserved and lent out, and owed; rows of one asset add up."""
 
     account: Rows
     asset: Rows
     held: Floats
     owed: Floats
     reserved: Floats
+    lent: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,10 @@ def book_columns(books: Sequence[Book], open_calls: frozenset[str] = frozenset()
     ]
     holdings: list[tuple[float, ...]] = []
     for k, book in enumerate(books):
-        held = {asset: (to_float(h.held), to_float(h.owed), 0.0) for asset, h in book.holdings.items()}
-        rows = [*held.items(), *((r.asset, (0.0, 0.0, to_float(r.remaining))) for r in book.reservations)]
+        held = {
+            asset: (to_float(h.held), to_float(h.debt), 0.0, to_float(h.lent)) for asset, h in book.holdings.items()
+        }
+        rows = [*held.items(), *((r.asset, (0.0, 0.0, to_float(r.remaining), 0.0)) for r in book.reservations)]
         holdings += [(k, assets.setdefault(asset, len(assets)), *units) for asset, units in rows if any(units)]
     return BookColumns(
         agents=[book.agent_id for book in books],

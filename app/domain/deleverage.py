@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.domain.book import Book, OpenPosition
+from app.domain.book import Book, LentLoan, OpenPosition
 from app.domain.cheapest import Search, cheapest
 from app.domain.health import Health
+from app.domain.lending import recalls_for
 from app.domain.liquidate import Assess, Reduce, Slice, Target, is_at, next_slice
+from app.domain.moves import Move, agent
 from app.domain.quote import AccountFigures
 from app.domain.trade import Order
 
@@ -49,6 +51,17 @@ class DeleveragePlan:
     before: Health
     after: Health
     book: Book
+
+
+def recall_first(held: Book, figures: AccountFigures, target: float) -> tuple[list[LentLoan], Book]:
+    """Return the loans to recall before a position is touched, and the book with them back.
+
+    Those with a notice of a day at most, the smallest first, until they are worth what is missing to the target.
+    """
+    missing = figures.health.required_initial / target - figures.health.equity
+    chosen = recalls_for(held.loans, {name: price.value for name, price in figures.prices.items()}, missing)
+    own = agent(held.agent_id, "lent"), agent(held.agent_id, "free")
+    return chosen, held.after_moves([Move(loan.asset, loan.principal, *own) for loan in chosen])
 
 
 def smallest_first(held: Book, assess: Assess, reduce: Reduce, target: float = TARGET_UTILIZATION) -> DeleveragePlan:

@@ -15,7 +15,11 @@ SETTLEMENT_ASSET = "USDC"
 
 SETTLEMENT_DECIMALS = 6
 
-AgentBucket = Literal["free", "reserved", "allocated", "owed"]
+AgentBucket = Literal["free", "reserved", "allocated", "owed", "offered", "lent", "pledged", "borrowed"]
+"""`offered`: set aside by open offers to lend; `lent`: what borrowers owe; `pledged`: what secures own loans."""
+DEBTS: frozenset[str] = frozenset({"owed", "borrowed"})
+"""Buckets that grow by what leaves them: debts to the house, and to lenders."""
+
 HouseBucket = Literal["external", "trading", "services", "deficit"]
 
 
@@ -52,7 +56,7 @@ def house(bucket: HouseBucket) -> Purse:
 
 
 def net_changes(moves: Sequence[Move]) -> dict[BalanceKey, Decimal]:
-    """Return the net change of each agent's bucket, sorted; what is owed grows by what leaves it.
+    """Return the net change of each agent's bucket, sorted; a debt grows by what leaves it.
 
     Raises ValueError for a move of nothing or less.
     """
@@ -63,7 +67,7 @@ def net_changes(moves: Sequence[Move]) -> dict[BalanceKey, Decimal]:
         for purse, sign in ((move.source, -1), (move.target, 1)):
             if purse.owner == HOUSE:
                 continue
-            owed = -1 if purse.bucket == "owed" else 1
+            owed = -1 if purse.bucket in DEBTS else 1
             key = (purse.owner, move.asset, purse.bucket)
             changes[key] = changes.get(key, Decimal(0)) + sign * owed * move.amount
     return dict(sorted(changes.items()))

@@ -61,6 +61,27 @@ class InstrumentParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class LendingParameters:
+    """What loans of one asset cost and need. Rates are simple annual ones, on actual/365.
+
+    The borrow rate is base_rate + slope x U / target_utilization up to that utilization U, and climbs by steep_slope
+    from there to U = 1. Ratios are of collateral after haircut to debt: at opening, when its owner is warned, when it
+    is sold. `minimum_rate` is the lender's where an offer names none; `decimals` are the asset's last digit.
+    """
+
+    asset: str
+    base_rate: float = 0.01
+    slope: float = 0.04
+    steep_slope: float = 0.60
+    target_utilization: float = 0.80
+    minimum_rate: float = 0.05
+    collateral_ratio: float = 1.15
+    low_ratio: float = 1.08
+    liquidation_ratio: float = 1.03
+    decimals: int = 8
+
+
+@dataclass(frozen=True, slots=True)
 class MarketFigures:
     """What the margin models need of one market, every rate resolved."""
 
@@ -216,6 +237,15 @@ _ASSETS = (
 )
 
 
+_LENDING = (
+    LendingParameters("BTC", minimum_rate=0.028, collateral_ratio=1.10, low_ratio=1.06),
+    LendingParameters("ETH", minimum_rate=0.042, collateral_ratio=1.10, low_ratio=1.06, decimals=18),
+    LendingParameters("SOL", minimum_rate=0.071, decimals=9),
+    LendingParameters("USDC", minimum_rate=0.094, collateral_ratio=1.05, low_ratio=1.04, decimals=6),
+    LendingParameters("USDT", minimum_rate=0.094, collateral_ratio=1.05, low_ratio=1.04, decimals=6),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class MarketParameters:
     """One version of every parameter. `version` 0 is what the package ships, before any database."""
@@ -235,6 +265,10 @@ class MarketParameters:
     regimes: Mapping[Regime, Pairs] = field(default_factory=lambda: REGIME_CORRELATIONS)
     models: ModelParameters = field(default_factory=ModelParameters)
     policy: HealthPolicy = field(default_factory=HealthPolicy)
+    lending: Mapping[str, LendingParameters] = field(
+        default_factory=lambda: MappingProxyType({p.asset: p for p in _LENDING})
+    )
+    default_lending: LendingParameters = field(default_factory=lambda: LendingParameters(DEFAULT_ASSET))
     _memo: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -249,6 +283,10 @@ class MarketParameters:
     def asset(self, name: str) -> AssetParameters:
         """Return an asset's parameters, or the default's for an asset that is not listed."""
         return self.assets.get(name, self.default_asset)
+
+    def loans_of(self, asset: str) -> LendingParameters:
+        """Return what loans of an asset cost and need, the default's for an asset that is not listed."""
+        return self.lending.get(asset, self.default_lending)
 
     def lists(self, symbol: str) -> bool:
         """Whether a symbol is a listed instrument or asset."""

@@ -46,7 +46,6 @@ class QuotedBook:
     now: datetime
     rows: Mapping[str, _Row]
     prices: Mapping[str, float]
-    lent: Mapping[str, float]
 
     def assess(self, held: Book) -> AccountFigures:
         """Return what a book that came of this one comes to, as a quote of it would. Raises InvalidError."""
@@ -62,11 +61,15 @@ class QuotedBook:
                 mark_price=[row.mark for row in own],
                 contract_size=[row.contract_size for row in own],
             ),
-            collateral=[self._holding(asset, to_float(h.held)) for asset, h in held.holdings.items() if h.held > 0],
-            liabilities=[
-                CollateralTerms(asset, to_float(h.owed), self.prices.get(asset))
+            collateral=[
+                CollateralTerms(asset, to_float(h.held), self.prices.get(asset), to_float(h.lent))
                 for asset, h in held.holdings.items()
-                if h.owed > 0
+                if h.held > 0
+            ],
+            liabilities=[
+                CollateralTerms(asset, to_float(h.debt), self.prices.get(asset))
+                for asset, h in held.holdings.items()
+                if h.debt > 0
             ],
         )
 
@@ -80,9 +83,6 @@ class QuotedBook:
         left = plan(alone, order, row.contract, to_decimal(row.mark), "", self.now).book
         others = [p for p in held.positions if p.id != position.id]
         return replace(left, positions=[*others, *left.positions])
-
-    def _holding(self, asset: str, amount: float) -> CollateralTerms:
-        return CollateralTerms(asset, amount, self.prices.get(asset), min(amount, self.lent.get(asset, 0.0)))
 
 
 def quoted_book(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> QuotedBook:
@@ -112,7 +112,6 @@ def quoted_book(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datet
         now=now,
         rows={str(i): _row(terms, portfolio, i) for i in open_rows},
         prices={t.asset: t.price for t in (*terms.collateral, *terms.liabilities) if t.price is not None},
-        lent=_by_asset(terms.collateral, "lent"),
     )
 
 
@@ -163,7 +162,7 @@ def _holdings(terms: QuoteTerms, allocated: Decimal) -> dict[str, Holding]:
     for asset in dict.fromkeys([*held, *owed, SETTLEMENT_ASSET]):
         out, own = to_decimal(lent.get(asset, 0.0)), allocated if asset == SETTLEMENT_ASSET else ZERO
         free = to_decimal(held.get(asset, 0.0)) - out - own
-        found[asset] = Holding(free=free, reserved=out, allocated=own, owed=to_decimal(owed.get(asset, 0.0)))
+        found[asset] = Holding(free=free, lent=out, allocated=own, owed=to_decimal(owed.get(asset, 0.0)))
     return found
 
 

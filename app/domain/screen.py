@@ -65,7 +65,8 @@ _SOLO = {
     "maintenance_rate": np.float64(0.0),
 }
 """Isolated positions, each on its own collateral."""
-_HOLDINGS = {"asset": np.intp(0), "held": np.float64(0.0), "owed": np.float64(0.0), "reserved": np.float64(0.0)}
+_UNITS = ("held", "owed", "reserved", "lent")
+_HOLDINGS = {"asset": np.intp(0)} | {name: np.float64(0.0) for name in _UNITS}
 
 
 Standing = NDArray[np.uint8]
@@ -246,6 +247,7 @@ class Screen:
             table.close_up()
         asset = holdings["asset"]
         value = holdings["held"] * board.backing[asset] - holdings["owed"] * board.price[asset]
+        value -= holdings["lent"] * board.price[asset] * board.recall_haircut
         symbol = pool["symbol"]
         return (
             Exposures(_indptr(pool), board.underlying[symbol], pool["quantity"] * board.mark[symbol]),
@@ -288,7 +290,7 @@ class Screen:
         self._solo.replace(accounts, *placed.solo)
         holdings = columns.holdings
         order = np.argsort(holdings.account, kind="stable")
-        units = {name: getattr(holdings, name)[order] for name in ("held", "owed", "reserved")}
+        units = {name: getattr(holdings, name)[order] for name in _UNITS}
         self._holdings.replace(accounts, holdings.account[order], {"asset": assets[holdings.asset[order]], **units})
         if len(self._asset_names) < len(self.board.assets):
             self._asset_names = list(self.board.assets)
@@ -343,7 +345,8 @@ class Screen:
         rows = picked.rows
         asset = table["asset"][rows]
         unit = board.backing[asset]
-        value = table["held"][rows] * unit - table["owed"][rows] * board.price[asset]
+        price = board.price[asset]
+        value = table["held"][rows] * unit - (table["owed"][rows] + table["lent"][rows] * board.recall_haircut) * price
         return picked.sums(value), picked.sums(table["reserved"][rows] * unit)
 
     def _stand_alone(self, accounts: Rows) -> Floats:

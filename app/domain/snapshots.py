@@ -61,12 +61,13 @@ def worth(columns: BookColumns, prices: Mapping[str, float], parameters: MarketP
     price = _column([_price(asset, prices, parameters) for asset in columns.assets], holdings.asset)
     kept = _column([1.0 - parameters.asset(asset).haircut for asset in columns.assets], holdings.asset)
     held, owed = holdings.held * price, holdings.owed * price
+    recall = holdings.lent * price * parameters.models.recall_haircut
     open_usd = size * mark
     exposures = np.zeros((count, len(names)))
     np.add.at(exposures, (positions.account, _rows(under, row, symbol)), open_usd)
     np.add.at(exposures, (holdings.account, _rows(columns.assets, row, holdings.asset)), held - owed)
     return Worth(
-        equity=profit + sums(holdings.account, held * kept - owed, count),
+        equity=profit + sums(holdings.account, held * kept - owed - recall, count),
         value=profit + sums(holdings.account, held - owed, count),
         gross=sums(positions.account, np.abs(open_usd), count),
         names=names,

@@ -27,6 +27,11 @@ EVENT_TYPES = frozenset(
         "trailing_stop.breached",
         "drawdown.changed",
         "market.stale",
+        "loan.opened",
+        "loan.recalled",
+        "loan.returned",
+        "loan.collateral_low",
+        "loan.liquidated",
         "webhook.disabled",
         "webhook.test",
     }

@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import text
 
 from app.db.session import Database, Tx
-from app.domain.book import AccountSettings, Book, Holding, OpenPosition, OpenReservation, PendingOrder
+from app.domain.book import AccountSettings, Book, Holding, LentLoan, OpenPosition, OpenReservation, PendingOrder
 from app.errors import NotFoundError
 from app.services.accounts import hold_account, lock_account
 
@@ -29,9 +29,13 @@ class _Row(msgspec.Struct):
     live_call: str | None
     rung: int
     pending: list[PendingOrder]
+    loans: list[LentLoan]
 
 
-BOOK_QUERY = """
+LOANS_RECALLED_MAX = 200
+"""Loans that a margin call recalls at once; those that can be had back soonest are read first."""
+
+BOOK_QUERY = f"""
     SELECT json_build_object(
         'settings', to_json(a),
         'version', a.version,
@@ -52,9 +56,16 @@ BOOK_QUERY = """
             SELECT json_agg(json_build_object(
                 'id', id, 'symbol', symbol, 'side', side, 'remaining', size - filled_size, 'reduce_only', reduce_only,
                 'leverage', leverage, 'margin_mode', margin_mode, 'margin_call_id', margin_call_id) ORDER BY seq)
-            FROM orders o WHERE o.agent_id = a.agent_id AND status IN ('pending', 'partially_filled')), '[]')
+            FROM orders o WHERE o.agent_id = a.agent_id AND status IN ('pending', 'partially_filled')), '[]'),
+        'loans', coalesce((
+            SELECT json_agg(json_build_object(
+                'id', id, 'asset', asset, 'principal', principal, 'notice_seconds', notice_seconds,
+                'asked_back', status = 'recalled' OR wanted_by IS NOT NULL) ORDER BY seq)
+            FROM (SELECT * FROM loans l
+                WHERE l.lender_id = a.agent_id AND status IN ('active', 'recalled') AND notice_seconds <= 86400
+                ORDER BY notice_seconds, seq LIMIT {LOANS_RECALLED_MAX}) AS soonest), '[]')
     )::text
-    FROM accounts a WHERE a.agent_id = $1"""
+    FROM accounts a WHERE a.agent_id = $1"""  # noqa: S608  no value from outside
 
 _BOOK = text(BOOK_QUERY.replace("$1", ":agent_id"))
 _last_read: OrderedDict[str, tuple[str, Book]] = OrderedDict()
@@ -110,6 +121,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         live_call=found.live_call,
         rung=found.rung,
         pending=found.pending,
+        loans=found.loans,
     )
 
 

@@ -1,9 +1,10 @@
 """The ledger: the only writer of balances, and the only place where money moves.
 
 Each entry moves an amount of an asset out of one bucket into another, so that it balances by itself and per asset the
-books sum to zero. An agent has four buckets of an asset: `free`, `reserved`, `allocated` (to an isolated position) and
-`owed`, which grows by what leaves it. The house holds the other sides; their sums are read from the entries, so that
-no row is shared by all agents. Entries are never changed: what was reserved is settled or released by new ones.
+books sum to zero. An agent's buckets of an asset are `free`, `reserved`, `allocated` (to an isolated position),
+`offered`, `lent` and `pledged` (of loans), and its debts `owed` and `borrowed`, which grow by what leaves them. The
+house holds the other sides; their sums are read from the entries, so that no row is shared by all agents. Entries are
+never changed: what was reserved is settled or released by new ones.
 """
 
 from __future__ import annotations
@@ -38,7 +39,23 @@ from app.errors import ConflictError, conflict, invalid
 from app.services import audit
 
 Kind = Literal[
-    "deposit", "withdrawal", "reserve", "settle", "release", "allocate", "deallocate", "realized_pnl", "deficit", "fee"
+    "deposit",
+    "withdrawal",
+    "reserve",
+    "settle",
+    "release",
+    "allocate",
+    "deallocate",
+    "realized_pnl",
+    "deficit",
+    "fee",
+    "offer",
+    "offer_cancelled",
+    "loan_opened",
+    "loan_interest",
+    "loan_returned",
+    "loan_collateral",
+    "loan_liquidated",
 ]
 
 ENTRIES_A_PAGE_MAX = 200
@@ -197,7 +214,8 @@ _IMBALANCES = text(
         UNION ALL
         SELECT from_owner, asset, from_bucket, -amount FROM ledger_entries WHERE from_owner <> :house
     ), summed AS (
-        SELECT agent_id, asset, bucket, CASE bucket WHEN 'owed' THEN -sum(amount) ELSE sum(amount) END AS amount
+        SELECT agent_id, asset, bucket,
+               CASE WHEN bucket IN ('owed', 'borrowed') THEN -sum(amount) ELSE sum(amount) END AS amount
         FROM moved GROUP BY agent_id, asset, bucket
     )
     SELECT asset, sum(abs(coalesce(summed.amount, 0) - coalesce(balances.amount, 0))) AS off

@@ -42,7 +42,19 @@ from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
 from app.errors import InvalidError, PrimeriskError
-from app.services import accounts, audit, book, calls, events, liquidation, prevention, staleness, venue, watch
+from app.services import (
+    accounts,
+    audit,
+    book,
+    calls,
+    events,
+    liquidation,
+    prevention,
+    recalls,
+    staleness,
+    venue,
+    watch,
+)
 from app.services.calls import StoredCall
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
@@ -224,7 +236,8 @@ async def _open(tx: Tx, case: _Case, call: StoredCall, what: Open, judged: Situa
     )
     # in a thread: it assesses the book several times, and the process may have requests to answer
     cure = await asyncio.to_thread(liquidation.cures, case.held, case.scene, case.figures)
-    await _tell(tx, "margin_call.opened", _figures(case), moved, cure=cure)
+    asked_back = await recalls.arm(tx, case.scene, case.held, case.figures, moved.id, moved.cause)
+    await _tell(tx, "margin_call.opened", _figures(case), moved, cure=cure, recalls=asked_back)
     await audit.record(tx, "margin_call.opened", moved.id, moved.agent_id, cause=moved.cause)
     return moved
 
@@ -236,7 +249,11 @@ async def _become(tx: Tx, case: _Case, call: StoredCall, what: Become) -> tuple[
             # from now on the account may only reduce
             case, cancelled = await _withdraw(tx, case, [o for o in case.held.pending if not o.reduce_only])
             moved = replace(call, state="expired", expired_at=now, next_action_at=now)
-            await _tell(tx, "margin_call.expired", _figures(case), moved, cancelled_orders=cancelled)
+            held, offers = await recalls.withdraw_offers(tx, case.scene, case.held, call.id, call.cause)
+            asked_back = await recalls.arm(tx, case.scene, held, case.figures, call.id, call.cause)
+            case = replace(case, held=held)
+            told = {"cancelled_orders": cancelled, "cancelled_offers": offers, "recalls": asked_back}
+            await _tell(tx, "margin_call.expired", _figures(case), moved, **told)
             return False, _with(case, moved, "margin_call.expired")
         case "liquidating":
             return False, replace(case, call=replace(call, state="liquidating", next_action_at=now))
@@ -324,6 +341,8 @@ async def _liquidate(tx: Tx, case: _Case, call: StoredCall, rules: Rules) -> _Ca
 
     Where it is a small part of the book, what comes after it as well: dust would hold up the rest.
     """
+    if await recalls.are_awaited(tx, case.held, call.expired_at, case.scene.now):
+        return replace(case, call=replace(call, next_action_at=case.scene.now + recalls.RETRY))
     await accounts.lock_account(tx, case.held.agent_id)
     case = await _saved(tx, case)  # orders refer to it
     call = case.call or call

@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 
+from app.db.lending_tables import lending_parameters
 from app.db.tables import (
     OTHER_PAIR,
     PARAMETERS,
@@ -45,6 +46,7 @@ from app.domain.parameters import (
     HealthPolicy,
     InstrumentKind,
     InstrumentParameters,
+    LendingParameters,
     MarketParameters,
     ModelParameters,
     Pairs,
@@ -68,7 +70,7 @@ NAMES_A_CHANGE_MAX = 10
 
 Matrix = Literal["stress", "hedge"] | Regime
 """The tables of correlations; a regime's lists its own pairs alone, the others follow from the stress table."""
-ChangeKind = Literal["seed", "asset", "instrument", "model", "correlation"]
+ChangeKind = Literal["seed", "asset", "instrument", "model", "correlation", "lending"]
 T = TypeVar("T")
 
 _MODEL_NAMES = tuple(field.name for field in fields(ModelParameters))
@@ -98,6 +100,20 @@ class InstrumentChange(TypedDict, total=False):
     maintenance_margin_rate: float | None
     price_range: float | None
     volatility: float | None
+
+
+class LendingChange(TypedDict, total=False):
+    """The fields of an asset's loans to set; one left out keeps its value."""
+
+    base_rate: float
+    slope: float
+    steep_slope: float
+    target_utilization: float
+    minimum_rate: float
+    collateral_ratio: float
+    low_ratio: float
+    liquidation_ratio: float
+    decimals: int
 
 
 class Versions(NamedTuple):
@@ -218,6 +234,23 @@ async def put_asset(tx: Tx, asset: str, change: AssetChange, expected: int | Non
     rules.check_asset(merged, parameters)
     version = await _next_version(tx, "asset", asset)
     await tx.connection.execute(insert(asset_parameters), _stored(merged, version))
+    return Versioned(merged, version)
+
+
+async def put_lending(
+    tx: Tx, asset: str, change: LendingChange, expected: int | None = None
+) -> Versioned[LendingParameters]:
+    """Set fields of an asset's loans; as `put_asset`. Floating rates follow once its market is priced anew."""
+    rules.check_symbol("/asset", asset)
+    parameters = await _locked_parameters(tx)
+    stored = await _version_of(tx, lending_parameters, lending_parameters.c.asset == asset)
+    _check_expected(asset, stored, expected)
+    merged = replace(parameters.loans_of(asset), asset=asset, **change)
+    if stored and merged == parameters.loans_of(asset):
+        return Versioned(merged, stored)
+    rules.check_lending(merged)
+    version = await _next_version(tx, "lending", asset)
+    await tx.connection.execute(insert(lending_parameters), _stored(merged, version))
     return Versioned(merged, version)
 
 
@@ -466,6 +499,7 @@ async def _parameters(tx: Tx, version: int) -> MarketParameters:
     values = await _latest(tx, model_parameters, ("name",), version)
     correlations = await _latest(tx, correlation_parameters, ("matrix", "a", "b"), version)
     models, policy = _models({row["name"]: to_float(row["value"]) for row in values})
+    lending = {p.asset: p for p in map(_lending, await _latest(tx, lending_parameters, ("asset",), version))}
     return MarketParameters(
         version=version,
         default_asset=assets.pop(DEFAULT_ASSET),
@@ -476,6 +510,8 @@ async def _parameters(tx: Tx, version: int) -> MarketParameters:
         regimes=MappingProxyType({regime: _regime_pairs(correlations, regime) for regime in REGIMES}),
         models=models,
         policy=policy,
+        default_lending=lending.pop(DEFAULT_ASSET),
+        lending=MappingProxyType(lending),
     )
 
 
@@ -516,6 +552,10 @@ def _asset(row: RowMapping) -> AssetParameters:
     return AssetParameters(**_plain(row))
 
 
+def _lending(row: RowMapping) -> LendingParameters:
+    return LendingParameters(**_plain(row))
+
+
 def _instrument(row: RowMapping) -> InstrumentParameters:
     return InstrumentParameters(**_plain(row))
 
@@ -524,6 +564,6 @@ def _plain(row: RowMapping) -> dict[str, Any]:
     return {k: to_float(v) if isinstance(v, Decimal) else v for k, v in row.items() if k != "version"}
 
 
-def _stored(value: AssetParameters | InstrumentParameters, version: int) -> dict[str, object]:
+def _stored(value: AssetParameters | InstrumentParameters | LendingParameters, version: int) -> dict[str, object]:
     row = {k: to_decimal(v) if isinstance(v, int | float) else v for k, v in asdict(value).items()}
     return row | {"version": version}

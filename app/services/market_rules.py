@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AssetParameters,
         HealthPolicy,
         InstrumentParameters,
+        LendingParameters,
         MarketParameters,
         ModelParameters,
     )
@@ -71,6 +72,19 @@ _INSTRUMENT_RANGES = {
     "maintenance_margin_rate": _MARGIN_RATE,
     "price_range": _MOVE,
     "volatility": _VOLATILITY,
+}
+_YEARLY = Range(0, 10, low_open=False)
+_RATIO = Range(1, 10, low_open=False)
+_LENDING_RANGES = {
+    "base_rate": _YEARLY,
+    "slope": _YEARLY,
+    "steep_slope": Range(0, 100, low_open=False),
+    "target_utilization": Range(0, 1, high_open=True),
+    "minimum_rate": _YEARLY,
+    "collateral_ratio": _RATIO,
+    "low_ratio": _RATIO,
+    "liquidation_ratio": _RATIO,
+    "decimals": Range(0, 18, low_open=False),
 }
 # A factor or threshold that is not named here is positive.
 _MODEL_RANGES = {
@@ -172,6 +186,17 @@ def check_instrument(merged: InstrumentParameters, underlying: AssetParameters) 
     refuse(_symbol_errors("/underlying", (merged.underlying,)))
     refuse(_range_errors(asdict(merged), _INSTRUMENT_RANGES))
     refuse(_effective_margin_errors(merged, underlying))
+
+
+def check_lending(merged: LendingParameters) -> None:
+    """Refuse rates and ratios of an asset's loans out of range or out of order."""
+    values: dict[str, float] = asdict(merged)
+    refuse(_range_errors(values, _LENDING_RANGES))
+    refuse(
+        FieldError(f"/{low}", "out_of_order", f"{low} must not exceed {high}.")
+        for low, high in (("liquidation_ratio", "low_ratio"), ("low_ratio", "collateral_ratio"))
+        if values[low] > values[high]
+    )
 
 
 def check_models(models: ModelParameters, policy: HealthPolicy) -> None:

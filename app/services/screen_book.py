@@ -65,13 +65,16 @@ _SYMBOLS = f"""
     FROM (SELECT DISTINCT symbol FROM positions WHERE closed_at IS NULL) s"""  # noqa: S608
 
 _HOLDINGS = f"""
-    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, CASE bucket WHEN 'owed' THEN 0 ELSE amount::float8 END,
-           CASE bucket WHEN 'owed' THEN amount::float8 ELSE 0 END, 0::float8
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")},
+           CASE WHEN bucket IN ('owed', 'borrowed') THEN 0 ELSE amount::float8 END,
+           CASE WHEN bucket IN ('owed', 'borrowed') THEN amount::float8 ELSE 0 END, 0::float8,
+           CASE bucket WHEN 'lent' THEN amount::float8 ELSE 0 END
     FROM balances WHERE amount > 0 {{}}
     UNION ALL
-    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, 0, 0, remaining::float8
+    SELECT {_HASH.format("agent_id")}, {_HASH.format("asset")}, 0, 0, remaining::float8, 0::float8
     FROM reservations WHERE status = 'open'"""  # noqa: S608
-_HOLDING_FIELDS = {"account": "i8", "asset": "i8", "held": "f8", "owed": "f8", "reserved": "f8"}
+_UNITS = ("held", "owed", "reserved", "lent")
+_HOLDING_FIELDS = {"account": "i8", "asset": "i8"} | dict.fromkeys(_UNITS, "f8")
 _ASSETS = f"""
     SELECT array_agg(asset), array_agg({_HASH.format("asset")})
     FROM (SELECT asset FROM balances WHERE true {{0}}
@@ -209,7 +212,7 @@ def _columns(positions: NDArray[np.void], symbols: _Names, backing: _Backing) ->
         holdings=HoldingColumns(
             account=accounts.rows(holdings["account"]),
             asset=backing.assets.rows(holdings["asset"]),
-            **{n: holdings[n].astype(np.float64) for n in ("held", "owed", "reserved")},
+            **{n: holdings[n].astype(np.float64) for n in _UNITS},
         ),
     )
 

@@ -48,7 +48,8 @@ _DUE = f"""
     ORDER BY a.agent_id LIMIT $3"""  # noqa: S608  no value from outside
 
 # An account's entries are written under its lock, so that those which a snapshot of the database sees are the first
-# ones by their ids. Profit and loss is the house's trading bucket; all else between an account and others is a flow.
+# ones by their ids. Profit and loss is the house's trading bucket, and interest; all else between an account and others
+# is a flow.
 _FLOWS = f"""
     WITH chosen AS (
         SELECT c.agent_id, before.ledger_id AS seen, greatest(
@@ -63,11 +64,11 @@ _FLOWS = f"""
         SELECT asset, sum(amount) AS amount FROM (
             SELECT asset, amount FROM ledger_entries e
             WHERE e.to_owner = chosen.agent_id AND e.from_owner <> e.to_owner AND e.id > chosen.seen
-              AND (e.from_owner, e.from_bucket) <> ('{HOUSE}', 'trading')
+              AND (e.from_owner, e.from_bucket) <> ('{HOUSE}', 'trading') AND e.kind <> 'loan_interest'
             UNION ALL
             SELECT asset, -amount FROM ledger_entries e
             WHERE e.from_owner = chosen.agent_id AND e.from_owner <> e.to_owner AND e.id > chosen.seen
-              AND (e.to_owner, e.to_bucket) <> ('{HOUSE}', 'trading')
+              AND (e.to_owner, e.to_bucket) <> ('{HOUSE}', 'trading') AND e.kind <> 'loan_interest'
         ) AS entries GROUP BY asset
     ) AS moved ON true"""  # noqa: S608  no value from outside
 

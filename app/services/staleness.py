@@ -69,7 +69,8 @@ def _collateral(scene: Scene, held: Book, figures: AccountFigures, symbols: Coll
             terms, price = scene.market.parameters.asset(asset), figures.prices[asset].value
             if terms.haircut < 1.0:
                 more += to_float(holding.held) * price * (terms.haircut + terms.price_range)
-            more += to_float(holding.owed) * price * terms.price_range
+                more += to_float(holding.lent) * price * scene.market.parameters.models.recall_haircut
+            more += to_float(holding.debt) * price * terms.price_range
     return more
 
 

@@ -82,10 +82,12 @@ async def _check(agent: Agent) -> None:
         changes[entry["asset"]] += Decimal(str(entry["change"]))
     held = {b["asset"]: b for b in account["balances"]}
     for asset, change in changes.items():
-        balance = held.get(asset, {"amount": 0, "owed": 0})
-        assert Decimal(balance["amount"]) - Decimal(balance["owed"]) == change, asset
+        balance = held.get(asset, {"amount": 0, "owed": 0, "borrowed": 0})
+        assert Decimal(balance["amount"]) - Decimal(balance["owed"]) - Decimal(balance["borrowed"]) == change, asset
     for balance in held.values():
-        assert balance["amount"] == _sum(balance[name] for name in ("free", "reserved", "allocated"))
+        assert balance["amount"] == _sum(
+            balance[name] for name in ("free", "reserved", "allocated", "offered", "lent", "pledged")
+        )
     opened = await _pages(agent, "/reservations", "reservations")
     usdc = held.get("USDC", {"reserved": 0, "allocated": 0})
     assert usdc["reserved"] == _sum(r["remaining"] for r in opened if r["status"] == "open")

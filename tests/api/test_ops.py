@@ -23,6 +23,12 @@ TYPES = {
     "primerisk_orders": "counter",
     "primerisk_account_snapshots": "counter",
     "primerisk_margin_events": "counter",
+    "primerisk_loan_events": "counter",
+    "primerisk_loan_deficits_usd": "counter",
+    "primerisk_loans": "gauge",
+    "primerisk_loans_borrowed_usd": "gauge",
+    "primerisk_loans_utilization": "gauge",
+    "primerisk_loans_rate": "gauge",
     "primerisk_decision_seconds": "histogram",
     "primerisk_decision_failures": "counter",
     "primerisk_decisions_waiting": "gauge",
@@ -45,7 +51,7 @@ TYPES = {
     "primerisk_database_up": "gauge",
     "primerisk_build_info": "gauge",
 }
-LABELS = {"method", "route", "status", "kind", "le", "version"}
+LABELS = {"method", "route", "status", "kind", "le", "version", "state", "asset"}
 
 
 async def _metrics(service: Service) -> dict[str, Metric]:

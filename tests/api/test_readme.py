@@ -58,3 +58,19 @@ async def test_a_far_wing_has_a_small_margin_unless_a_minimum_is_set(service: Se
     held = (await service.quote(**body, market=market | charges))["models"]
     assert held["span"]["maintenance_margin"] == minimum
     assert held["portfolio"] == plain["portfolio"]
+
+
+async def test_the_lines_of_lending_work_as_they_stand(service: Service) -> None:
+    lines = re.findall(r"curl -sS \"?\$API(/\S+?)\"? -H \"\$(ADMIN|ALICE|BOB)\"(?: -d '(.*)')?$", README, re.MULTILINE)
+    lines = lines[next(i for i, line in enumerate(lines) if line[1] == "ALICE") - 1 :]
+    keys = {"ADMIN": "admin", "ALICE": (await service.agent("Alice")).key, "BOB": (await service.agent("Bob")).key}
+    answers = [
+        await service.send("POST" if body else "GET", f"/api{path}", key=keys[who], content=body or None)
+        for path, who, body in lines
+    ]
+    assert [path.partition("?")[0].rpartition("/")[2] for path, _, _ in lines] == [
+        *("prices", "deposits", "deposits", "create", "quote", "borrow", "active"),
+    ]
+    assert all(answer.status_code < 300 for answer in answers), [answer.text for answer in answers]
+    [loan] = answers[-1].json()["loans"]
+    assert (loan["lent"], loan["offered"], loan["borrow_rate_apy"]) == (200, 200, 0.094)

@@ -30,8 +30,16 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "GET /api/reservations/{reservation_id}": ("reservation", None),
     "POST /api/reservations/{reservation_id}/release": ("reservation", {"amount": 0.1}),
     "POST /api/reservations/{reservation_id}/settle": ("reservation", {"amount": 0.1}),
+    "GET /api/lending/{loan_id}": ("offer", None),
+    "POST /api/lending/{loan_id}/recall": ("offer", {"reason": "I need it", "amount": 1}),
+    "POST /api/lending/{loan_id}/cancel": ("offer", {}),
+    "POST /api/lending/{loan_id}/return": ("loan", {"amount": 1}),
+    "POST /api/lending/{loan_id}/top-up": ("loan", {"amount": 0.0001}),
+    "POST /api/lending/{loan_id}/release": ("loan", {"amount": 0.0001}),
 }
-ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, test_margin_calls.py, and below
+ELSEWHERE = {
+    "PUT /api/wallet/holdings/{asset}",  # an asset's name: of one's own book whatever it is
+    # walked in test_agents.py, test_webhooks.py, test_margin_calls.py, and below
     "GET /api/margin-calls/{call_id}",
     "POST /api/margin-calls/{call_id}/acknowledge",
     "GET /api/agents/{agent_id}",
@@ -46,7 +54,7 @@ ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, test_margin_calls.p
     "GET /api/webhooks/deliveries/{delivery_id}",
     "POST /api/webhooks/deliveries/{delivery_id}/replay",
 }
-LISTS = ("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions")
+LISTS = ("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions", "/lending/active")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -85,13 +93,25 @@ async def _settled(service: Service, name: str) -> tuple[Agent, dict[str, str]]:
     _, isolated = await _filled(agent, "ETH-PERP", 1, 3_000, margin_mode="isolated")
     held = await agent.post("/reservations", {"service": "casino", "amount": 100, "reducible": True})
     pending = await agent.order("BTC-PERP", "buy", 0.01)
+    offer = await agent.post("/lending/create", {"asset": "USDC", "amount": 500})
     return agent, {
         "position": pooled,
         "isolated": isolated,
         "order": order,
         "reservation": held["id"],
         "pending": pending["order_id"],
+        "offer": offer["loan_id"],
     }
+
+
+async def _borrowed(agent: Agent, lender: Agent) -> str:
+    """Have an agent borrow of a third one's cheaper offer, and return the loan's id."""
+    await lender.deposit(USDC=1_000)
+    await lender.post("/lending/create", {"asset": "USDC", "amount": 400, "min_borrow_rate_apy": 0.01})
+    await agent.deposit(ETH=1)
+    wanted = {"asset": "USDC", "amount": 100, "collateral": {"asset": "ETH", "amount": 0.1}}
+    loan_id: str = (await agent.post("/lending/borrow", wanted))["loan_id"]
+    return loan_id
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -103,7 +123,7 @@ async def town(postgres_server: str, database_template: str) -> AsyncIterator[To
         await service.prices(BTC=60_000, BTC_PERP=60_000, ETH=3_000, ETH_PERP=3_000)
         a, ids = await _settled(service, "a")
         b, _ = await _settled(service, "b")
-        yield Town(a, b, ids)
+        yield Town(a, b, ids | {"loan": await _borrowed(a, await service.agent("c"))})
 
 
 async def test_every_route_with_an_id_is_walked_here(town: Town) -> None:
@@ -194,6 +214,8 @@ async def test_a_stranger_books_nothing_in_anothers_name(town: Town) -> None:
         "/wallet/withdrawals": {"asset": "USDC", "amount": 1},
         "/reservations": {"service": "casino", "amount": 1},
         "/orders": {"symbol": "BTC-PERP", "side": "buy", "size": 0.001},
+        "/lending/create": {"asset": "USDC", "amount": 1},
+        "/lending/borrow": {"asset": "USDC", "amount": 1, "collateral": {"asset": "ETH"}},
     }
     for path, body in bodies.items():
         problem(await town.b.ask(f"{path}?agent_id={town.a.id}", body), 404, "agent_not_found")

@@ -45,10 +45,12 @@ async def _balanced(service: Service) -> None:
 
 # --- balances
 
+NO_LOANS = {"offered": 0, "lent": 0, "pledged": 0, "borrowed": 0}
+
 
 async def test_an_empty_wallet(agent: Agent) -> None:
     assert await agent.get("/wallet/balance") == {
-        "usdc_balance": 0, "free": 0, "reserved": 0, "allocated": 0, "owed": 0,
+        "usdc_balance": 0, "free": 0, "reserved": 0, "allocated": 0, "owed": 0, **NO_LOANS,
         "collateral_value": 0, "equity": 0, "balances": [],
     }  # fmt: skip
     assert await agent.get("/wallet/ledger") == {"entries": [], "next_cursor": None}
@@ -66,8 +68,9 @@ async def test_a_deposit_says_what_it_booked(agent: Agent) -> None:
     wallet = await agent.get("/wallet/balance")
     assert wallet["collateral_value"] == wallet["equity"] == Decimal(61_000) * Decimal("0.5") * Decimal("0.9")
     assert wallet["usdc_balance"] == 0
+    half = Decimal("0.5")
     assert wallet["balances"] == [
-        {"asset": "BTC", "amount": Decimal("0.5"), "free": Decimal("0.5"), "reserved": 0, "allocated": 0, "owed": 0}
+        {"asset": "BTC", "amount": half, "free": half, "reserved": 0, "allocated": 0, "owed": 0, **NO_LOANS}
     ]
 
 

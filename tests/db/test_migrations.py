@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app.db import event_tables, migrate
+from app.db import event_tables, lending_tables, migrate
 from app.db.session import Database, parse_database_url
 from app.db.tables import APPEND_ONLY, api_keys, market_prices, metadata, model_parameters
 from app.domain.parameters import MarketParameters
@@ -43,6 +43,8 @@ SCHEMA = {
         SELECT relname, relkind::text, relpersistence::text, reloptions::text
         FROM pg_class WHERE relnamespace = 'public'::regnamespace""",
 }
+
+HISTORY = (*APPEND_ONLY, *event_tables.APPEND_ONLY, *lending_tables.APPEND_ONLY)
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ async def test_several_may_migrate_at_once(empty_url: URL, settings: Settings) -
     await database.close()
 
 
-@pytest.mark.parametrize("table", [table.name for table in (*APPEND_ONLY, *event_tables.APPEND_ONLY)])
+@pytest.mark.parametrize("table", [table.name for table in HISTORY])
 @pytest.mark.parametrize("statement", ["UPDATE {} SET {} = NULL", "DELETE FROM {}", "TRUNCATE {} CASCADE"])
 async def test_history_is_append_only(database: Database, table: str, statement: str) -> None:
     column = list(metadata.tables[table].columns)[-1].name

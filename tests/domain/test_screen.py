@@ -95,6 +95,8 @@ def holdings(asset: str) -> st.SearchStrategy[Holding]:
         Holding,
         free=decimals(0.0, most),
         reserved=decimals(0.0, most / 4),
+        lent=decimals(0.0, most / 4),
+        borrowed=nothing | st.just(Decimal("0.001")),
         allocated=nothing | decimals(0.0, most / 4),
         owed=nothing | decimals(0.0, most / 3),
     )

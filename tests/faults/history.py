@@ -153,7 +153,7 @@ RATE = Decimal("0.30")
 
 _BOOKS = """
     SELECT p.agent_id, p.symbol, CASE p.side WHEN 'long' THEN p.size ELSE -p.size END AS size, p.entry_price,
-           (SELECT coalesce(sum(CASE bucket WHEN 'owed' THEN -amount ELSE amount END), 0)
+           (SELECT coalesce(sum(CASE WHEN bucket IN ('owed', 'borrowed') THEN -amount ELSE amount END), 0)
             FROM balances b WHERE b.agent_id = p.agent_id AND b.asset = 'USDC') AS cash, clock_timestamp() AS at
     FROM positions p WHERE p.closed_at IS NULL"""
 

@@ -64,6 +64,10 @@ def test_the_story_has_every_kind_of_end(place: Home) -> None:
         story = [word for word in told if word in ("margin call", "call expired", "liquidated", "completed")]
         assert story[:3] == ["margin call", "call expired", "liquidated"], said
         assert story[-1] == "completed", said
+    lent = re.findall(r"(Mona|Nils) +(lends|borrows) ", said)
+    assert {("Mona", "lends"), ("Nils", "borrows")} <= set(lent), said
+    assert said.count("loan is low") == 2, said
+    assert said.count("loan is closed") == 2, said
     assert re.search(r"\d+ calls: \d+ cured by a deposit, .* liquidated", said)
 
 
