@@ -16,9 +16,10 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 
+from app import telemetry
 from app.db.session import Tx
 from app.db.tables import margin_calls
 from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
@@ -45,7 +46,7 @@ from app.domain.quote import AccountFigures
 from app.domain.trade import Trade
 from app.domain.watch import Band
 from app.errors import InvalidError, NotFoundError, PrimeriskError
-from app.services import accounts, audit, book, events, liquidation, prevention, shards, staleness, venue, watch
+from app.services import accounts, audit, book, events, liquidation, prevention, prices, shards, staleness, venue, watch
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
@@ -115,7 +116,7 @@ class Decided:
     `levels` are the ranks of zone and alert level, None where a price is missing; `band`: of equity, within which
     there is nothing to tell of the drawdown, None where it is not followed. It `waits` where prices are stale: nothing
     was decided. `escalated`: a venue was asked once more for what it has not filled after as many requests as the
-    rules have.
+    rules have. `priced_at`: when the newest price arrived that the account depends on, where a call has begun.
     """
 
     call: StoredCall | None
@@ -124,6 +125,7 @@ class Decided:
     band: Band | None = None
     waits: bool = False
     escalated: bool = False
+    priced_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,8 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     held = await book.hold(tx, agent_id)
     scene = await scenes.at(tx)
     call = await _live(tx, agent_id)
+    if call is not None:
+        telemetry.note(margin_call_id=call.id)
     try:
         figures = scene.figures(held)
     except InvalidError:
@@ -173,7 +177,10 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
             break
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
-    return await _look(tx, case, rules)
+    decided = await _look(tx, case, rules)
+    if call is None and case.call is not None:
+        return replace(decided, priced_at=await prices.last_received(tx, list(figures.prices)))
+    return decided
 
 
 async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:
@@ -524,6 +531,38 @@ async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[
         .limit(limit)
     )
     return list((await tx.connection.execute(query)).scalars())
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """How many calls did not cover a loss, and the sum of that, USD."""
+
+    calls: int
+    deficit: Decimal
+
+
+async def losses(tx: Tx) -> Losses:
+    """Return what all calls so far did not cover."""
+    lost = margin_calls.c.deficit + margin_calls.c.uncovered
+    query = select(func.count(), func.coalesce(func.sum(lost), ZERO)).where(lost > text("0"))
+    return Losses(*(await tx.connection.execute(query)).one())
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A live call's state and times."""
+
+    state: str
+    deadline_at: datetime | None
+    next_action_at: datetime | None
+
+
+async def live_now(tx: Tx) -> list[Live]:
+    """Return every live call of the service."""
+    columns = margin_calls.c
+    query = select(columns.state, columns.deadline_at, columns.next_action_at)
+    rows = await tx.connection.execute(query.where(columns.state.in_(LIVE_STATES)))
+    return [Live(*row) for row in rows]
 
 
 async def acknowledge(tx: Tx, agent_id: str, call_id: str, note: str) -> StoredCall:

@@ -230,6 +230,24 @@ async def _select(tx: Tx, agent_id: str, before: date | None, limit: int) -> lis
     return [Snapshot(**row) for row in rows.mappings()]
 
 
+_TALLIES = text(
+    """
+    SELECT after.day, count(*), count(*) FILTER (WHERE after.value - before.value - after.flows < -before.var_95),
+           count(*) FILTER (WHERE after.value - before.value - after.flows < -before.var_99)
+    FROM account_snapshots after
+    JOIN account_snapshots before ON before.agent_id = after.agent_id AND before.day = after.day - 1
+    WHERE after.day BETWEEN :first AND :last AND after.flows IS NOT NULL AND before.var_99 IS NOT NULL
+    GROUP BY after.day
+    """
+).bindparams(bindparam("first", type_=Date), bindparam("last", type_=Date))
+
+
+async def tallies(tx: Tx, first: date, last: date) -> dict[date, tuple[int, int, int]]:
+    """Return by day how many accounts had a forecast of it, and how many lost more than VaR at .95 and at .99."""
+    rows = await tx.connection.execute(_TALLIES, {"first": first, "last": last})
+    return {day: (forecasts, at_95, at_99) for day, forecasts, at_95, at_99 in rows}
+
+
 async def purge(tx: Tx, before: datetime, most: int = SNAPSHOTS_A_PURGE_MAX) -> bool:
     """Delete snapshots of days before a moment's, at most so many; tell whether there may be more of them."""
     done = await tx.connection.execute(_PURGE, {"before": day_of(before), "most": most})
