@@ -13,7 +13,7 @@ from datetime import date, datetime
 
 import asyncpg
 import numpy as np
-from sqlalchemy import ARRAY, BigInteger, Date, DateTime, Double, Integer, Text, bindparam, select, text
+from sqlalchemy import ARRAY, BigInteger, Date, DateTime, Double, Integer, Text, bindparam, func, select, text
 
 from app.db.session import Database, Tx
 from app.db.tables import account_snapshots
@@ -246,6 +246,12 @@ async def tallies(tx: Tx, first: date, last: date) -> dict[date, tuple[int, int,
     """Return by day how many accounts had a forecast of it, and how many lost more than VaR at .95 and at .99."""
     rows = await tx.connection.execute(_TALLIES, {"first": first, "last": last})
     return {day: (forecasts, at_95, at_99) for day, forecasts, at_95, at_99 in rows}
+
+
+async def first_day(tx: Tx) -> date | None:
+    """Return the earliest day of any snapshot that is kept."""
+    found: date | None = (await tx.connection.execute(select(func.min(account_snapshots.c.day)))).scalar_one()
+    return found
 
 
 async def purge(tx: Tx, before: datetime, most: int = SNAPSHOTS_A_PURGE_MAX) -> bool:

@@ -71,8 +71,6 @@ async def _moments(tx: Tx, names: Sequence[str]) -> dict[str, float]:
 
 def show(values: Values, now: datetime) -> Iterable[Metric]:
     """Return the series of accounts, prices and workers."""
-    if not values:
-        return
     if "zones" in values:
         yield from _of_accounts(values)
     ages = {name: seconds_since(moment, now) for name, moment in values["prices"].items()}

@@ -25,7 +25,7 @@ CONFIDENCES = {"0.95": 0.95, "0.99": 0.99}
 async def take(tx: Tx, before: Values) -> Values:
     """Count the days that have not been counted, at most so many at once, and the last two anew."""
     today = snapshots.day_of(tx.now)
-    first = today - timedelta(days=DAYS - 1)
+    first = max(today - timedelta(days=DAYS - 1), await snapshots.first_day(tx) or today)
     counted = date.fromisoformat(before["through"]) - timedelta(days=1) if "through" in before else first
     start = max(first, counted)
     through = min(today, start + timedelta(days=DAYS_AT_ONCE - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -15,13 +16,13 @@ from app.services.figures.keep import NAMED_MAX, Figure, Values, gauge, seconds_
 ACCOUNTS_A_TIME = 2_000
 
 
-async def take(tx: Tx, before: Values) -> Values:
+async def take(tx: Tx, before: Values, *, accounts_a_time: int) -> Values:
     """Check the next accounts in order of their ids; at the end of them a sweep is done, and the next begins.
 
     `found` is what this sweep has found so far, `last` what the one before it found, units off by asset.
     """
-    agents = await accounts.list_ids(tx, before.get("after", ""), ACCOUNTS_A_TIME)
-    is_last = len(agents) < ACCOUNTS_A_TIME
+    agents = await accounts.list_ids(tx, before.get("after", ""), accounts_a_time)
+    is_last = len(agents) < accounts_a_time
     found = _added(before.get("found", {}), await ledger.differences(tx, agents))
     owed = {asset: float(amount) for asset, amount in (await ledger.owed(tx)).items()}
     if not is_last:
@@ -63,6 +64,6 @@ def show(values: Values, now: datetime) -> Iterable[Metric]:
     )
 
 
-def figure(every_seconds: float) -> Figure:
-    """Return the kind, checked so often."""
-    return Figure("ledger", every_seconds, take, show)
+def figure(every_seconds: float, accounts_a_time: int = ACCOUNTS_A_TIME) -> Figure:
+    """Return the kind, so many accounts checked so often."""
+    return Figure("ledger", every_seconds, functools.partial(take, accounts_a_time=accounts_a_time), show)

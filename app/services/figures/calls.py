@@ -39,8 +39,6 @@ async def take(tx: Tx, _: Values) -> Values:
 
 def show(values: Values, now: datetime) -> Iterable[Metric]:
     """Return the series of margin calls."""
-    if not values:
-        return
     yield gauge("primerisk_margin_calls", "Live margin calls by state.", values["states"], "state")
     bounds = [*(str(bound) for bound in GRACE_SECONDS), "+Inf"]
     yield HistogramMetricFamily(

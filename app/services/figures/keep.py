@@ -42,7 +42,7 @@ NAMED_MAX = 100
 class Figure:
     """One kind: how often it is taken, how, given what was taken before, and the series that show it.
 
-    `show` is given the values, empty before the first were taken, and the database's time.
+    `show` is given the values and the database's time.
     """
 
     name: str
@@ -164,9 +164,9 @@ class Keeper(Collector):
         )  # fmt: skip
         now = self._database.clock.now() if known else None
         for kind in self._kinds:
-            if now is None or kind.name not in known:
+            taken = known.get(kind.name)
+            if now is None or taken is None or not taken.values:  # never taken yet
                 continue
-            taken = known[kind.name]
             age.add_metric([kind.name], max(0.0, (now - taken.taken_at).total_seconds()))
             took.add_metric([kind.name], taken.seconds)
             yield from kind.show(taken.values, now)
