@@ -46,6 +46,8 @@ def main() -> None:
 def read_settings(**overrides: Any) -> Settings:
     """Return the settings of the environment and .env with the command line's over them."""
     given = {name: value for name, value in overrides.items() if value is not None}
+    if files := os.environ.get("PRIMERISK_SECRETS_DIR"):
+        given["_secrets_dir"] = files
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -198,11 +200,20 @@ def report(
 def demo(
     seed: Annotated[int, typer.Option(help="what the market and the agents' wallets are drawn from")] = 1,
     seconds: Annotated[float, typer.Option(min=8, max=600, help="how long the market is open")] = 32,
+    address: Annotated[
+        str | None, typer.Option(help="a running service without agents, with PRIMERISK_ADMIN_KEY; else one of its own")
+    ] = None,
 ) -> None:
     """Show margin calls at work: a service of its own, a fleet of agents, and a market that crashes."""
     from app import demo as show  # noqa: PLC0415
 
-    show.demo(seed, seconds)
+    there = None
+    if address is not None:
+        key = read_settings().admin_key
+        if key is None:
+            raise StartupError("set PRIMERISK_ADMIN_KEY to the admin key of that service")
+        there = show.Service(address.rstrip("/"), key.get_secret_value())
+    show.demo(seed, seconds, there)
 
 
 def _read(file: Path) -> bytes:

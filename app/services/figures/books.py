@@ -55,7 +55,7 @@ def show(values: Values, now: datetime) -> Iterable[Metric]:
             "Time since every account's ledger had been checked.",
             seconds_since(values["swept_at"], now),
         )
-    owed = values.get("owed", {})
+    owed = dict.fromkeys(off, 0.0) | values["owed"]
     yield gauge(
         "primerisk_owed",
         "Units that agents owe the house beyond all that they have, by asset.",

@@ -1,0 +1,30 @@
+"""All dashboards, by the name of their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from ops.grafana import margins, service
+from ops.grafana.panels import plain
+
+DASHBOARDS: Mapping[str, Callable[[], Dashboard]] = {"service": service.dashboard, "margins": margins.dashboard}
+PLACE = Path(__file__).parent / "dashboards"
+
+
+def rendered() -> dict[str, str]:
+    """Return the JSON of every dashboard by its name."""
+    return {
+        name: json.dumps(plain(make().build()), indent=2, ensure_ascii=False) + "\n"
+        for name, make in DASHBOARDS.items()
+    }
+
+
+def write() -> None:
+    """Write every dashboard's file."""
+    PLACE.mkdir(exist_ok=True)
+    for name, text in rendered().items():
+        (PLACE / f"{name}.json").write_text(text)
