@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, agent, key, revoke, settings, quote, report, history import, demo."""
+"""The command line: serve, migrate, health, agent, key, revoke, settings, quote, report, history import, demo."""
 
 from __future__ import annotations
 
@@ -87,16 +87,28 @@ def worker() -> None:
 
 
 @cli.command()
-def migrate() -> None:
-    """Bring the database to the schema of this release."""
+def migrate(
+    reader: Annotated[str | None, typer.Option(help="a role of Postgres that may read the operator's views")] = None,
+) -> None:
+    """Bring the database to the schema of this release, beside whatever runs on it."""
     import asyncio  # noqa: PLC0415
 
     from app import server  # noqa: PLC0415
     from app.db.migrate import head  # noqa: PLC0415
 
     with server.running_database(read_settings()) as settings:
-        asyncio.run(server.prepare(settings))
+        asyncio.run(server.migrate_for(settings, reader))
     typer.echo(f"the database is at revision {head()}")
+
+
+@cli.command()
+def health(
+    url: Annotated[str, typer.Argument(help="/readyz of an API process, or /metrics of a worker")],
+) -> None:
+    """Tell by the exit code whether a process is well; of a worker, whether it still looks at the accounts."""
+    from app import probe  # noqa: PLC0415
+
+    probe.check(url)
 
 
 @cli.command()

@@ -28,7 +28,7 @@ from app.api import workshop
 from app.api.deps import Parts
 from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.api.streams import Streams
-from app.db import embedded, migrate
+from app.db import embedded, migrate, operator_views
 from app.db.session import Database, parse_database_url
 from app.domain.closes import Close
 from app.errors import StartupError
@@ -327,6 +327,14 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+async def migrate_for(settings: Settings, reader: str | None) -> None:
+    """Bring the schema to this release, and let a role read the operator's views. Raises StartupError."""
+    async with _prepared(settings) as database:
+        if reader is not None:
+            async with database.transaction("command-line") as tx:
+                await operator_views.grant(tx, reader)
 
 
 async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:

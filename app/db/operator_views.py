@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import DDL, event
+import re
 
+from sqlalchemy import DDL, event, text
+
+from app.db.session import Tx
 from app.db.tables import metadata
+from app.errors import StartupError
 
 CALLS = """
 CREATE VIEW operator_calls AS
@@ -34,6 +38,19 @@ WHERE w.seen_at > now() - interval '3 s'
 """The accounts in the greatest danger, as the live workers' screens last assessed them: a hundred of each worker's."""
 
 VIEWS = ("operator_calls", "operator_accounts")
+
+_ROLE = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+
+
+async def grant(tx: Tx, role: str) -> None:
+    """Let a role read the views. Raises StartupError where there is no such role."""
+    if not _ROLE.fullmatch(role):
+        raise StartupError(f"a role has lower-case letters, digits and underscores: not {role}")
+    known = await tx.connection.execute(text("SELECT FROM pg_roles WHERE rolname = :role"), {"role": role})
+    if known.first() is None:
+        raise StartupError(f"the database has no role {role}")
+    await tx.connection.execute(text(f"GRANT SELECT ON {', '.join(VIEWS)} TO {role}"))
+
 
 for _statement in (CALLS, ACCOUNTS):
     event.listen(metadata, "after_create", DDL(_statement))  # type: ignore[no-untyped-call]
