@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, health, agent, key, revoke, settings, quote, report, history import, demo."""
+"""The command line: what serves, what keeps a database, what quotes and reports, what shows."""
 
 from __future__ import annotations
 
@@ -109,6 +109,31 @@ def health(
     from app import probe  # noqa: PLC0415
 
     probe.check(url)
+
+
+@cli.command()
+def backup(file: Annotated[Path, typer.Argument(help="where the copy is written; it must not be there yet")]) -> None:
+    """Write a copy of the whole database, as of one moment, while everything goes on."""
+    from app import backup as copy  # noqa: PLC0415
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        copy.backup(settings, file)
+    typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+
+
+@cli.command()
+def restore(file: Annotated[Path, typer.Argument(help="what `primerisk backup` wrote")]) -> None:
+    """Fill an empty database from a copy, and bring it to the schema of this release."""
+    import asyncio  # noqa: PLC0415
+
+    from app import backup as copy  # noqa: PLC0415
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        copy.restore(settings, file)
+        asyncio.run(server.prepare(settings))
+    typer.echo("restored")
 
 
 @cli.command()

@@ -46,7 +46,7 @@ async def grant(tx: Tx, role: str) -> None:
     """Let a role read the views. Raises StartupError where there is no such role."""
     if not _ROLE.fullmatch(role):
         raise StartupError(f"a role has lower-case letters, digits and underscores: not {role}")
-    known = await tx.connection.execute(text("SELECT FROM pg_roles WHERE rolname = :role"), {"role": role})
+    known = await tx.connection.execute(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role})
     if known.first() is None:
         raise StartupError(f"the database has no role {role}")
     await tx.connection.execute(text(f"GRANT SELECT ON {', '.join(VIEWS)} TO {role}"))

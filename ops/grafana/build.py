@@ -17,10 +17,14 @@ PLACE = Path(__file__).parent / "dashboards"
 
 def rendered() -> dict[str, str]:
     """Return the JSON of every dashboard by its name."""
-    return {
-        name: json.dumps(plain(make().build()), indent=2, ensure_ascii=False) + "\n"
-        for name, make in DASHBOARDS.items()
-    }
+    return {name: _rendered(make()) for name, make in DASHBOARDS.items()}
+
+
+def _rendered(made: Dashboard) -> str:
+    whole = plain(made.build())
+    for number, panel in enumerate(whole["panels"], start=1):
+        panel["id"] = number
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
 
 def write() -> None:
