@@ -51,6 +51,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.screen --load
 	$(BIN)/python -m benchmarks.stress
 	$(BIN)/python -m benchmarks.sizing
+	$(BIN)/python -m benchmarks.metrics
 
 lock: $(INSTALLED)
 	@$(PIP) install uv
