@@ -207,6 +207,7 @@ class Player:
 
     member: Member
     key: str
+    agent_id: str
     deposited: float
     calls: int = 0
     is_called: bool = False
@@ -256,8 +257,8 @@ async def _enter(stage: Stage, member: Member) -> None:
     """Make an agent, fund it, and have it take its positions."""
     made = await stage.send("POST", "/agents", {"name": member.name})
     funds = round(float(stage.rng.uniform(8_000, 25_000)), -2)
-    player = Player(member, made["api_key"], funds)
-    await stage.send("POST", "/wallet/deposits", {"asset": "USDC", "amount": funds}, player.key)
+    player = Player(member, made["api_key"], made["agent_id"], funds)
+    await _book_deposit(stage, player, funds)
     await _subscribe(stage, player)
     weights = stage.rng.dirichlet([4.0] * len(ASSETS))
     orders = [
@@ -279,6 +280,12 @@ async def _enter(stage: Stage, member: Member) -> None:
     }
     await stage.send("PATCH", "/account/settings", own, player.key)
     stage.players.append(player)
+
+
+async def _book_deposit(stage: Stage, player: Player, amount: float) -> None:
+    """Book a deposit as the operator does, whose word it takes wherever balances are worth something."""
+    path = f"/wallet/deposits?agent_id={player.agent_id}"
+    await stage.send("POST", path, {"asset": "USDC", "amount": amount})
 
 
 async def _subscribe(stage: Stage, player: Player) -> None:
@@ -336,7 +343,7 @@ async def _deposit(stage: Stage, player: Player, cure: Mapping[str, Any]) -> Non
         return
     player.answered = "a deposit"
     stage.say(player.member.name, "deposits", f"{amount:,.2f} USDC", "cyan")
-    await stage.send("POST", "/wallet/deposits", {"asset": "USDC", "amount": amount}, player.key)
+    await _book_deposit(stage, player, amount)
     player.deposited += amount
 
 

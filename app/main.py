@@ -46,6 +46,7 @@ from app.api.openapi import openapi_document
 from app.api.streams import Streams
 from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
+from app.domain.webhooks import EVENT_TYPES, is_urgent
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services import retention
 from app.services.accounts import KeyRing
@@ -135,6 +136,7 @@ def _show(parts: Parts) -> None:
     metrics.database_up.set_function(lambda: database.reachable)
     metrics.market_version.set_function(lambda: market.view.parameters.version)
     metrics.market_age_seconds.set_function(lambda: math.nan if market.age_seconds is None else market.age_seconds)
+    metrics.begin_events(kind for kind in EVENT_TYPES if is_urgent(kind))
     metrics.show_connections(database.connections)
     metrics.show_limits(
         {

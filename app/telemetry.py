@@ -26,16 +26,6 @@ _FAST_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 _CALL_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _ORDER_RESULTS = ("filled", "pending", "refused")
 _ATTEMPT_RESULTS = ("delivered", "refused", "timeout", "unreachable", "blocked")
-_MARGIN_EVENTS = (
-    "margin_call.opened",
-    "margin_call.reminded",
-    "margin_call.cured",
-    "margin_call.expired",
-    "liquidation.requested",
-    "liquidation.executed",
-    "liquidation.exhausted",
-    "liquidation.completed",
-)
 _POSITIONS = (0, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 5_000)
 
 
@@ -92,6 +82,10 @@ class Metrics:
             ("limit",),
             registry=self.registry,
         )
+
+    def begin_events(self, events: Iterable[str]) -> None:
+        """Show the events of margin calls and liquidations from zero on."""
+        _begin(self.margin_events, events)
 
     def show_limits(self, limits: Mapping[str, float]) -> None:
         """Show limits, so that a dashboard and an alert know them."""
@@ -164,7 +158,6 @@ class Metrics:
             ("event",),
             registry=self.registry,
         )
-        _begin(self.margin_events, _MARGIN_EVENTS)
         self.price_to_call_seconds = Histogram(
             "primerisk_price_to_call_seconds",
             "Time from the arrival of the newest price that an account depends on to its margin call's being written.",

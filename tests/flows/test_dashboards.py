@@ -11,7 +11,7 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from sqlalchemy import text
 
 from app.db import embedded
 from app.db.session import Database
+from app.demo import FLEET
 from app.services import ledger
 from ops.grafana.build import PLACE
 from tests import prometheus
@@ -40,6 +41,8 @@ class Stack:
     place: Home
     apis: tuple[str, str]
     workers: tuple[str, str]
+    doomed: Sequence[subprocess.Popen[bytes]]
+    """The second of each."""
 
 
 @contextmanager
@@ -48,13 +51,18 @@ def _standing(database: Database) -> Iterator[Stack]:
     with ExitStack() as stack:
         homes = [stack.enter_context(home()) for _ in range(4)]
         given = {"PYTHONPATH": str(ROOT), **settings_of(database), "PRIMERISK_FIGURES_SECONDS": "0.5"}
+        given["PRIMERISK_AGENTS_MAY_DEPOSIT"] = "false"  # as docker-compose.yml has it
         workers = tuple(f"127.0.0.1:{embedded._free_port()}" for _ in range(2))
-        for place, shown in zip(homes[2:], workers, strict=True):
-            port = shown.rpartition(":")[2]
-            stack.enter_context(running(place, "worker", **given, PRIMERISK_WORKER_METRICS_PORT=port))
+        working = [
+            stack.enter_context(
+                running(place, "worker", **given, PRIMERISK_WORKER_METRICS_PORT=shown.rpartition(":")[2])
+            )
+            for place, shown in zip(homes[2:], workers, strict=True)
+        ]
         served = [stack.enter_context(serving(place, command="api", **given)) for place in homes[:2]]
         first, second = (one.greeting.address for one in served)
-        yield Stack(homes[0], (first, second), (workers[0], workers[1]))
+        doomed = served[1].process, working[1]
+        yield Stack(homes[0], (first, second), (workers[0], workers[1]), doomed)
 
 
 def _expressions() -> list[tuple[str, str]]:
@@ -108,6 +116,7 @@ async def test_the_demonstration_fills_every_panel(database: Database) -> None:
             _check_panels(asked, started, ended)
             _check_rules(asked)
             _check_agreement(stack)
+            await _check_survivors(stack)
         async with database.transaction("test") as tx:
             assert await ledger.imbalances(tx) == {}
             for statement in _tables():
@@ -139,6 +148,20 @@ def _check_agreement(stack: Stack) -> None:
         told = [re.findall(pattern, text, re.MULTILINE) for text in shown]
         assert told[0]
         assert all(one == told[0] for one in told), told
+
+
+async def _check_survivors(stack: Stack) -> None:
+    """Kill an API process and a worker: what the others say of the service is right again within seconds."""
+    for process in stack.doomed:
+        process.kill()
+    wanted = {'primerisk_shards{state="held"} 64.0', "primerisk_workers 1.0"}
+    async with httpx.AsyncClient() as client, asyncio.timeout(30):
+        while True:
+            shown = (await client.get(f"{stack.apis[0]}/metrics")).text
+            accounts = re.findall(r"^primerisk_accounts\{.*\} (\S+)$", shown, re.MULTILINE)
+            if wanted <= set(shown.splitlines()) and sum(map(float, accounts)) == len(FLEET):
+                return
+            await asyncio.sleep(0.2)
 
 
 def test_the_rules_are_those_that_are_tested() -> None:

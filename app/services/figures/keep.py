@@ -111,17 +111,25 @@ class Keeper(Collector):
         if missing := [kind.name for kind in self._kinds if kind.name not in known]:
             async with self._database.transaction("figures") as tx:
                 await tx.connection.execute(_PLACE, [{"name": name} for name in missing])
-        for kind in self._kinds:
-            if time.monotonic() >= self._again_at.get(kind.name, 0.0):
-                await self._take_unless_it_fails(kind)
-        self._known = await self._read()
+        due = [kind for kind in self._kinds if self._is_due(kind, known.get(kind.name))]
+        for kind in due:
+            await self._take_unless_it_fails(kind)
+        self._known = await self._read() if due else known
+
+    def _is_due(self, kind: Figure, taken: Taken | None) -> bool:
+        """Tell whether it is worth asking for; `_CLAIM` says the same under the lock."""
+        if time.monotonic() < self._again_at.get(kind.name, 0.0):
+            return False
+        rest = 0.0 if taken is None else max(kind.every_seconds, REST * taken.seconds)
+        return taken is None or (self._database.clock.now() - taken.taken_at).total_seconds() >= rest
 
     async def _take_unless_it_fails(self, kind: Figure) -> None:
+        """Take a kind; one that can't be taken, or takes longer than a statement may, keeps no other from it."""
         try:
             await self._take(kind)
-        except DatabaseUnavailableError:
-            raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, DatabaseUnavailableError) and error.code == "database_unavailable":
+                raise
             self.failures.inc()
             log.exception("the figures of %s can't be taken", kind.name)
             self._again_at[kind.name] = time.monotonic() + RETRY_SECONDS
