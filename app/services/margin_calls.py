@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, insert, select, text, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import DBAPIError
 
 from app import telemetry
@@ -531,38 +531,6 @@ async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[
         .limit(limit)
     )
     return list((await tx.connection.execute(query)).scalars())
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """How many calls did not cover a loss, and the sum of that, USD."""
-
-    calls: int
-    deficit: Decimal
-
-
-async def losses(tx: Tx) -> Losses:
-    """Return what all calls so far did not cover."""
-    lost = margin_calls.c.deficit + margin_calls.c.uncovered
-    query = select(func.count(), func.coalesce(func.sum(lost), ZERO)).where(lost > text("0"))
-    return Losses(*(await tx.connection.execute(query)).one())
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """A live call's state and times."""
-
-    state: str
-    deadline_at: datetime | None
-    next_action_at: datetime | None
-
-
-async def live_now(tx: Tx) -> list[Live]:
-    """Return every live call of the service."""
-    columns = margin_calls.c
-    query = select(columns.state, columns.deadline_at, columns.next_action_at)
-    rows = await tx.connection.execute(query.where(columns.state.in_(LIVE_STATES)))
-    return [Live(*row) for row in rows]
 
 
 async def acknowledge(tx: Tx, agent_id: str, call_id: str, note: str) -> StoredCall:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-import numpy as np
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from app.db.session import Tx
 from app.domain.margin_calls import LIVE_STATES
-from app.services import margin_calls
+from app.services import live_calls
 from app.services.figures.keep import Figure, Values, gauge, seconds_since
 
 GRACE_SECONDS = (0.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0, 21_600.0, 86_400.0)
@@ -21,16 +20,17 @@ EVERY_SECONDS = 1.0
 
 async def take(tx: Tx, _: Values) -> Values:
     """Return live calls by state, the time left of those open by bucket, the oldest that are late, the losses."""
-    live = await margin_calls.live_now(tx)
-    deadlines = [call.deadline_at for call in live if call.state == "open" and call.deadline_at is not None]
-    actions = [call.next_action_at for call in live if call.next_action_at is not None]
-    left = np.array([(deadline - tx.now).total_seconds() for deadline in deadlines])
-    lost = await margin_calls.losses(tx)
+    live = await live_calls.live_now(tx)
+    grace, grace_sum = await live_calls.time_left(tx, GRACE_SECONDS)
+    lost = await live_calls.losses(tx)
+    states = {state: live[state].count if state in live else 0 for state in LIVE_STATES}
+    deadline = live["open"].deadline_at if "open" in live else None
+    actions = [of.next_action_at for of in live.values() if of.next_action_at is not None]
     return {
-        "states": {state: sum(call.state == state for call in live) for state in LIVE_STATES},
-        "grace": [int((left <= bound).sum()) for bound in GRACE_SECONDS] + [len(left)],
-        "grace_sum": float(left.sum()),
-        "deadline": min(deadlines).timestamp() if deadlines else None,
+        "states": states,
+        "grace": [*grace, states["open"]],
+        "grace_sum": grace_sum,
+        "deadline": None if deadline is None else deadline.timestamp(),
         "action": min(actions).timestamp() if actions else None,
         "lost": float(lost.deficit),
         "lossmakers": lost.calls,
