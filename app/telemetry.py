@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of a scrape, and read by nobody
 
+_QUOTED = re.compile(r"(DETAIL: +).*")
 _NOBODY: Mapping[str, str] = {}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -224,6 +226,19 @@ def _begin(counter: Counter, values: Iterable[str]) -> None:
         counter.labels(value)
 
 
+def _withheld(text: str) -> str:
+    """Return a text without what Postgres quotes of rows that it refuses: they hold secrets."""
+    return _QUOTED.sub(r"\1(withheld)", text)
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        return _withheld(super().format(record))
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line, with the ids of the request, and of the agent and the call that it concerns."""
 
@@ -233,20 +248,20 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _withheld(record.getMessage()),
         }
         if identifier := request_id.get():
             line["request_id"] = identifier
         line |= concerned.get()
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _withheld(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
 
 
 def configure_logging(level: str, form: str) -> None:
     """Send logs of this process to standard error, as JSON lines or as text for people."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    text = TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if form == "json" else text)
     root = logging.getLogger()
     root.handlers[:] = [handler]

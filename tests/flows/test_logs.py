@@ -65,6 +65,7 @@ async def test_a_flow_is_told_with_its_ids_and_without_secrets(
     secrets = [ADMIN_KEY, PASSWORD, trader.key, trader.key.rpartition("_")[2]]
     secrets += [whole.removeprefix("whsec_") for whole in (secret, rotated)]
     assert [found for found in secrets if found in logged] == []
+    assert "DETAIL:  (withheld)" in logged, "a row was refused"
     assert "whsec_" not in logged, "nor the secret of the endpoint that could not be stored"
     lines = [json.loads(line) for line in logged.splitlines() if line.startswith("{")]
     assert {line["level"] for line in lines} >= {"debug", "info", "error"}
