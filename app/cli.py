@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, agent, key, revoke, settings, quote, report, history import, demo."""
+"""The command line: what serves, what keeps a database, what quotes and reports, what shows."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def main() -> None:
 def read_settings(**overrides: Any) -> Settings:
     """Return the settings of the environment and .env with the command line's over them."""
     given = {name: value for name, value in overrides.items() if value is not None}
+    if files := os.environ.get("PRIMERISK_SECRETS_DIR"):
+        given["_secrets_dir"] = files
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -88,16 +90,53 @@ def worker() -> None:
 
 
 @cli.command()
-def migrate() -> None:
-    """Bring the database to the schema of this release."""
+def migrate(
+    reader: Annotated[str | None, typer.Option(help="a role of Postgres that may read the operator's views")] = None,
+) -> None:
+    """Bring the database to the schema of this release, beside whatever runs on it."""
     import asyncio  # noqa: PLC0415
 
     from app import server  # noqa: PLC0415
     from app.db.migrate import head  # noqa: PLC0415
 
     with server.running_database(read_settings()) as settings:
-        asyncio.run(server.prepare(settings))
+        asyncio.run(server.migrate_for(settings, reader))
     typer.echo(f"the database is at revision {head()}")
+
+
+@cli.command()
+def health(
+    url: Annotated[str, typer.Argument(help="/readyz of an API process, or /metrics of a worker")],
+) -> None:
+    """Tell by the exit code whether a process is well; of a worker, whether it still looks at the accounts."""
+    from app import probe  # noqa: PLC0415
+
+    probe.check(url)
+
+
+@cli.command()
+def backup(file: Annotated[Path, typer.Argument(help="where the copy is written; it must not be there yet")]) -> None:
+    """Write a copy of the whole database, as of one moment, while everything goes on."""
+    from app import backup as copy  # noqa: PLC0415
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        copy.backup(settings, file)
+    typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+
+
+@cli.command()
+def restore(file: Annotated[Path, typer.Argument(help="what `primerisk backup` wrote")]) -> None:
+    """Fill an empty database from a copy, and bring it to the schema of this release."""
+    import asyncio  # noqa: PLC0415
+
+    from app import backup as copy  # noqa: PLC0415
+    from app import server  # noqa: PLC0415
+
+    with server.running_database(read_settings()) as settings:
+        copy.restore(settings, file)
+        asyncio.run(server.prepare(settings))
+    typer.echo("restored")
 
 
 @cli.command()
@@ -208,11 +247,20 @@ def report(
 def demo(
     seed: Annotated[int, typer.Option(help="what the market and the agents' wallets are drawn from")] = 1,
     seconds: Annotated[float, typer.Option(min=8, max=600, help="how long the market is open")] = 32,
+    address: Annotated[
+        str | None, typer.Option(help="a running service without agents, with PRIMERISK_ADMIN_KEY; else one of its own")
+    ] = None,
 ) -> None:
     """Show margin calls at work: a service of its own, a fleet of agents, and a market that crashes."""
     from app import demo as show  # noqa: PLC0415
 
-    show.demo(seed, seconds)
+    there = None
+    if address is not None:
+        key = read_settings().admin_key
+        if key is None:
+            raise StartupError("set PRIMERISK_ADMIN_KEY to the admin key of that service")
+        there = show.Service(address.rstrip("/"), key.get_secret_value())
+    show.demo(seed, seconds, there)
 
 
 def _read(file: Path) -> bytes:

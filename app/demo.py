@@ -1,7 +1,8 @@
 """A demonstration: a service of its own, a fleet of agents, a market that crashes, and what becomes of each.
 
-It speaks to the service as anybody would, over HTTP and event streams. What it starts lives in a temporary directory
-and ends with it.
+It speaks to the service as anybody would, over HTTP, event streams and webhooks. What it starts lives in a temporary
+directory and ends with it. It may play on a service that runs already, so that an operator's dashboards have something
+to show: on one that is nobody else's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 import numpy as np
+from aiohttp import web
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -118,7 +120,12 @@ def running_service() -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="primerisk-demo-") as home:
         key = secrets.token_urlsafe(24)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PRIMERISK_")}
-        own = {"PRIMERISK_DATA_DIR": f"{home}/data", "PRIMERISK_PORT": "0", "PRIMERISK_ADMIN_KEY": key}
+        own = {
+            "PRIMERISK_DATA_DIR": f"{home}/data",
+            "PRIMERISK_PORT": "0",
+            "PRIMERISK_ADMIN_KEY": key,
+            "PRIMERISK_WEBHOOK_ALLOW_PRIVATE": "true",  # the receiver is here
+        }
         log = Path(home, "log")
         with log.open("wb") as errors:
             process = subprocess.Popen(
@@ -160,6 +167,40 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+# --- the receiver of webhooks
+
+
+@dataclass(slots=True)
+class Receiver:
+    """Takes webhooks, and counts them."""
+
+    url: str = ""
+    taken: int = 0
+    is_refused: bool = False
+    """Whether the service sends nothing to private addresses."""
+
+    async def take(self, _: web.Request) -> web.Response:
+        """Take one."""
+        self.taken += 1
+        return web.Response(status=204)
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[Receiver]:
+    """Receive webhooks on loopback meanwhile."""
+    receiver = Receiver()
+    app = web.Application()
+    app.router.add_post("/", receiver.take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        receiver.url = "http://{}:{}/".format(*runner.addresses[0][:2])
+        yield receiver
+    finally:
+        await runner.cleanup()
+
+
 # --- the agents
 
 
@@ -169,6 +210,7 @@ class Player:
 
     member: Member
     key: str
+    agent_id: str
     deposited: float
     calls: int = 0
     is_called: bool = False
@@ -187,6 +229,7 @@ class Stage:
     console: Console
     seconds: float
     rng: np.random.Generator
+    receiver: Receiver
     started: float = 0.0
     players: list[Player] = field(default_factory=list)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -217,12 +260,22 @@ async def _enter(stage: Stage, member: Member) -> None:
     """Make an agent, fund it, and have it take its positions."""
     made = await stage.send("POST", "/agents", {"name": member.name})
     funds = round(float(stage.rng.uniform(8_000, 25_000)), -2)
-    player = Player(member, made["api_key"], funds)
-    await stage.send("POST", "/wallet/deposits", {"asset": "USDC", "amount": funds}, player.key)
+    player = Player(member, made["api_key"], made["agent_id"], funds)
+    await _book_deposit(stage, player, funds)
+    await _subscribe(stage, player)
     weights = stage.rng.dirichlet([4.0] * len(ASSETS))
-    for asset, price, weight in zip(ASSETS, OPENING, weights.tolist(), strict=True):
-        size = round(member.utilization * funds / INITIAL_RATE * weight / price, 4)
-        order = {"symbol": f"{asset}-PERP", "side": member.side, "size": size}
+    orders = [
+        {
+            "symbol": f"{asset}-PERP",
+            "side": member.side,
+            "size": round(member.utilization * funds / INITIAL_RATE * weight / price, 4),
+        }
+        for asset, price, weight in zip(ASSETS, OPENING, weights.tolist(), strict=True)
+    ]
+    held = [{**order, "side": {"buy": "long", "sell": "short"}[member.side]} for order in orders]
+    quoted = {"positions": held, "collateral": [{"asset": "USDC", "amount": funds}]}
+    await stage.send("POST", "/quotes/margin", quoted, player.key)  # what it will cost
+    for order in orders:
         await stage.send("POST", "/orders", order, player.key)
     own = {
         "grace_period_seconds": max(1, round(member.grace * stage.seconds)),
@@ -238,12 +291,31 @@ async def _lend(stage: Stage) -> None:
     for member, asset, amount in ((LENDER, "USDC", 4.0 * LENT), (BORROWER, "BTC", 2.0 * PLEDGED)):
         made = await stage.send("POST", "/agents", {"name": member.name})
         keys[member.plan] = made["api_key"]
-        await stage.send("POST", "/wallet/deposits", {"asset": asset, "amount": amount}, made["api_key"])
         worth = amount if asset == "USDC" else amount * OPENING[0]
-        stage.players.append(Player(member, made["api_key"], worth))
+        player = Player(member, made["api_key"], made["agent_id"], worth)
+        await _book_deposit(stage, player, amount, asset)
+        stage.players.append(player)
     await stage.send("POST", "/lending/create", {"asset": "USDC", "amount": LENT}, keys["lends"])
     wanted = {"asset": "USDC", "amount": LENT, "collateral": {"asset": "BTC", "amount": PLEDGED}}
     await stage.send("POST", "/lending/borrow", wanted, keys["borrows"])
+
+
+async def _book_deposit(stage: Stage, player: Player, amount: float, asset: str = "USDC") -> None:
+    """Book a deposit as the operator does, whose word it takes wherever balances are worth something."""
+    path = f"/wallet/deposits?agent_id={player.agent_id}"
+    await stage.send("POST", path, {"asset": asset, "amount": amount})
+
+
+async def _subscribe(stage: Stage, player: Player) -> None:
+    """Have what becomes of the agent's calls sent to the receiver as well."""
+    if stage.receiver.is_refused:
+        return
+    wanted = {"url": stage.receiver.url, "filters": ["margin_call.*", "liquidation.*"]}
+    try:
+        await stage.send("POST", "/webhooks", wanted, player.key)
+    except RefusedError as refusal:
+        stage.receiver.is_refused = True
+        stage.console.print(f"webhooks are left out: {refusal}", style="dim")
 
 
 async def _listen(stage: Stage, player: Player, is_listening: asyncio.Event) -> None:
@@ -289,7 +361,7 @@ async def _deposit(stage: Stage, player: Player, cure: Mapping[str, Any]) -> Non
         return
     player.answered = "a deposit"
     stage.say(player.member.name, "deposits", f"{amount:,.2f} USDC", "cyan")
-    await stage.send("POST", "/wallet/deposits", {"asset": "USDC", "amount": amount}, player.key)
+    await _book_deposit(stage, player, amount)
     player.deposited += amount
 
 
@@ -427,8 +499,9 @@ async def _listening(stage: Stage) -> AsyncIterator[None]:
 async def _play(service: Service, console: Console, seed: int, seconds: float) -> None:
     rng = np.random.default_rng(seed)
     path = market_path(rng, max(2, round(seconds / TICK_SECONDS)))
-    async with aiohttp.ClientSession() as http:
-        stage = Stage(http, service, console, seconds, rng, asyncio.get_running_loop().time())
+    async with aiohttp.ClientSession() as http, receiving() as receiver:
+        stage = Stage(http, service, console, seconds, rng, receiver, asyncio.get_running_loop().time())
+        await _check_alone(stage)
         await _post(stage, OPENING)
         for member in FLEET:  # one after the other: each draws from the same rng
             await _enter(stage, member)
@@ -437,6 +510,16 @@ async def _play(service: Service, console: Console, seed: int, seconds: float) -
             stage.started = asyncio.get_running_loop().time()
             await _trade(stage, path)
         await _sum_up(stage)
+
+
+async def _check_alone(stage: Stage) -> None:
+    """Refuse a service that has agents other than the demonstration's: it would move their market."""
+    names = {member.name for member in FLEET}
+    others = [agent["name"] for agent in (await stage.send("GET", "/agents"))["agents"] if agent["name"] not in names]
+    if others:
+        raise StartupError(
+            f"{stage.service.address} has agents of its own, such as {others[0]}: nothing is shown there"
+        )
 
 
 async def _sum_up(stage: Stage) -> None:
@@ -462,6 +545,7 @@ async def _sum_up(stage: Stage) -> None:
     liquidated = sum(player.slices > 0 for player in stage.players)
     counted = [f"{count} cured by {how}" for how, count in sorted(cures.items())] + [f"{liquidated} liquidated"]
     stage.console.print(f"{sum(p.calls for p in stage.players)} calls: {', '.join(counted)}")
+    stage.console.print(f"{stage.receiver.taken} webhooks received", style="dim")
 
 
 def _outcome(player: Player) -> str:
@@ -473,8 +557,11 @@ def _outcome(player: Player) -> str:
     return ", ".join(told) or "never called"
 
 
-def demo(seed: int, seconds: float) -> None:
-    """Run the demonstration until it is over or interrupted; leave nothing behind. Raises StartupError."""
+def demo(seed: int, seconds: float, there: Service | None) -> None:
+    """Run the demonstration until it is over or interrupted; leave nothing behind. Raises StartupError.
+
+    It plays on a service that is there, else on one of its own.
+    """
 
     def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -482,9 +569,10 @@ def demo(seed: int, seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print("starting a service on a Postgres of its own: a few seconds", style="dim")
+    if there is None:
+        console.print("starting a service on a Postgres of its own: a few seconds", style="dim")
     try:
-        with running_service() as service:
+        with running_service() if there is None else nullcontext(there) as service:
             console.print(f"the service is at {service.address}; the market opens", style="dim")
             asyncio.run(_play(service, console, seed, seconds))
     except (aiohttp.ClientError, RefusedError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -46,9 +47,12 @@ from app.api.openapi import openapi_document
 from app.api.streams import Streams
 from app.api.workshop import Workshop
 from app.db.session import Database, parse_database_url
+from app.domain.webhooks import EVENT_TYPES, is_urgent
 from app.errors import FieldError, InvalidError, StartupError, pointer_to
 from app.services import retention
 from app.services.accounts import KeyRing
+from app.services.figures import every
+from app.services.figures.keep import Keeper
 from app.services.history_cache import HistoryCache
 from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
@@ -78,7 +82,14 @@ def create_app(settings: Settings) -> FastAPI:
         workshop=Workshop(settings.heavy_threads, settings.heavy_waiting_max),
         streams=Streams(database, metrics, settings.event_streams_max),
         history=HistoryCache(database),
+        figures_shown=Keeper(
+            database,
+            every.kinds(settings.figures_seconds, settings.ledger_check_seconds),
+            settings.figures_seconds,
+            metrics.registry,
+        ),
     )
+    _show(parts)
     app = FastAPIOffline(  # FastAPI's own /docs loads its scripts from a host of its author's
         redoc_url=None,
         static_url="/docs/assets",
@@ -123,6 +134,23 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def _show(parts: Parts) -> None:
+    """Have the metrics read what the parts know, at each scrape, wherever they are shown."""
+    metrics, settings, database, market = parts.metrics, parts.settings, parts.database, parts.market
+    metrics.database_up.set_function(lambda: database.reachable)
+    metrics.market_version.set_function(lambda: market.view.parameters.version)
+    metrics.market_age_seconds.set_function(lambda: math.nan if market.age_seconds is None else market.age_seconds)
+    metrics.begin_events(kind for kind in EVENT_TYPES if is_urgent(kind))
+    metrics.show_connections(database.connections)
+    metrics.show_limits(
+        {
+            "requests_under_way": settings.requests_under_way_max,
+            "database_connections": settings.database_pool_size,
+            "price_age_seconds": settings.price_age_seconds_max,
+        }
+    )
+
+
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Keep the market in memory fresh, and history bounded, while the app runs.
@@ -136,6 +164,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     loops = (
         asyncio.create_task(parts.market.run(parts.settings.market_refresh_seconds)),
         asyncio.create_task(retention.run(parts.database, _retentions(parts.settings))),
+        asyncio.create_task(parts.figures_shown.run()),
     )
     try:
         yield

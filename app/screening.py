@@ -19,6 +19,7 @@ from app.domain.black76 import Floats
 from app.domain.book_columns import BookColumns
 from app.domain.portfolio import Flags, Rows
 from app.domain.screen import BREACHED, CALLED, Screen, Standing
+from app.domain.tally import Tally, tally
 from app.domain.watch import Band, Ranks, levels_moved
 from app.services import screen_book, watch
 from app.services.market_cache import MarketCache, MarketView
@@ -26,6 +27,8 @@ from app.services.shards import ALL
 
 STALE_SECONDS = 1.0
 """How often prices are looked over for those that have gone stale."""
+TALLY_SECONDS = 2.0
+"""How often all accounts are counted for the operator."""
 
 _NOBODY: Rows = np.zeros(0, dtype=np.intp)
 _QUIET = Band(-np.inf, np.inf)
@@ -106,6 +109,9 @@ class Watchman:
         self._looking = False
         self._stale: frozenset[str] = frozenset()
         self._stale_at = 0.0
+        self.tally: Tally | None = None
+        """How the accounts stand that are screened here, once they have been looked at."""
+        self._tally_at = 0.0
 
     async def look(self, shards: frozenset[int]) -> Named:
         """Take in what has changed since the last look, and name the agents on whom a decision is due.
@@ -114,6 +120,7 @@ class Watchman:
         """
         self._looking = True
         try:
+            await self._count()
             if self._screen is None or not shards >= self._shards:
                 return await self._begin(shards)
             return await self._go_on(self._screen, shards)
@@ -210,6 +217,15 @@ class Watchman:
         moved |= (equity <= told.low[touched]) | (equity >= told.high[touched])
         worst_first = np.lexsort((equity[urgent], -figures.margin_ratio[urgent]))
         return touched[urgent][worst_first], touched[moved & ~urgent]
+
+    async def _count(self) -> None:
+        """Count the accounts where it is time to."""
+        now = time.monotonic()
+        if self._screen is None or now < self._tally_at + TALLY_SECONDS:
+            return
+        self._tally_at, told, policy = now, self._told, self._screen.parameters.policy
+        zones, levels = (watch.zones(policy).names, told.zone), (watch.levels(policy).names, told.alert)
+        self.tally = await asyncio.to_thread(tally, self._screen, zones, levels)
 
     def _gone_stale(self, screen: Screen) -> Rows:
         """Return the accounts with a price that has gone stale or is fresh again, and those that need wait no more.

@@ -23,12 +23,12 @@ from prometheus_client import start_http_server
 from pydantic import SecretStr
 from sqlalchemy import URL
 
-from app import history
+from app import history, tracing
 from app.api import workshop
 from app.api.deps import Parts
 from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.api.streams import Streams
-from app.db import embedded, migrate
+from app.db import embedded, migrate, operator_views
 from app.db.session import Database, parse_database_url
 from app.domain.closes import Close
 from app.errors import StartupError
@@ -53,10 +53,26 @@ CURL_BODY = (
 
 def serve(settings: Settings, *, with_worker: bool = True) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything that was started. Raises StartupError."""
-    with _prompt_end(), _terminable(), _listener(settings) as listener, running_database(settings) as ready:
+    with (
+        _prompt_end(),
+        _terminable(),
+        _traced(settings),
+        _listener(settings) as listener,
+        running_database(settings) as ready,
+    ):
         embedded_in = None if settings.database_url else settings.data_dir
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(ready, listener, embedded_in, with_worker=with_worker))
+
+
+@contextlib.contextmanager
+def _traced(settings: Settings) -> Iterator[None]:
+    """Send traces meanwhile, where a collector is named. Raises StartupError."""
+    end = tracing.configure(settings.otlp_endpoint)
+    try:
+        yield
+    finally:
+        end()
 
 
 @contextlib.contextmanager
@@ -132,6 +148,7 @@ def worker_of(parts: Parts) -> Worker:
 async def _work(settings: Settings) -> None:
     await prepare(settings)
     parts = create_app(settings).state.parts
+    figures = asyncio.create_task(parts.figures_shown.run())
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -140,6 +157,8 @@ async def _work(settings: Settings) -> None:
             async with _working(parts):
                 await stop.wait()
     finally:
+        figures.cancel()
+        await asyncio.wait([figures])
         await parts.database.close()
 
 
@@ -164,7 +183,7 @@ def _showing(parts: Parts) -> Iterator[None]:
 
 def work(settings: Settings) -> None:
     """Run a worker alone until it is told to stop."""
-    with running_database(settings) as ready:
+    with _traced(settings), running_database(settings) as ready:
         uvloop.run(_work(ready))
 
 
@@ -308,6 +327,14 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+async def migrate_for(settings: Settings, reader: str | None) -> None:
+    """Bring the schema to this release, and let a role read the operator's views. Raises StartupError."""
+    async with _prepared(settings) as database:
+        if reader is not None:
+            async with database.transaction("command-line") as tx:
+                await operator_views.grant(tx, reader)
 
 
 async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:

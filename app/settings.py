@@ -74,6 +74,18 @@ class Settings(BaseSettings):
     worker_metrics_port: Annotated[
         int | None, Field(ge=1, le=65535, description="port on which `primerisk worker` shows its metrics")
     ] = None
+    figures_seconds: Annotated[
+        float, Field(gt=0, le=60, description="how often a process reads the figures of the whole service")
+    ] = 2.0
+    ledger_check_seconds: Annotated[
+        float, Field(gt=0, le=86_400, description="how often the ledger of the next 2,000 accounts is checked")
+    ] = 5.0
+    metrics_accounts_max: Annotated[
+        int, Field(ge=0, le=100, description="accounts that /metrics/accounts names; 0 turns it off")
+    ] = 0
+    otlp_endpoint: Annotated[
+        str | None, Field(description="http://host:4318 of a collector of OpenTelemetry traces; unset: no traces")
+    ] = None
     liquidation_policy: Annotated[
         Literal["smallest_first", "largest_relief", "keep_top_n"],
         Field(description="which position is closed first"),

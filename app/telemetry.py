@@ -1,23 +1,51 @@
-"""Metrics, logs and the request id. Labels are bounded: never an agent or a key; assets of the largest loan markets."""
+"""Metrics and logs of a process, and whom its work concerns. Labels are bounded: never an agent or a key."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of a scrape, and read by nobody
+
+_QUOTED = re.compile(r"(DETAIL: +).*")
+_NOBODY: Mapping[str, str] = {}
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+concerned: ContextVar[Mapping[str, str]] = ContextVar("concerned", default=_NOBODY)
+"""Whom the work under way concerns, by name: `agent_id`, `margin_call_id`. Every line of the log carries it."""
 
 _FAST_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_CALL_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+_ORDER_RESULTS = ("filled", "pending", "refused")
+_ATTEMPT_RESULTS = ("delivered", "refused", "timeout", "unreachable", "blocked")
 _POSITIONS = (0, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 5_000)
+
+
+@contextlib.contextmanager
+def concerning(**names: str) -> Iterator[None]:
+    """Have the log say whom the work concerns that is done meanwhile."""
+    token = concerned.set({**concerned.get(), **names})
+    try:
+        yield
+    finally:
+        concerned.reset(token)
+
+
+def note(**names: str) -> None:
+    """Have the log say from now on whom this request or decision concerns; its `concerning` ends it."""
+    concerned.set({**concerned.get(), **names})
 
 
 def package_version() -> str:
@@ -40,10 +68,40 @@ class Metrics:
         self._of_books()
         self._of_webhooks()
         self._of_loans()
+        self._of_the_process()
+        Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
+
+    def _of_the_process(self) -> None:
         self.database_up = Gauge(
             "primerisk_database_up", "1 when the database answered last, else 0.", registry=self.registry
         )
-        Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
+        self.database_connections = Gauge(
+            "primerisk_database_connections",
+            "Connections of this process to the database, by pool and by whether they are in use.",
+            ("pool", "state"),
+            registry=self.registry,
+        )
+        self.limits = Gauge(
+            "primerisk_limit",
+            "Limits of this process, by name: what a figure is to be held against.",
+            ("limit",),
+            registry=self.registry,
+        )
+
+    def begin_events(self, events: Iterable[str]) -> None:
+        """Show the events of margin calls and liquidations from zero on."""
+        _begin(self.margin_events, events)
+
+    def show_limits(self, limits: Mapping[str, float]) -> None:
+        """Show limits, so that a dashboard and an alert know them."""
+        for name, value in limits.items():
+            self.limits.labels(name).set(value)
+
+    def show_connections(self, read: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+        """Show the connections that `read` finds by pool and state, at each scrape."""
+        for pool, state in read():
+            shown = self.database_connections.labels(pool, state)
+            shown.set_function(lambda key=(pool, state): read()[key])  # type: ignore[misc]
 
     def _of_requests(self) -> None:
         self.requests = Counter(
@@ -98,10 +156,17 @@ class Metrics:
 
     def _of_books(self) -> None:
         self.orders = Counter("primerisk_orders_total", "Orders by result.", ("result",), registry=self.registry)
+        _begin(self.orders, _ORDER_RESULTS)
         self.margin_events = Counter(
             "primerisk_margin_events_total",
             "Margin calls and liquidations by event.",
             ("event",),
+            registry=self.registry,
+        )
+        self.price_to_call_seconds = Histogram(
+            "primerisk_price_to_call_seconds",
+            "Time from the arrival of the newest price that an account depends on to its margin call's being written.",
+            buckets=_CALL_SECONDS,
             registry=self.registry,
         )
         self.liquidations_escalated = Counter(
@@ -179,20 +244,30 @@ class Metrics:
             "Faults of the delivery itself: something was not claimed, sent, recorded or tidied up.",
             registry=self.registry,
         )
-        self.webhook_oldest_seconds = Gauge(
-            "primerisk_webhook_oldest_undelivered_seconds",
-            "Age of the oldest webhook that is still to be delivered.",
-            registry=self.registry,
-        )
-        self.webhook_lag_seconds = Gauge(
-            "primerisk_webhook_lag_seconds",
-            "How long the webhook that waits the longest has been due.",
-            registry=self.registry,
-        )
+        _begin(self.webhook_attempts, _ATTEMPT_RESULTS)
+
+
+def _begin(counter: Counter, values: Iterable[str]) -> None:
+    """Show a counter's series from zero on: else its first increase is not seen as one."""
+    for value in values:
+        counter.labels(value)
+
+
+def _withheld(text: str) -> str:
+    """Return a text without what Postgres quotes of rows that it refuses: they hold secrets."""
+    return _QUOTED.sub(r"\1(withheld)", text)
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        return _withheld(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the request's id."""
+    """One JSON object a line, with the ids of the request, and of the agent and the call that it concerns."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a JSON line."""
@@ -200,22 +275,25 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _withheld(record.getMessage()),
         }
         if identifier := request_id.get():
             line["request_id"] = identifier
+        line |= concerned.get()
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _withheld(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
 
 
 def configure_logging(level: str, form: str) -> None:
     """Send logs of this process to standard error, as JSON lines or as text for people."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    text = TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if form == "json" else text)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # at debug it would write statements with their values, secrets among them
+    logging.getLogger("sqlalchemy").setLevel(logging.WARNING)
     # it says on each look at the revision that it looked
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -19,6 +19,7 @@ from datetime import timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import telemetry, tracing
 from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.loan_keeping import LoanKeeper
@@ -26,6 +27,7 @@ from app.screening import Watchman
 from app.services import calls, delivery, heartbeat, margin_calls, shards, snapshots
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
+from app.services.margin_calls import Decided
 from app.services.market_cache import MarketCache
 from app.services.sender import Sender
 from app.settings import Settings
@@ -221,17 +223,21 @@ class Worker:
         """Decide on the accounts of the agenda, one after the other; one that can't be decided on holds up no other."""
         while True:
             agent_id = await self._agenda.take()
-            try:
-                await self._decide(agent_id)
-            except DatabaseUnavailableError as error:
-                log.warning("no decision on an account now: %s", error.code)
-                self._agenda.put_off(agent_id, outage=True)
-            except Exception:
-                self._metrics.decision_failures.inc()
-                log.exception("no decision on %s", agent_id)
-                await self._leave_alone(agent_id)
-            else:
-                self._agenda.done(agent_id)
+            with telemetry.concerning(agent_id=agent_id):
+                await self._decide_if_possible(agent_id)
+
+    async def _decide_if_possible(self, agent_id: str) -> None:
+        try:
+            await self._decide(agent_id)
+        except DatabaseUnavailableError as error:
+            log.warning("no decision on an account now: %s", error.code)
+            self._agenda.put_off(agent_id, outage=True)
+        except Exception:
+            self._metrics.decision_failures.inc()
+            log.exception("no decision on %s", agent_id)
+            await self._leave_alone(agent_id)
+        else:
+            self._agenda.done(agent_id)
 
     async def _leave_alone(self, agent_id: str) -> None:
         """Put off an account, in the database too: its timer would be due for ever."""
@@ -242,11 +248,11 @@ class Worker:
 
     async def _decide(self, agent_id: str) -> None:
         started = time.perf_counter()
-        async with self._database.transaction(self.id) as tx:
-            decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
+        with tracing.span("decide", agent_id=agent_id):
+            async with self._database.transaction(self.id) as tx:
+                decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
         self._metrics.decision_seconds.observe(time.perf_counter() - started)
-        for told in decided.told:
-            self._metrics.margin_events.labels(told).inc()
+        self._tell(decided)
         if "liquidation.executed" in decided.told:
             self._agenda.add([agent_id], urgent=True)  # what is next is closed without waiting for the timer
         if decided.escalated:
@@ -255,12 +261,23 @@ class Worker:
         if decided.levels is not None:
             self._watchman.decided(agent_id, decided.levels, decided.band, waits=decided.waits)
 
+    def _tell(self, decided: Decided) -> None:
+        """Tell the operator what was decided, and how long after the price that asked for it."""
+        if decided.priced_at is not None:
+            seconds = (self._database.clock.now() - decided.priced_at).total_seconds()
+            self._metrics.price_to_call_seconds.observe(max(0.0, seconds))
+        call = "" if decided.call is None else decided.call.id
+        for told in decided.told:
+            self._metrics.margin_events.labels(told).inc()
+            with telemetry.concerning(margin_call_id=call):
+                log.info(told)
+
     async def _beat(self) -> None:
         """Tell that this worker is alive, and hold its share of the accounts: only while it really looks at them."""
         while True:
             if time.monotonic() < self._alive_until:
                 async with self._database.transaction(self.id) as tx:
-                    await heartbeat.beat(tx, self.id)
+                    await heartbeat.beat(tx, self.id, self._watchman.tally)
                     self._shards = await shards.hold(tx, self.id)
                 self._metrics.screen_shards.set(len(self._shards))
                 self._metrics.worker_beat.set_to_current_time()

@@ -1,14 +1,20 @@
 """What the service is measured against.
 
-`fastapi`: an empty FastAPI route. `guarded`: the same behind the service's own middleware (ids, limits, metrics).
-`asgi`: an app with no framework at all.
+`fastapi`: an empty FastAPI route. `guarded`: the same on the service's own server, behind its protocol (limits of the
+wire) and its middleware (ids, limits, metrics). `asgi`: an app with no framework at all.
+
+`python -m benchmarks.baselines PORT` runs `guarded`; the others are run by plain uvicorn.
 """
 
 from __future__ import annotations
 
+import sys
+
+import uvicorn
 from fastapi import FastAPI, Request
 from starlette.types import Receive, Scope, Send
 
+from app.api.front import front
 from app.api.middleware import Guard
 from app.settings import Settings
 from app.telemetry import Metrics
@@ -38,3 +44,21 @@ async def asgi(scope: Scope, receive: Receive, send: Send) -> None:
     headers = [(b"content-length", str(size).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b" " * size})
+
+
+def main() -> None:
+    """Serve `guarded` as the service is served."""
+    config = uvicorn.Config(
+        guarded,
+        port=int(sys.argv[1]),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=front(Settings()),
+        ws="none",
+    )
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    main()

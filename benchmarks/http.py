@@ -1,6 +1,7 @@
 """Is a quote over HTTP fast? The service against an empty FastAPI route and a bare ASGI reply, in one run.
 
-Each server is one process of uvicorn with the same options. The route reads the same body and answers `{}`; the
+Each server is one process of uvicorn with the same options; `guarded` is the service's own server, with an empty route
+in place of the quote. The route reads the same body and answers `{}`; the
 ASGI app reads it and answers as many bytes as the quote does. Rivals take turns, over as many keep-alive
 connections, all on one core with the client.
 
@@ -156,7 +157,9 @@ def server(
         **(settings or {}),
     }
     command = ["-m", "app.cli", verb, "--port", str(port)]
-    if name != "quote":
+    if name == "guarded":
+        command = ["-m", "benchmarks.baselines", str(port)]
+    elif name != "quote":
         command = ["-m", "uvicorn", f"benchmarks.baselines:{name}", "--port", str(port), "--no-access-log"]
     process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL)
     try:

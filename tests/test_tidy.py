@@ -64,8 +64,11 @@ def test_the_readme_names_every_error_code() -> None:
 def test_the_readme_names_every_metric() -> None:
     collected: list[Metric] = list(Metrics().registry.collect())
     own = {metric.name for metric in collected if metric.name.startswith("primerisk_")}
-    assert own
-    assert {name for name in own if name not in README} == set()
+    for path in (ROOT / "app" / "services" / "figures").glob("*.py"):  # made at each scrape, of what there is then
+        own |= set(re.findall(r"\"(primerisk_\w+)\"", path.read_text()))
+    assert len(own) > 50
+    told = README + (ROOT / "docs" / "operating.md").read_text()
+    assert {name for name in own if f"`{name}" not in told} == set()
 
 
 def test_the_readme_names_every_event() -> None:

@@ -13,6 +13,7 @@ from fastapi import Depends, Query, Request
 from msgspec import Meta
 from starlette.responses import Response
 
+from app import telemetry
 from app.api.body import encoder
 from app.api.deps import caller_of, parts_of
 from app.db.session import Tx
@@ -63,6 +64,7 @@ def owner_for(caller: Caller, agent_id: str | None) -> Owner:
     if agent_id is None and caller.agent_id is not None:
         return Owner(caller, caller.agent_id)
     if agent_id is not None and (agent_id == caller.agent_id or caller.may("admin")):
+        telemetry.note(agent_id=agent_id)
         return Owner(caller, agent_id)
     if caller.agent_id is not None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")

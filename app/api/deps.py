@@ -7,12 +7,14 @@ from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request
 
+from app import telemetry
 from app.api.body import Body
 from app.api.streams import Streams
 from app.api.workshop import Workshop
 from app.db.session import Database
 from app.errors import ForbiddenError, UnauthorizedError
 from app.services.accounts import Caller, KeyRing, Scope
+from app.services.figures.keep import Keeper
 from app.services.history_cache import HistoryCache
 from app.services.margin import FiguresCache, Scenes
 from app.services.market_cache import MarketCache
@@ -41,6 +43,7 @@ class Parts:
     workshop: Workshop
     streams: Streams
     history: HistoryCache
+    figures_shown: Keeper
 
 
 def parts_of(request: Request) -> Parts:
@@ -52,6 +55,8 @@ async def caller_of(request: Request, scope: Scope | None = None) -> Caller:
     """Return who calls. Raises UnauthorizedError, ForbiddenError without the scope, RateLimitedError."""
     parts = parts_of(request)
     caller = await parts.keys.authenticate(_bearer(request))
+    if caller.agent_id is not None:
+        telemetry.note(agent_id=caller.agent_id)
     parts.limiter.spend(caller.key_id)
     if scope is not None and not caller.may(scope):
         raise ForbiddenError(f"the key lacks the scope {scope}", code="scope_missing")

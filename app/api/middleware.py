@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import telemetry
+from app import telemetry, tracing
 from app.api.problems import internal_error, problem_response
 from app.errors import NotFoundError, OverloadedError, PayloadTooLargeError, PrimeriskError, RequestTimeoutError
 from app.settings import Settings
@@ -48,7 +48,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        token = telemetry.request_id.set(_identifier(scope))
+        token, nobody = telemetry.request_id.set(_identifier(scope)), telemetry.concerned.set({})
         exchange = _Exchange(scope, send, telemetry.request_id.get())
         started = time.perf_counter()
         credential = _credential(scope)
@@ -56,12 +56,15 @@ class Guard:
         self._under_way_each[credential] = self._under_way_each.get(credential, 0) + 1
         self.metrics.requests_under_way.set(self.under_way)
         try:
-            await self._answer(scope, receive, exchange)
+            with tracing.request_span(scope["method"], scope["headers"]):
+                await self._answer(scope, receive, exchange)
+                tracing.name_request(scope["method"], _template(scope), exchange.status, exchange.identifier)
         finally:
             self.under_way -= 1
             self._leave(credential)
             self.metrics.requests_under_way.set(self.under_way)
             self._count(scope, exchange.status, time.perf_counter() - started)
+            telemetry.concerned.reset(nobody)
             telemetry.request_id.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
@@ -142,6 +145,8 @@ class Guard:
         method = scope["method"] if scope["method"] in _METHODS else "-"
         self.metrics.requests.labels(method, route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s %d %.1f ms", method, route, status, 1_000.0 * seconds)
 
 
 class _Exchange:
@@ -150,6 +155,7 @@ class _Exchange:
     def __init__(self, scope: Scope, send: Send, identifier: str) -> None:
         self._send = send
         self._scope = scope
+        self.identifier = identifier
         self._header = (b"x-request-id", identifier.encode())
         self.status = 500
         self.begun = False

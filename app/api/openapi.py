@@ -67,7 +67,7 @@ BODIES = (
     RecoverPost,
     NothingIn,
 )
-_OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
+_OPEN_PATHS = ("/healthz", "/readyz", "/metrics", "/metrics/accounts")
 
 
 class Problem(msgspec.Struct):

@@ -9,8 +9,9 @@ from starlette.responses import Response
 from app.api.body import JsonResponse
 from app.api.deps import Parts, parts_of
 from app.db import migrate
-from app.errors import DatabaseUnavailableError
+from app.errors import DatabaseUnavailableError, NotFoundError
 from app.services import heartbeat
+from app.services.figures.accounts import Endangered
 from app.telemetry import package_version
 
 router = APIRouter(tags=["operations"])
@@ -38,12 +39,13 @@ async def _database_checks(parts: Parts) -> dict[str, dict[str, object]]:
     try:
         async with parts.database.transaction("readyz") as tx:
             revision = await migrate.current(tx.connection)
-            beat = await heartbeat.last_beat(tx) if revision == migrate.head() else None
+            fits = migrate.fits(revision)
+            beat = await heartbeat.last_beat(tx) if fits else None
             silent = None if beat is None else (tx.now - beat).total_seconds()
     except DatabaseUnavailableError as error:
         away: dict[str, object] = {"ok": False, "detail": error.detail}
         return {"database": away, "migrations": away}
-    migrated: dict[str, object] = {"ok": revision == migrate.head(), "revision": revision, "head": migrate.head()}
+    migrated: dict[str, object] = {"ok": fits, "revision": revision, "head": migrate.head()}
     alive = silent is not None and silent <= heartbeat.SILENT_AFTER.total_seconds()
     worker: dict[str, object] = {"ok": alive, "seen_seconds_ago": silent}
     return {"database": {"ok": True}, "migrations": migrated, "worker": worker}
@@ -57,9 +59,14 @@ def _market_check(parts: Parts) -> dict[str, object]:
 @router.get("/metrics", summary="Metrics for Prometheus")
 async def metrics(request: Request) -> Response:
     """Every series of this process, in Prometheus's text format."""
+    return Response(generate_latest(parts_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/metrics/accounts", summary="The accounts in the greatest danger, for Prometheus")
+async def metrics_of_accounts(request: Request) -> Response:
+    """Ratios and equity of some accounts by id, the highest margin ratios first; 404 unless a setting turns it on."""
     parts = parts_of(request)
-    age = parts.market.age_seconds
-    parts.metrics.market_age_seconds.set(float("nan") if age is None else age)
-    parts.metrics.database_up.set(parts.database.reachable)
-    parts.metrics.market_version.set(parts.market.view.parameters.version)
-    return Response(generate_latest(parts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    if not parts.settings.metrics_accounts_max:
+        raise NotFoundError("turned off: PRIMERISK_METRICS_ACCOUNTS_MAX is 0", code="no_such_route")
+    shown = Endangered(parts.figures_shown.values("accounts"), parts.settings.metrics_accounts_max)
+    return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)

@@ -144,6 +144,11 @@ class _Postmaster:
     status: str
 
 
+def client(name: str) -> Path:
+    """Return the path of a client of the wheel's Postgres, such as pg_dump. Raises StartupError."""
+    return _find_wheel().package / "pginstall" / "bin" / name
+
+
 def start(data_dir: Path) -> EmbeddedPostgres:
     """Start the server of `data_dir`, or join the one that runs already; block until it answers.
 

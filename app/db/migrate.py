@@ -30,16 +30,30 @@ _SCRIPTS = Path(__file__).resolve().parents[2] / "migrations"  # beside `app`, i
 
 
 async def upgrade(url: URL) -> None:
-    """Run every migration that the database lacks; StartupError when another process takes too long at it."""
+    """Run every migration that the database lacks; StartupError when another process takes too long at it.
+
+    A database that a later release has migrated is left as it is: this release goes on beside it.
+    """
     engine = create_async_engine(url, poolclass=NullPool)
     try:
         async with engine.connect() as connection:  # closing it gives the advisory lock back
             await _take_turn(connection)
             await connection.execute(text(f"SET lock_timeout = '{LOCK_SECONDS_MAX}s'"))
             await connection.commit()
-            await connection.run_sync(_upgrade)
+            revision = await current(connection)
+            await connection.rollback()  # alembic begins transactions of its own
+            if not fits(revision):
+                await connection.run_sync(_upgrade)
     finally:
         await engine.dispose()
+
+
+def fits(revision: str | None) -> bool:
+    """Tell whether this release can work on a database at a revision: its own, or a later release's.
+
+    Revisions are named by their time, and each only expands what the release before it uses, until that is gone.
+    """
+    return revision is not None and revision >= head()
 
 
 def head() -> str:

@@ -8,7 +8,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 from sqlalchemy import URL, func, make_url, select, text
@@ -20,6 +20,8 @@ from app.errors import DatabaseUnavailableError, StartupError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from sqlalchemy.pool import AsyncAdaptedQueuePool
 
     from app.settings import Settings
 
@@ -186,6 +188,17 @@ class Database:
         async with self.transaction("ping"):
             return
 
+    def connections(self) -> dict[tuple[str, str], int]:
+        """Return how many connections this process has, by pool and by whether they are in use."""
+        pool = cast("AsyncAdaptedQueuePool", self.engine.pool)
+        reads_in_use, reads_idle = self._reader.connections()
+        return {
+            ("transactions", "in_use"): pool.checkedout(),
+            ("transactions", "idle"): pool.checkedin(),
+            ("reads", "in_use"): reads_in_use,
+            ("reads", "idle"): reads_idle,
+        }
+
     async def require(self) -> None:
         """Check at start that the server answers and is recent enough; StartupError in one line."""
         try:
@@ -227,6 +240,12 @@ class _Reader:
             if exported is not None:
                 await connection.execute(f"SET TRANSACTION SNAPSHOT '{exported}'")
             yield connection
+
+    def connections(self) -> tuple[int, int]:
+        """Return how many are in use, and how many are idle."""
+        if self._pool is None:
+            return 0, 0
+        return self._pool.get_size() - self._pool.get_idle_size(), self._pool.get_idle_size()
 
     async def _open(self) -> asyncpg.Pool:
         async with self._opening:
@@ -281,6 +300,7 @@ def _engine(url: URL, settings: Settings) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=settings.database_connect_seconds,
         pool_use_lifo=True,
+        hide_parameters=True,  # an error's text may be logged, and they may be secrets
         connect_args=_connect_options(settings.database_connect_seconds),
     )
 

@@ -429,6 +429,7 @@ margin_calls = Table(
         postgresql_where=text("state IN ('noticed', 'open', 'expired', 'liquidating')"),
     ),
     Index("margin_calls_agent_id_idx", "agent_id", "seq"),
+    Index("margin_calls_lost_idx", "deficit", "uncovered", postgresql_where=text("deficit + uncovered > 0")),
     info={"owner": "calls"},
 )
 
@@ -438,7 +439,20 @@ workers = Table(
     _key("id"),
     moment("started_at"),
     moment("seen_at"),
+    Column("figures", JSONB),  # how the accounts stand that it screens
     info={"owner": "heartbeat"},
+)
+
+# What operators are shown of the whole service, by kind: taken by one process at a time, shown by every one.
+service_figures = Table(
+    "service_figures",
+    metadata,
+    _key("name"),
+    moment("taken_at"),
+    Column("seconds", Double, nullable=False),  # that it took
+    Column("figures", JSONB, nullable=False),
+    check("seconds", "seconds >= 0"),
+    info={"owner": "keep"},
 )
 
 # What was last told of an account, so that only a change is told again; its highest equity, for the trailing stop and

@@ -43,6 +43,11 @@ class Holders:
             if market < len(self._of):
                 flags[self._of[market]] = True
 
+    def counts(self, markets: int) -> Rows:
+        """Return how many accounts hold each of the first so many markets (markets,)."""
+        held = [len(accounts) for accounts in self._of[:markets]]
+        return np.array(held + [0] * (markets - len(held)), dtype=np.intp)
+
 
 def _by_market(keys: Keys) -> Iterable[tuple[int, Rows]]:
     if not len(keys):

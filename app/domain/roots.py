@@ -15,7 +15,9 @@ from app.domain.portfolio import Flags
 from app.domain.record import record
 
 _REFINE_POINTS = 65
-_REFINE_ROUNDS = 2
+_REFINE_ROUNDS, _REFINE_ROUNDS_MAX = 2, 5
+_STRAIGHT = 1e-5
+"""Of the price at the root: how wide a bracket may be for the curve within it to pass for a line."""
 
 
 def closed_form(curve: AdditiveCurve) -> Lines | Polynomials:
@@ -172,16 +174,22 @@ def nearest_root(
     if not crossing.size:
         return None
     below, above = crossing[grid[crossing] < 0.0][-1:], crossing[grid[crossing] >= 0.0][:1]
-    brackets = [(float(grid[i]), float(grid[i + 1])) for i in (*below, *above)]
+    # where the surplus itself turns, its root is meant: far out, noise on the grid's scale is many ticks of a price
+    turns = np.signbit(values[:-1]) != np.signbit(values[1:])
+    brackets = [(float(grid[i]), float(grid[i + 1]), 0.0 if turns[i] else noise) for i in (*below, *above)]
     if len(brackets) == 2:
         # where one bracket lies wholly nearer than the other, the other need not be refined
-        (far_low, near_low), (near_high, far_high) = brackets
+        (far_low, near_low, _), (near_high, far_high, _) = brackets
         if far_high <= -near_low:
             brackets = brackets[1:]
         elif -far_low <= near_high:
             brackets = brackets[:1]
     refine = _refine_one_by_one if curve.one_by_one else _refine_at_once
-    return min((refine(lambda moves: surplus(moves) + noise, low, high) for low, high in brackets), key=abs)
+    return min((refine(_lifted(surplus, by), low, high) for low, high, by in brackets), key=abs)
+
+
+def _lifted(surplus: Callable[[Floats], Floats], by: float) -> Callable[[Floats], Floats]:
+    return lambda moves: surplus(moves) + by
 
 
 def _refine_one_by_one(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:
@@ -192,9 +200,11 @@ def _refine_one_by_one(surplus: Callable[[Floats], Floats], low: float, high: fl
 
 
 def _refine_at_once(surplus: Callable[[Floats], Floats], low: float, high: float) -> float:
-    """Narrow the bracket 64-fold a round; within the last, which is some 1e-5 wide, the line is straight."""
+    """Narrow the bracket 64-fold a round; within the last, no wider than 1e-5 of the price, the line is straight."""
     left = right = 0.0
-    for _ in range(_REFINE_ROUNDS):
+    for done in range(_REFINE_ROUNDS_MAX):
+        if done >= _REFINE_ROUNDS and high - low <= _STRAIGHT * (1.0 + low):
+            break
         points = np.linspace(low, high, _REFINE_POINTS)
         values = surplus(points)
         signs = np.signbit(values)

@@ -240,6 +240,19 @@ class Screen:
         due: Flags = (self.standing(chosen) & (BREACHED | CALLED)) != 0
         return chosen[due]
 
+    def prices_used(self) -> dict[str, int]:
+        """Return how many accounts hold what each stored price values; an unmarked market counts with its asset."""
+        board = self.board
+        by_symbol = self._market_holders.counts(len(board.symbols))
+        following = np.isnan(board.own_price)
+        by_asset = self._asset_holders.counts(len(board.assets))
+        by_asset += np.bincount(board.underlying[following], by_symbol[following], len(by_asset)).astype(np.intp)
+        used = {name: int(by_asset[row]) for name, row in board.assets.items() if name in board.stored}
+        for name, row in board.symbols.items():
+            if name in board.stored:
+                used[name] = used.get(name, 0) + int(by_symbol[row])
+        return {name: count for name, count in used.items() if count}
+
     def exposures(self) -> tuple[Exposures, Exposures]:
         """Return the pool's positions and the collateral after haircut less debts, for `scenario_pnl`."""
         pool, holdings, board = self._pool, self._holdings, self.board

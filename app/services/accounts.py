@@ -119,6 +119,12 @@ async def list_agents(tx: Tx, limit: int = AGENTS_A_PAGE_MAX, after: str = "") -
     return [Agent(**row) for row in (await tx.connection.execute(query)).mappings()]
 
 
+async def list_ids(tx: Tx, after: str, limit: int) -> list[str]:
+    """Return the ids of agents in order, past the id `after`."""
+    query = select(agents.c.id).where(agents.c.id > after).order_by(agents.c.id).limit(limit)
+    return list((await tx.connection.execute(query)).scalars())
+
+
 async def require_agent(tx: Tx, agent_id: str) -> None:
     """Raise NotFoundError when there is no such agent."""
     found = await tx.connection.execute(select(agents.c.id).where(agents.c.id == agent_id))

@@ -35,8 +35,6 @@ DRAIN_SECONDS_MAX = 5.0
 FAULT_PAUSE_SECONDS = 1.0
 TIDY_SECONDS = 5.0
 """How often what waits for endpoints that are gone is looked for."""
-BACKLOG_SECONDS = 15.0
-"""How often the gauges of the backlog are read: that looks at everything that waits."""
 
 
 async def deliver_once(database: Database, client: Sender, settings: Settings, metrics: Metrics, worker_id: str) -> int:
@@ -215,15 +213,10 @@ class _Desk:
     # --- what nobody waits for
 
     async def tidy_for_ever(self) -> None:
-        """Tidy up every few seconds, and at once where there is reason to; and read how long the backlog is."""
-        loop = asyncio.get_running_loop()
-        backlog_at = loop.time()
+        """Tidy up every few seconds, and at once where there is reason to."""
         while True:
             self._untidy.clear()
             await self._unless_it_fails(self.tidy())
-            if loop.time() >= backlog_at:
-                await self._unless_it_fails(self._read_backlog())
-                backlog_at = loop.time() + BACKLOG_SECONDS
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._untidy.wait(), TIDY_SECONDS)
 
@@ -233,12 +226,6 @@ class _Desk:
         while ended == outbox.ENDED_AT_ONCE_MAX:
             async with self._database.transaction(self._worker) as tx:
                 ended = await outbox.end_abandoned(tx)
-
-    async def _read_backlog(self) -> None:
-        async with self._database.transaction(self._worker) as tx:
-            backlog = await outbox.read_backlog(tx)
-        self._metrics.webhook_oldest_seconds.set(backlog.age_seconds)
-        self._metrics.webhook_lag_seconds.set(backlog.lag_seconds)
 
     async def _unless_it_fails(self, work: Awaitable[None]) -> None:
         try:

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Select,
     Text,
     bindparam,
+    func,
     insert,
     select,
     text,
@@ -207,25 +208,47 @@ async def list_entries(tx: Tx, agent_id: str, limit: int, before: int | None = N
     return [Entry(**row) for row in rows.mappings()]
 
 
-_IMBALANCES = text(
-    """
+_DIFFERENCES = """
     WITH moved AS (
-        SELECT to_owner AS agent_id, asset, to_bucket AS bucket, amount FROM ledger_entries WHERE to_owner <> :house
+        SELECT to_owner AS agent_id, asset, to_bucket AS bucket, amount FROM ledger_entries
+        WHERE to_owner <> :house {to}
         UNION ALL
-        SELECT from_owner, asset, from_bucket, -amount FROM ledger_entries WHERE from_owner <> :house
+        SELECT from_owner, asset, from_bucket, -amount FROM ledger_entries WHERE from_owner <> :house {source}
     ), summed AS (
         SELECT agent_id, asset, bucket,
                CASE WHEN bucket IN ('owed', 'borrowed') THEN -sum(amount) ELSE sum(amount) END AS amount
         FROM moved GROUP BY agent_id, asset, bucket
+    ), kept AS (
+        SELECT * FROM balances WHERE true {kept}
     )
-    SELECT asset, sum(abs(coalesce(summed.amount, 0) - coalesce(balances.amount, 0))) AS off
-    FROM summed FULL JOIN balances USING (agent_id, asset, bucket)
-    GROUP BY asset HAVING sum(abs(coalesce(summed.amount, 0) - coalesce(balances.amount, 0))) <> 0
+    SELECT asset, sum(abs(coalesce(summed.amount, 0) - coalesce(kept.amount, 0))) AS off
+    FROM summed FULL JOIN kept USING (agent_id, asset, bucket)
+    GROUP BY asset
     """
-)
+_OF_ALL = text(_DIFFERENCES.format(to="", source="", kept=""))
+_OF_SOME = text(
+    _DIFFERENCES.format(
+        to="AND to_owner = ANY (:agents)", source="AND from_owner = ANY (:agents)", kept="AND agent_id = ANY (:agents)"
+    )
+).bindparams(bindparam("agents", type_=ARRAY(Text)))
+
+
+async def differences(tx: Tx, agents: Sequence[str] | None = None) -> dict[str, Decimal]:
+    """Return, for each asset, by how many units balances differ from the sums of their entries, of all or of some."""
+    if agents is None:
+        rows = await tx.connection.execute(_OF_ALL, {"house": HOUSE})
+    else:
+        rows = await tx.connection.execute(_OF_SOME, {"house": HOUSE, "agents": list(agents)})
+    return {row.asset: row.off for row in rows}
 
 
 async def imbalances(tx: Tx) -> dict[str, Decimal]:
     """Return, per asset, by how much balances differ from the sums of the entries: empty, or something is broken."""
-    rows = await tx.connection.execute(_IMBALANCES, {"house": HOUSE})
-    return {row.asset: row.off for row in rows}
+    return {asset: off for asset, off in (await differences(tx)).items() if off}
+
+
+async def owed(tx: Tx) -> dict[str, Decimal]:
+    """Return the units by asset that agents owe the house."""
+    columns = balances.c
+    query = select(columns.asset, func.sum(columns.amount)).where(columns.bucket == "owed", columns.amount > text("0"))
+    return {row.asset: row.sum for row in await tx.connection.execute(query.group_by(columns.asset))}

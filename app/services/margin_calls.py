@@ -18,6 +18,7 @@ from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
+from app import telemetry
 from app.db.session import Tx
 from app.domain.book import ZERO, Book, OpenPosition, PendingOrder
 from app.domain.health import Health
@@ -50,6 +51,7 @@ from app.services import (
     events,
     liquidation,
     prevention,
+    prices,
     recalls,
     staleness,
     venue,
@@ -79,6 +81,7 @@ class Decided:
     `levels` are the ranks of zone and alert level, None where a price is missing; `band`: of equity, within which
     there is nothing to tell of the drawdown, None where it is not followed. It `waits` where prices are stale: nothing
     was decided. `escalated`: a venue was asked once more after as many requests, or as much time, as the rules have.
+    `priced_at`: when the newest price arrived that the account depends on, where a call has begun.
     """
 
     call: StoredCall | None
@@ -87,6 +90,7 @@ class Decided:
     band: Band | None = None
     waits: bool = False
     escalated: bool = False
+    priced_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,8 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     held = await book.hold(tx, agent_id)
     scene = await scenes.at(tx)
     call = None if held.live_call is None else await calls.live(tx, agent_id)
+    if call is not None:
+        telemetry.note(margin_call_id=call.id)
     try:
         figures = scene.figures(held)
     except InvalidError:
@@ -139,7 +145,10 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules) -> Decided
     case = await _saved(tx, case)
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
-    return await _look(tx, case, rules)
+    decided = await _look(tx, case, rules)
+    if call is None and case.call is not None:
+        return replace(decided, priced_at=await prices.last_received(tx, list(figures.prices)))
+    return decided
 
 
 async def _look(tx: Tx, case: _Case, rules: Rules) -> Decided:

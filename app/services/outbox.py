@@ -530,21 +530,25 @@ async def list_attempts(tx: Tx, delivery_id: int) -> list[Attempt]:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How far deliveries are behind, in seconds: since the oldest was made, and since the first fell due."""
+    """How many deliveries wait, when the oldest was made, and when the first fell due; None where none waits."""
 
-    age_seconds: float
-    lag_seconds: float
+    count: int
+    made_at: datetime | None
+    due_at: datetime | None
 
 
-async def read_backlog(tx: Tx) -> Backlog:
-    """Return how far behind the deliveries to enabled endpoints are; zeros where none waits."""
+NOTHING_WAITS = Backlog(0, None, None)
+
+
+async def read_backlog(tx: Tx) -> dict[int, Backlog]:
+    """Return what waits for enabled endpoints, by priority: that looks at everything that waits."""
     columns = webhook_deliveries.c
-    query = select(func.min(columns.created_at), func.min(columns.next_attempt_at))
-    query = query.join(webhook_endpoints, webhook_endpoints.c.id == columns.endpoint_id)
+    query = select(
+        columns.priority, func.count(), func.min(columns.created_at), func.min(columns.next_attempt_at)
+    ).join(webhook_endpoints, webhook_endpoints.c.id == columns.endpoint_id)
     query = query.where(columns.state == "pending", webhook_endpoints.c.status == "enabled")
-    moments: Sequence[datetime | None] = (await tx.connection.execute(query)).one()
-    ages = (0.0 if moment is None else max(0.0, (tx.now - moment).total_seconds()) for moment in moments)
-    return Backlog(*ages)
+    rows = await tx.connection.execute(query.group_by(columns.priority))
+    return {priority: Backlog(*waits) for priority, *waits in rows}
 
 
 _PURGE = text(

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ARRAY, BigInteger, DateTime, Numeric, Text, bindparam, select, text
+from sqlalchemy import ARRAY, BigInteger, DateTime, Numeric, Text, any_, bindparam, func, select, text
 
 from app.db.tables import PRICES, market_prices
 from app.domain.money import to_float
@@ -18,7 +18,7 @@ from app.services import price_history
 from app.services.market import bump_version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import timedelta
 
     from app.db.session import Tx
@@ -51,6 +51,22 @@ async def load_prices(tx: Tx, after: int = 0) -> dict[str, StoredPrice]:
     query = select(columns.symbol, columns.price, columns.as_of).where(columns.version > after)
     rows = await tx.connection.execute(query)
     return {symbol: StoredPrice(to_float(price), as_of, price) for symbol, price, as_of in rows}
+
+
+async def moments(tx: Tx, symbols: Sequence[str]) -> dict[str, datetime]:
+    """Return the moments that the stored prices of these symbols are dated."""
+    columns = market_prices.c
+    query = select(columns.symbol, columns.as_of).where(columns.symbol == any_(bindparam("symbols", type_=ARRAY(Text))))
+    rows = await tx.connection.execute(query, {"symbols": list(symbols)})
+    return {row.symbol: row.as_of for row in rows}
+
+
+async def last_received(tx: Tx, symbols: Sequence[str]) -> datetime | None:
+    """Return when the newest of the stored prices of these symbols arrived."""
+    columns = market_prices.c
+    query = select(func.max(columns.received_at)).where(columns.symbol == any_(bindparam("symbols", type_=ARRAY(Text))))
+    found: datetime | None = (await tx.connection.execute(query, {"symbols": list(symbols)})).scalar_one()
+    return found
 
 
 async def list_prices(tx: Tx, limit: int, after: str = "") -> list[PostedPrice]:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from app import telemetry, tracing
 from app.db.session import Clock
 from app.domain.dispatch import AN_AGENT_MAX, UNDER_WAY_MAX
 from app.domain.webhooks import read_retry_after, signatures
@@ -97,8 +98,10 @@ class Sender:
         begun, at = loop.time(), self._clock.now()
         status, error, wait = None, None, None
         _sent_for.set(claim.agent_id)
+        telemetry.note(event_id=claim.event_id, **({} if claim.agent_id is None else {"agent_id": claim.agent_id}))
         try:
-            status, wait = await self._post(claim, int(at.timestamp()))
+            with tracing.span("deliver", event_type=claim.type, event_id=claim.event_id):
+                status, wait = await self._post(claim, int(at.timestamp()))
         except (aiohttp.ClientError, OSError, ValueError) as raised:
             error = _named(raised)
         except Exception:  # a receiver that finds a fault of the client's must not stop the deliveries to all others

@@ -59,6 +59,13 @@ async def hold(tx: Tx, worker_id: str) -> frozenset[int]:
     return frozenset((await tx.connection.execute(select(columns.shard).where(mine))).scalars())
 
 
+async def held(tx: Tx) -> int:
+    """Return how many shards somebody holds."""
+    query = select(func.count()).where(screen_shards.c.lease_until > tx.now)
+    found: int = (await tx.connection.execute(query)).scalar_one()
+    return found
+
+
 async def let_go(tx: Tx, worker_id: str) -> None:
     """Give up what a worker that ends holds, so that the others need not wait for its leases."""
     await _let_go(tx, worker_id, None)

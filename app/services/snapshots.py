@@ -13,7 +13,7 @@ from datetime import date, datetime
 
 import asyncpg
 import numpy as np
-from sqlalchemy import ARRAY, BigInteger, Date, DateTime, Double, Integer, Text, bindparam, select, text
+from sqlalchemy import ARRAY, BigInteger, Date, DateTime, Double, Integer, Text, bindparam, func, select, text
 
 from app.db.session import Database, Tx
 from app.db.tables import account_snapshots
@@ -232,6 +232,30 @@ async def _select(tx: Tx, agent_id: str, before: date | None, limit: int) -> lis
         query = query.where(columns.day < before)
     rows = await tx.connection.execute(query)
     return [Snapshot(**row) for row in rows.mappings()]
+
+
+_TALLIES = text(
+    """
+    SELECT after.day, count(*), count(*) FILTER (WHERE after.value - before.value - after.flows < -before.var_95),
+           count(*) FILTER (WHERE after.value - before.value - after.flows < -before.var_99)
+    FROM account_snapshots after
+    JOIN account_snapshots before ON before.agent_id = after.agent_id AND before.day = after.day - 1
+    WHERE after.day BETWEEN :first AND :last AND after.flows IS NOT NULL AND before.var_99 IS NOT NULL
+    GROUP BY after.day
+    """
+).bindparams(bindparam("first", type_=Date), bindparam("last", type_=Date))
+
+
+async def tallies(tx: Tx, first: date, last: date) -> dict[date, tuple[int, int, int]]:
+    """Return by day how many accounts had a forecast of it, and how many lost more than VaR at .95 and at .99."""
+    rows = await tx.connection.execute(_TALLIES, {"first": first, "last": last})
+    return {day: (forecasts, at_95, at_99) for day, forecasts, at_95, at_99 in rows}
+
+
+async def first_day(tx: Tx) -> date | None:
+    """Return the earliest day of any snapshot that is kept."""
+    found: date | None = (await tx.connection.execute(select(func.min(account_snapshots.c.day)))).scalar_one()
+    return found
 
 
 async def purge(tx: Tx, before: datetime, most: int = SNAPSHOTS_A_PURGE_MAX) -> bool:

@@ -100,7 +100,7 @@ NEEDS = {
 }
 SERVICE_KEYS_TOO = ("/api/keys", "/api/audit", "/api/events", "/api/webhooks")
 """Routes for agents that a key of the service may ask for itself; on the others it names an agent."""
-OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
+OPEN = {"GET /healthz", "GET /readyz", "GET /metrics", "GET /metrics/accounts"}
 
 
 def _routes(service: Service) -> dict[str, dict[str, Any]]:

@@ -6,15 +6,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import text
 
 from app.db import migrate
 from app.db.session import parse_database_url
+from app.domain.margin_calls import LIVE_STATES
+from app.domain.tally import BANDS, Endangered, Tally
+from app.domain.webhooks import EVENT_TYPES
+from app.services import heartbeat
+from app.services.figures import every
 from tests.api.bodies import WORKED
-from tests.api.service import MARGIN, connected, problem
+from tests.api.service import MARGIN, connected, problem, running
 from tests.postgres import fresh_database
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
+    from sqlalchemy import URL
 
     from tests.api.service import Service
 
@@ -38,8 +45,10 @@ TYPES = {
     "primerisk_liquidations_escalated": "counter",
     "primerisk_webhook_attempts": "counter",
     "primerisk_webhook_faults": "counter",
-    "primerisk_webhook_oldest_undelivered_seconds": "gauge",
-    "primerisk_webhook_lag_seconds": "gauge",
+    "primerisk_price_to_call_seconds": "histogram",
+    "primerisk_database_connections": "gauge",
+    "primerisk_limit": "gauge",
+    "primerisk_figure_failures": "counter",
     "primerisk_event_streams": "gauge",
     "primerisk_http_requests": "counter",
     "primerisk_http_request_duration_seconds": "histogram",
@@ -51,7 +60,57 @@ TYPES = {
     "primerisk_database_up": "gauge",
     "primerisk_build_info": "gauge",
 }
-LABELS = {"method", "route", "status", "kind", "le", "version", "state", "asset"}
+OF_THE_SERVICE = {
+    "primerisk_accounts": "gauge",
+    "primerisk_accounts_by_alert_level": "gauge",
+    "primerisk_accounts_by_margin_ratio": "gauge",
+    "primerisk_accounts_unpriced": "gauge",
+    "primerisk_margin_ratio_worst": "gauge",
+    "primerisk_price_age_seconds": "gauge",
+    "primerisk_workers": "gauge",
+    "primerisk_worker_seen_seconds": "gauge",
+    "primerisk_shards": "gauge",
+    "primerisk_margin_calls": "gauge",
+    "primerisk_margin_call_grace_remaining_seconds": "histogram",
+    "primerisk_margin_call_overdue_seconds": "gauge",
+    "primerisk_margin_call_action_late_seconds": "gauge",
+    "primerisk_margin_call_deficit_usd": "counter",
+    "primerisk_margin_calls_with_deficit": "counter",
+    "primerisk_webhooks_pending": "gauge",
+    "primerisk_webhook_oldest_undelivered_seconds": "gauge",
+    "primerisk_webhook_lag_seconds": "gauge",
+    "primerisk_ledger_imbalance": "gauge",
+    "primerisk_ledger_checked_seconds": "gauge",
+    "primerisk_owed": "gauge",
+    "primerisk_var_forecasts": "gauge",
+    "primerisk_var_exceptions": "gauge",
+    "primerisk_var_exceptions_expected": "gauge",
+    "primerisk_figures_age_seconds": "gauge",
+    "primerisk_figures_seconds": "gauge",
+}
+"""Of the database, and the same in every process."""
+LABELS: dict[str, set[str] | int] = {
+    # by name: all values that it may have, or how many at most
+    "method": {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "-"},
+    "route": 120,
+    "status": 40,
+    "kind": {"margin", "var", "stress", "sizing", "what_if", "plans", "backtest", "report"},
+    "le": 40,
+    "version": 1,
+    "result": {"filled", "pending", "refused", "delivered", "timeout", "unreachable", "blocked"},
+    "event": {kind for kind in EVENT_TYPES if kind.startswith(("margin_call.", "liquidation.", "loan."))},
+    "pool": {"transactions", "reads"},
+    "state": {"in_use", "idle", "held", "free", "active", "recalled", *LIVE_STATES},
+    "limit": {"requests_under_way", "database_connections", "price_age_seconds"},
+    "figures": {kind.name for kind in every.kinds(1.0, 1.0)},
+    "zone": {"GREEN", "YELLOW", "ORANGE", "RED"},
+    "level": {"OK", "WARNING", "DANGER", "EMERGENCY"},
+    "band": set(BANDS),
+    "lane": {"margin_call", "other", "test"},
+    "confidence": {"0.95", "0.99"},
+    "asset": 100,
+}
+"""Every label there is: none names an agent, a key, a request or a call."""
 
 
 async def _metrics(service: Service) -> dict[str, Metric]:
@@ -105,15 +164,58 @@ async def test_an_unmigrated_database_is_not_ready_and_says_why(postgres_server:
         assert ready.json()["checks"]["migrations"]["ok"] is True
 
 
+def _check_labels(families: list[Metric]) -> None:
+    """Check that labels are those that are known, each with few values."""
+    seen: dict[str, set[str]] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        for label, value in sample.labels.items():
+            seen.setdefault(label, set()).add(value)
+    assert seen.keys() <= LABELS.keys()
+    for label, values in seen.items():
+        allowed = LABELS[label]
+        assert len(values) <= allowed if isinstance(allowed, int) else values <= allowed, (label, values)
+
+
+async def _have_figures(service: Service) -> None:
+    """Write what a worker would have told, and have the figures taken."""
+    tally = Tally(1, {"RED": 1}, {"OK": 1}, dict.fromkeys(BANDS, 0), 0, [Endangered("agent_x", 0.9, 0.9, 1.0)], {})
+    async with service.app.state.parts.database.transaction("test") as tx:
+        await heartbeat.beat(tx, "worker", tally)
+        await tx.connection.execute(text("UPDATE service_figures SET taken_at = 'epoch'"))
+    await service.app.state.parts.figures_shown.round()
+
+
 async def test_every_metric_has_its_type_and_help(service: Service) -> None:
     await service.quote(**WORKED)
+    await _have_figures(service)
     families = await _metrics(service)
     ours = {name: family for name, family in families.items() if name.startswith("primerisk_")}
     created = {name for name in ours if name.endswith("_created")}
-    assert {name: family.type for name, family in ours.items() if name not in created} == TYPES
+    assert {name: family.type for name, family in ours.items() if name not in created} == TYPES | OF_THE_SERVICE
     assert all(family.documentation for family in ours.values())
-    assert {label for family in ours.values() for sample in family.samples for label in sample.labels} <= LABELS
+    _check_labels(list(ours.values()))
     assert {"process_resident_memory_bytes", "python_gc_objects_collected"} <= families.keys()
+
+
+async def test_processes_agree_on_what_is_the_services(service: Service, database_url: URL) -> None:
+    await _have_figures(service)
+    async with running(database_url) as other:
+        await other.app.state.parts.figures_shown.round()
+        found = [await _metrics(one) for one in (service, other)]
+    ages = {name for name in OF_THE_SERVICE if "seconds" in name}
+    for name in OF_THE_SERVICE.keys() - ages:
+        assert found[0][name].samples == found[1][name].samples
+
+
+async def test_the_endangered_are_shown_where_that_is_asked_for(service: Service, database_url: URL) -> None:
+    problem(await service.get("/metrics/accounts", key=""), 404, "no_such_route")
+    await _have_figures(service)
+    async with running(database_url, metrics_accounts_max=5) as other:
+        await other.app.state.parts.figures_shown.round()
+        shown = await other.get("/metrics/accounts", key="")
+    assert shown.status_code == 200
+    [family] = [f for f in text_string_to_metric_families(shown.text) if f.name == "primerisk_account_margin_ratio"]
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({"agent_id": "agent_x"}, 0.9)]
 
 
 async def test_the_gauges_tell_what_is(service: Service) -> None:

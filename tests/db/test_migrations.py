@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app.db import event_tables, lending_tables, migrate
+from app.db import event_tables, lending_tables, migrate, operator_views
 from app.db.session import Database, parse_database_url
 from app.db.tables import APPEND_ONLY, api_keys, market_prices, metadata, model_parameters
 from app.domain.parameters import MarketParameters
@@ -39,6 +39,7 @@ SCHEMA = {
     "functions": """
         SELECT proname, prorettype::regtype::text, regexp_replace(prosrc, '\\s+', ' ', 'g')
         FROM pg_proc WHERE pronamespace = 'public'::regnamespace""",
+    "views": "SELECT viewname, definition FROM pg_views WHERE schemaname = 'public'",
     "options": """
         SELECT relname, relkind::text, relpersistence::text, reloptions::text
         FROM pg_class WHERE relnamespace = 'public'::regnamespace""",
@@ -74,6 +75,12 @@ async def test_the_migrations_build_what_the_tables_say(
     expected = await _schema(created, aspect)
     await created.close()
     assert await _schema(database, aspect) == expected
+
+
+async def test_operators_have_their_views(database: Database) -> None:
+    async with database.transaction("test") as tx:
+        for view in operator_views.VIEWS:
+            assert (await tx.connection.execute(text(f"SELECT * FROM {view}"))).all() == []
 
 
 async def test_a_new_database_holds_the_packages_defaults(database: Database) -> None:

@@ -185,6 +185,23 @@ def test_drawn_books_under_portfolio_margin(whole: Book) -> None:
     check_all(whole)
 
 
+def test_a_root_far_below_the_mark_is_as_exact_as_one_near_it() -> None:
+    # at two ten-thousandths of DOGE's mark what is close on the scale of the mark is far on that of the price
+    rows = (
+        greeks("ETH", 67_153.81326656364, 0.0015, gamma=1.1),
+        greeks("ETH", 2_250.579569140709, -1.5),
+        option(
+            "DOGE", "put", "short", 271_177.9009159472, 0.3, 3.496763, 1.9001295695053284, forward=0.19896069130878782
+        ),
+        option(
+            "DOGE", "put", "short", 255_774.9982101664, 0.08, 262.783373, 0.7495016876435386, rate=0.1278181775832937
+        ),
+        option("DOGE", "call", "long", 326_213.12692733086, 0.4252895305037512, 33.486835, 2.4190401577852283),
+    )
+    whole = book(*rows, held={"SOL": 0.0024}, mode="portfolio", prices={**P, "DOGE": 0.2})
+    check_all(replace(whole, regime="sideways"))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_book_that_no_price_can_hurt_has_no_liquidation_price(mode: MarginMode) -> None:
     safe = book(linear("BTC-PERP", "long", 1.0), held={"USDC": 70_000.0}, mode=mode, prices=P)

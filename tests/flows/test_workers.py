@@ -81,6 +81,37 @@ async def test_two_workers_make_one_call_and_one_carries_on_alone(place: Home, d
                 assert (ready.status_code, ready.json()["checks"]["worker"]["ok"]) == (200, False)
 
 
+async def test_two_apis_and_two_workers_make_one_call(place: Home, database: Database) -> None:
+    """Whoever is asked says the same: what is posted to one is seen by all, and each call is made once."""
+    given = {"PYTHONPATH": str(ROOT), **settings_of(database)}
+    with home() as beside:
+        async with receiving() as receiver:
+            with (
+                serving(place, command="api", **given) as first,
+                serving(beside, command="api", **given) as second,
+                running(place, "worker", **given),
+                running(beside, "worker", **given),
+            ):
+                await wait_for_workers(database, 2)
+                own = {"grace_period_seconds": 1}
+                async with trading(first.greeting.address, database, receiver, **own) as (here, _):
+                    there = Trader(second.greeting.address, here.key, here.agent_id)
+                    await there.prices(BREACH)
+                    await wait_for(receiver, "liquidation.completed")
+                    await _check_liquidated(here, database, receiver, 1)
+                    await _check_liquidated(there, database, receiver, 1)
+                    await here.prices(CALM)
+                    await there.call("PATCH", "/account/settings", {"grace_period_seconds": 600})
+                    receiver.received.clear()
+                    await here.prices({"BTC": 33_000})
+                    opened = await wait_for(receiver, "margin_call.opened")
+                    await there.call("POST", "/wallet/deposits", opened.event["data"]["cure"]["deposit"])
+                    await wait_for(receiver, "margin_call.cured")
+                    for trader in (here, there):
+                        calls = (await trader.call("GET", "/margin-calls"))["margin_calls"]
+                        assert [call["state"] for call in calls] == ["cured", "completed"]
+
+
 async def test_a_worker_that_is_told_to_stop_finishes_what_it_sends(place: Home, database: Database) -> None:
     given = {"PYTHONPATH": str(ROOT), **settings_of(database)}
     arrived = asyncio.Event()

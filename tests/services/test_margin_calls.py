@@ -75,8 +75,8 @@ async def test_a_call_is_made_in_few_round_trips(calls: Calls) -> None:
     event.listen(engine, "before_cursor_execute", note)
     assert "margin_call.opened" in (await calls.decide(agent_id)).told
     event.remove(engine, "before_cursor_execute", note)
-    # the time, the lock, the book, the market; event, audit, call, version; levels, zone, levels
-    assert len(sent) == 11
+    # the time, the lock, the book, the market; event, audit, call, version; levels, zone, levels; when the price came
+    assert len(sent) == 12
 
 
 async def test_what_a_call_says(calls: Calls) -> None:

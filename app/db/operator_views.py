@@ -1,0 +1,56 @@
+"""What operators read by SQL: no more than a dashboard shows. A role of theirs is granted these and nothing else."""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import DDL, event, text
+
+from app.db.session import Tx
+from app.db.tables import metadata
+from app.errors import StartupError
+
+CALLS = """
+CREATE VIEW operator_calls AS
+SELECT c.id AS margin_call_id, c.agent_id, a.name, c.state, c.cause, c.noticed_at, c.opened_at, c.deadline_at,
+       c.acknowledged_at, c.slices, c.deficit + c.uncovered AS deficit,
+       (c.figures ->> 'utilization')::float8 AS utilization, (c.figures ->> 'equity')::float8 AS equity,
+       (c.figures ->> 'shortfall')::float8 AS shortfall
+FROM margin_calls c JOIN agents a ON a.id = c.agent_id
+WHERE c.state IN ('noticed', 'open', 'expired', 'liquidating')
+"""
+"""The live margin calls; figures are those of the last decision on each."""
+
+ACCOUNTS = """
+CREATE VIEW operator_accounts AS
+SELECT worst.agent_id, a.name, worst.margin_ratio, worst.utilization, worst.equity,
+       coalesce(told.zone, 'GREEN') AS zone, coalesce(told.alert_level, 'OK') AS alert_level,
+       coalesce(told.stale, false) AS stale, c.state AS margin_call, c.deadline_at, w.seen_at
+FROM workers w
+CROSS JOIN LATERAL jsonb_to_recordset(w.figures -> 'worst')
+    AS worst (agent_id text, margin_ratio float8, utilization float8, equity float8)
+JOIN agents a ON a.id = worst.agent_id
+LEFT JOIN account_watch told ON told.agent_id = worst.agent_id
+LEFT JOIN margin_calls c
+    ON c.agent_id = worst.agent_id AND c.state IN ('noticed', 'open', 'expired', 'liquidating')
+WHERE w.seen_at > now() - interval '3 s'
+"""
+"""The accounts in the greatest danger, as the live workers' screens last assessed them: a hundred of each worker's."""
+
+VIEWS = ("operator_calls", "operator_accounts")
+
+_ROLE = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+
+
+async def grant(tx: Tx, role: str) -> None:
+    """Let a role read the views. Raises StartupError where there is no such role."""
+    if not _ROLE.fullmatch(role):
+        raise StartupError(f"a role has lower-case letters, digits and underscores: not {role}")
+    known = await tx.connection.execute(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role})
+    if known.first() is None:
+        raise StartupError(f"the database has no role {role}")
+    await tx.connection.execute(text(f"GRANT SELECT ON {', '.join(VIEWS)} TO {role}"))
+
+
+for _statement in (CALLS, ACCOUNTS):
+    event.listen(metadata, "after_create", DDL(_statement))  # type: ignore[no-untyped-call]

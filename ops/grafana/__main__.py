@@ -1,0 +1,5 @@
+"""`python -m ops.grafana` writes the dashboards."""
+
+from ops.grafana.build import write
+
+write()

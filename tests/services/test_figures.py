@@ -1,0 +1,318 @@
+"""Figures of the whole service: taken once for all processes, right after one of them was killed, and true."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+from prometheus_client import CollectorRegistry
+from sqlalchemy import URL, text
+
+from app.db.session import Database
+from app.domain.tally import BANDS, Endangered, Tally
+from app.services import heartbeat
+from app.services.figures import accounts, backtest, books, calls, every, webhooks
+from app.services.figures.accounts import Endangered as Shown
+from app.services.figures.keep import Figure, Keeper, Values, gauge
+from app.settings import Settings
+from tests.services.calls import BREACH, PRICES, Calls
+from tests.services.desk import Desk
+from tests.services.hooks import Hooks, hooks_on
+
+Samples = Mapping[tuple[str, str], float]
+
+
+def _keeper(database: Database, *kinds: Figure) -> tuple[Keeper, CollectorRegistry]:
+    registry = CollectorRegistry()
+    return Keeper(database, kinds, 1.0, registry), registry
+
+
+def _samples(registry: CollectorRegistry) -> Samples:
+    """Return the values by the sample's name and its label's value, empty where it has none."""
+    return {
+        (sample.name, next(iter(sample.labels.values()), "")): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+    }
+
+
+async def _shown(database: Database, *kinds: Figure) -> Samples:
+    keeper, registry = _keeper(database, *kinds)
+    await _run(database, "UPDATE service_figures SET taken_at = 'epoch'")
+    await keeper.round()
+    return _samples(registry)
+
+
+async def _run(database: Database, statement: str, **values: Any) -> None:
+    async with database.transaction("test") as tx:
+        await tx.connection.execute(text(statement), values)
+
+
+# --- who takes them
+
+
+class Counted:
+    """A kind that says how often it was taken."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.taken = 0
+        self._pause = pause
+        self.figure = Figure("counted", 3_600.0, self._take, lambda values, _: [gauge("g", "g", values["n"])])
+
+    async def _take(self, _tx: object, before: Values) -> Values:
+        self.taken += 1
+        await asyncio.sleep(self._pause)
+        return {"n": before.get("n", 0) + 1}
+
+
+@pytest.fixture
+async def hooks(database: Database) -> AsyncIterator[Hooks]:
+    async with hooks_on(database) as made:
+        yield made
+
+
+@pytest.fixture
+async def databases(database_url: URL, settings: Settings) -> AsyncIterator[list[Database]]:
+    """Yield pools as of several processes."""
+    opened = [Database(database_url, settings) for _ in range(4)]
+    yield opened
+    for database in opened:
+        await database.close()
+
+
+async def test_of_many_processes_one_takes_them_and_all_show_them(databases: list[Database]) -> None:
+    kind = Counted(pause=0.2)
+    made = [_keeper(database, kind.figure) for database in databases]
+    await asyncio.gather(*(keeper.round() for keeper, _ in made))
+    assert kind.taken == 1
+    for keeper, registry in made:
+        await keeper.round()
+        assert _samples(registry)["g", ""] == 1
+    assert kind.taken == 1
+
+
+async def test_one_that_is_killed_while_it_takes_them_leaves_them_to_the_next(databases: list[Database]) -> None:
+    slow, quick = Counted(pause=30.0), Counted()
+    dying = asyncio.create_task(_keeper(databases[0], slow.figure)[0].round())
+    while not slow.taken:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    keeper, registry = _keeper(databases[1], quick.figure)
+    await keeper.round()
+    assert (quick.taken, _samples(registry).get(("g", ""))) == (0, None), "it is being taken elsewhere"
+    dying.cancel()
+    await asyncio.gather(dying, return_exceptions=True)
+    await keeper.round()
+    assert (quick.taken, _samples(registry)["g", ""]) == (1, 1)
+
+
+async def test_what_takes_long_is_left_alone_for_longer(databases: list[Database]) -> None:
+    kind = Counted()
+    keeper, _ = _keeper(databases[0], kind.figure)
+    await keeper.round()
+    await _run(databases[0], "UPDATE service_figures SET taken_at = now() - interval '2 h', seconds = 1000")
+    await keeper.round()
+    assert kind.taken == 1
+    await _run(databases[0], "UPDATE service_figures SET taken_at = now() - interval '3 h'")
+    await keeper.round()
+    assert kind.taken == 2
+
+
+async def test_a_kind_at_fault_keeps_no_other_from_being_taken(databases: list[Database]) -> None:
+    async def fail(_tx: object, _: Values) -> Values:
+        raise ZeroDivisionError
+
+    kind = Counted()
+    keeper, registry = _keeper(databases[0], Figure("faulty", 0.0, fail, lambda *_: ()), kind.figure)
+    await keeper.round()
+    await keeper.round()
+    shown = _samples(registry)
+    assert (shown["g", ""], shown["primerisk_figure_failures_total", ""]) == (1, 1), "not tried again at once"
+    assert shown["primerisk_figures_age_seconds", "counted"] < 60
+
+
+# --- what they say
+
+
+async def test_before_anything_has_happened(database: Database) -> None:
+    shown = await _shown(database, *every.kinds(1.0, 1.0))
+    assert shown["primerisk_margin_calls", "open"] == 0
+    assert shown["primerisk_workers", ""] == 0
+    assert shown["primerisk_worker_seen_seconds", ""] == math.inf
+    assert shown["primerisk_shards", "free"] == 64
+    assert shown["primerisk_var_exceptions", "0.99"] == 0
+    assert shown["primerisk_webhooks_pending", "margin_call"] == 0
+
+
+async def test_margin_calls_from_breach_to_loss(database: Database) -> None:
+    desk = Calls(Desk(database))
+    await desk.desk.prices(PRICES)
+    agents = [await desk.trader(grace_period_seconds=grace) for grace in (45, 500)]
+    await desk.desk.prices({"BTC": BREACH})
+    for agent in agents:
+        made = await desk.decide(agent)
+        assert made.priced_at is not None
+        assert (await desk.decide(agent)).priced_at is None, "the call is not new any more"
+    shown = await _shown(database, calls.FIGURE)
+    assert shown["primerisk_margin_calls", "open"] == 2
+    buckets = [shown["primerisk_margin_call_grace_remaining_seconds_bucket", le] for le in ("30.0", "60.0", "+Inf")]
+    assert buckets == [0, 1, 2]
+    assert shown["primerisk_margin_call_grace_remaining_seconds_sum", ""] == pytest.approx(545, abs=5)
+    assert shown["primerisk_margin_call_overdue_seconds", ""] == 0
+    await _run(
+        database, "UPDATE margin_calls SET opened_at = now() - interval '1 h', deadline_at = now() - interval '9 s'"
+    )
+    shown = await _shown(database, calls.FIGURE)
+    assert shown["primerisk_margin_call_overdue_seconds", ""] == pytest.approx(9, abs=5)
+    assert shown["primerisk_margin_call_deficit_usd_total", ""] == 0
+    await _run(
+        database,
+        "UPDATE margin_calls SET state = 'expired', deficit = 12.5, uncovered = 1 WHERE agent_id = :a",
+        a=agents[0],
+    )
+    shown = await _shown(database, calls.FIGURE)
+    assert shown["primerisk_margin_call_deficit_usd_total", ""] == 13.5
+    assert shown["primerisk_margin_calls_with_deficit_total", ""] == 1
+    assert (shown["primerisk_margin_calls", "open"], shown["primerisk_margin_calls", "expired"]) == (1, 1)
+
+
+def _tally(zone: str, band: str, *worst: Endangered, prices: Mapping[str, int] | None = None) -> Tally:
+    zones = dict.fromkeys(("GREEN", "YELLOW", "ORANGE", "RED"), 0) | {zone: 3}
+    return Tally(3, zones, {"OK": 3}, dict.fromkeys(BANDS, 0) | {band: 3}, 1, worst, prices or {})
+
+
+async def _beat(database: Database, worker: str, tally: Tally) -> None:
+    async with database.transaction(worker) as tx:
+        await heartbeat.beat(tx, worker, tally)
+
+
+async def test_accounts_are_the_live_workers_sum(database: Database) -> None:
+    await Desk(database).prices({"BTC": "60000", "ETH": "3000", "UNUSED": "1"})
+    await _run(database, "UPDATE market_prices SET as_of = now() - interval '30 s' WHERE symbol = 'ETH'")
+    near, gone = Endangered("agent_near", 0.93, 0.99, 50.0), Endangered("agent_gone", None, None, -7.0)
+    await _beat(database, "a", _tally("RED", "0.85-1.00", near, prices={"BTC": 2, "ETH": 1}))
+    await _beat(database, "b", _tally("GREEN", "1.00+", gone, prices={"BTC": 5}))
+    await _beat(database, "dead", _tally("RED", "1.00+"))
+    await _run(database, "UPDATE workers SET seen_at = now() - interval '4 s' WHERE id = 'dead'")
+    shown = await _shown(database, accounts.FIGURE)
+    assert [shown["primerisk_accounts", zone] for zone in ("GREEN", "YELLOW", "RED")] == [3, 0, 3]
+    assert shown["primerisk_accounts_by_margin_ratio", "1.00+"] == 3
+    assert shown["primerisk_accounts_unpriced", ""] == 2
+    assert shown["primerisk_margin_ratio_worst", ""] == math.inf
+    assert shown["primerisk_workers", ""] == 2
+    assert shown["primerisk_worker_seen_seconds", ""] < 3
+    assert shown["primerisk_price_age_seconds", "ETH"] == pytest.approx(30, abs=5)
+    assert ("primerisk_price_age_seconds", "UNUSED") not in shown
+    await _run(database, "UPDATE workers SET seen_at = now() - interval '1 min'")
+    shown = await _shown(database, accounts.FIGURE)
+    assert (shown["primerisk_workers", ""], shown["primerisk_accounts", "RED"]) == (0, 3), "the last that was known"
+    assert shown["primerisk_worker_seen_seconds", ""] > 50
+
+
+async def test_the_endangered_are_named_worst_first_and_capped(database: Database) -> None:
+    worst = [Endangered(f"agent_{k}", k / 100, 0.5, 1.0) for k in range(90, 0, -1)]
+    await _beat(database, "a", _tally("RED", "1.00+", *worst))
+    keeper, _ = _keeper(database, accounts.FIGURE)
+    await keeper.round()
+    ratio, *_ = Shown(keeper.values("accounts"), 3).collect()
+    assert [(s.labels["agent_id"], s.value) for s in ratio.samples] == [
+        ("agent_90", 0.90),
+        ("agent_89", 0.89),
+        ("agent_88", 0.88),
+    ]
+
+
+async def test_webhooks_wait_in_their_lanes(hooks: Hooks) -> None:
+    await hooks.endpoint("http://192.0.2.1/")
+    await hooks.emit()
+    await hooks.execute("UPDATE webhook_deliveries SET created_at = now() - interval '90 s'")
+    shown = await _shown(hooks.database, webhooks.FIGURE)
+    lanes = {lane: shown["primerisk_webhooks_pending", lane] for lane in ("margin_call", "other", "test")}
+    assert sum(lanes.values()) == 1
+    [lane] = [lane for lane, count in lanes.items() if count]
+    assert shown["primerisk_webhook_oldest_undelivered_seconds", lane] == pytest.approx(90, abs=5)
+
+
+async def test_the_ledger_is_swept_and_an_imbalance_shown(database: Database) -> None:
+    desk = Desk(database)
+    agents = sorted([await desk.agent("100") for _ in range(5)])
+    ledger = books.figure(0.001, accounts_a_time=2)
+
+    async def sweep() -> Samples:
+        for _ in range(3):
+            shown = await _shown(database, ledger)
+        return shown
+
+    assert (await sweep())["primerisk_ledger_imbalance", "USDC"] == 0
+    await _run(database, "UPDATE balances SET amount = amount + 0.25 WHERE agent_id = :a", a=agents[4])
+    shown = await sweep()
+    assert shown["primerisk_ledger_imbalance", "USDC"] == 0.25
+    assert shown["primerisk_ledger_checked_seconds", ""] < 60
+    await _run(database, "UPDATE balances SET amount = amount - 0.25 WHERE agent_id = :a", a=agents[4])
+    await sweep()
+    assert (await sweep())["primerisk_ledger_imbalance", "USDC"] == 0
+
+
+async def test_var_is_held_to_what_happened(database: Database) -> None:
+    agent = await Desk(database).agent()
+    rows = [(9, 1_000.0), (8, 1_050.0), (7, 940.0), (6, 935.0), (4, 100.0), (3, 10.0)]  # a day lacks in between
+    for age, value in rows:
+        await _run(
+            database,
+            """
+            INSERT INTO account_snapshots VALUES
+                (:a, (now() AT TIME ZONE 'UTC')::date - cast(:age AS int), now(), :v, :v, 0, 0, 60, 100, 0)
+            """,
+            a=agent, age=age, v=value,
+        )  # fmt: skip
+    for _ in range(3):  # a few days at a time
+        shown = await _shown(database, backtest.FIGURE)
+    # held to the day before: +50, −110, −5, −90
+    assert shown["primerisk_var_forecasts", ""] == 4
+    assert (shown["primerisk_var_exceptions", "0.95"], shown["primerisk_var_exceptions", "0.99"]) == (2, 1)
+    assert shown["primerisk_var_exceptions_expected", "0.95"] == pytest.approx(0.2)
+
+
+async def test_the_views_show_who_is_in_danger(database: Database) -> None:
+    desk = Calls(Desk(database))
+    await desk.desk.prices(PRICES)
+    agent = await desk.trader()
+    await desk.desk.prices({"BTC": BREACH})
+    await desk.decide(agent)
+    await _beat(database, "a", _tally("RED", "0.85-1.00", Endangered(agent, 0.9, 0.95, 3_000.0)))
+    async with database.transaction("test") as tx:
+        [row] = (await tx.connection.execute(text("SELECT * FROM operator_accounts"))).mappings().all()
+        [call] = (await tx.connection.execute(text("SELECT * FROM operator_calls"))).mappings().all()
+        assert (row["agent_id"], row["margin_ratio"], row["margin_call"], row["zone"]) == (agent, 0.9, "open", "RED")
+        assert (call["state"], call["utilization"] > 0.85, call["deadline_at"] - tx.now < timedelta(hours=1)) == (
+            "open",
+            True,
+            True,
+        )
+
+
+async def test_a_reader_of_the_views_reads_nothing_else(database: Database, database_url: URL) -> None:
+    role = f"reader_{database_url.database}"
+    await _run(database, f"CREATE ROLE {role} LOGIN PASSWORD 'a password'")
+    await _run(database, f"GRANT SELECT ON operator_calls, operator_accounts TO {role}")
+    try:
+        given = database_url.set(drivername="postgresql", username=role, password="a password")
+        reader = await asyncpg.connect(given.render_as_string(hide_password=False))
+        try:
+            assert await reader.fetch("SELECT * FROM operator_calls") == []
+            for statement in (
+                "SELECT * FROM api_keys",
+                "SELECT * FROM webhook_endpoints",
+                "SELECT * FROM margin_calls",
+            ):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await reader.execute(statement)
+        finally:
+            await reader.close()
+    finally:
+        await _run(database, f"DROP OWNED BY {role}")
+        await _run(database, f"DROP ROLE {role}")
