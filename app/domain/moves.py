@@ -16,7 +16,7 @@ SETTLEMENT_ASSET = "USDC"
 SETTLEMENT_DECIMALS = 6
 
 AgentBucket = Literal["free", "reserved", "allocated", "owed"]
-HouseBucket = Literal["external", "trading", "services", "deficit"]
+HouseBucket = Literal["external", "trading", "services", "deficit", "fees"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app.db import event_tables, migrate
+from app.db import clearing_tables, event_tables, migrate
 from app.db.session import Database, parse_database_url
 from app.db.tables import APPEND_ONLY, api_keys, market_prices, metadata, model_parameters
 from app.domain.parameters import MarketParameters
@@ -84,7 +84,8 @@ async def test_every_model_parameter_is_seeded(database: Database) -> None:
     defaults = MarketParameters()
     async with database.transaction("test") as tx:
         names = (await tx.connection.execute(select(model_parameters.c.name))).scalars().all()
-    assert set(names) == asdict(defaults.models).keys() | asdict(defaults.policy).keys()
+    groups = (defaults.models, defaults.policy, defaults.clearing)
+    assert set(names) == {name for group in groups for name in asdict(group)}
 
 
 async def test_revisions(empty_url: URL, settings: Settings) -> None:
@@ -106,7 +107,9 @@ async def test_several_may_migrate_at_once(empty_url: URL, settings: Settings) -
     await database.close()
 
 
-@pytest.mark.parametrize("table", [table.name for table in (*APPEND_ONLY, *event_tables.APPEND_ONLY)])
+@pytest.mark.parametrize(
+    "table", [table.name for table in (*APPEND_ONLY, *event_tables.APPEND_ONLY, *clearing_tables.APPEND_ONLY)]
+)
 @pytest.mark.parametrize("statement", ["UPDATE {} SET {} = NULL", "DELETE FROM {}", "TRUNCATE {} CASCADE"])
 async def test_history_is_append_only(database: Database, table: str, statement: str) -> None:
     column = list(metadata.tables[table].columns)[-1].name
