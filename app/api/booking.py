@@ -14,7 +14,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from app.api.body import encoder
-from app.api.deps import Parts, caller_of, parts_of
+from app.api.deps import caller_of, parts_of
 from app.db.session import Tx
 from app.domain.book import Book
 from app.errors import ForbiddenError, NotFoundError, invalid
@@ -75,6 +75,9 @@ BookOwner = Annotated[Owner, Depends(owner_of)]
 Effect = Callable[[Tx, Book, Scene], Awaitable[Reply]]
 """What a request does to a book: in its transaction, to the book under its lock, at the market read after that."""
 
+Work = Callable[[Tx], Awaitable[Reply]]
+"""What a request does to more than its owner's book: it locks them itself, in the order of their ids."""
+
 AT_ONCE_MAX = 2
 """Requests that wait for one book's lock on a connection: a busy agent leaves connections to the others."""
 
@@ -100,7 +103,18 @@ def require_custodian(request: Request, owner: Owner) -> None:
 
 
 async def once(request: Request, owner: Owner, effect: Effect) -> Response:
-    """Run an effect on the owner's book in one transaction, and answer when it is committed.
+    """Run an effect on the owner's book in one transaction, and answer when it is committed; see `done_once`."""
+    parts = parts_of(request)
+
+    async def work(tx: Tx) -> Reply:
+        held = await book.lock(tx, owner.agent_id)
+        return await effect(tx, held, await parts.scenes.at(tx))
+
+    return await done_once(request, owner, work)
+
+
+async def done_once(request: Request, owner: Owner, work: Work) -> Response:
+    """Run work that takes its locks itself in one transaction, and answer when it is committed.
 
     A request that carries an Idempotency-Key is done once: its answer is stored beside the effect and given again,
     with the header Idempotency-Replayed, to every later request with the key. A refusal is not stored: nothing was
@@ -114,7 +128,7 @@ async def once(request: Request, owner: Owner, effect: Effect) -> Response:
     turn = _turns.setdefault(owner.agent_id, asyncio.Semaphore(AT_ONCE_MAX))
     async with turn, parts.database.transaction(owner.caller.key_id) as tx:
         kept = None if named is None else await idempotency.claim(tx, named)
-        answer = kept or await _effect(parts, tx, owner, effect, named)
+        answer = kept or await _answer(tx, work, named)
     headers = {}
     if kept is not None:
         headers["Idempotency-Replayed"] = "true"
@@ -129,9 +143,8 @@ def _namespace(owner: Owner) -> str:
     return f"{owner.caller.key_id}/{owner.agent_id}"
 
 
-async def _effect(parts: Parts, tx: Tx, owner: Owner, effect: Effect, named: Named | None) -> Answer:
-    held = await book.lock(tx, owner.agent_id)
-    reply = await effect(tx, held, await parts.scenes.at(tx))
+async def _answer(tx: Tx, work: Work, named: Named | None) -> Answer:
+    reply = await work(tx)
     answer = Answer(reply.status, encoder.encode(reply.content))
     if named is not None:
         await idempotency.keep(tx, named, answer)

@@ -19,6 +19,16 @@ ZERO = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
+class Owed:
+    """What one member owes another."""
+
+    payer: str
+    payee: str
+    asset: str
+    amount: Decimal
+
+
+@dataclass(frozen=True, slots=True)
 class Gross:
     """What a member owes (`pays`) and is owed (`receives`) in one asset, all of it open."""
 
@@ -80,13 +90,58 @@ class Settlement:
     charges: Sequence[Charge]
 
 
-def settlement(positions: Iterable[Gross], terms: Terms) -> Settlement:
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """One asset settled each obligation by itself (`gross`), and net: payments, units moved, fees."""
+
+    asset: str
+    gross_movements: int
+    gross_amount: Decimal
+    gross_fees: Decimal
+    movements: int
+    amount: Decimal
+    fees: Decimal
+
+
+def positions(obligations: Iterable[Owed]) -> list[Gross]:
+    """Return each member's sums, by asset and member."""
+    pays: dict[tuple[str, str], Decimal] = {}
+    receives: dict[tuple[str, str], Decimal] = {}
+    for owed in obligations:
+        for sums, member in ((pays, owed.payer), (receives, owed.payee)):
+            key = owed.asset, member
+            sums[key] = sums.get(key, ZERO) + owed.amount
+    keys = sorted(pays.keys() | receives.keys())
+    return [Gross(key[1], key[0], pays.get(key, ZERO), receives.get(key, ZERO)) for key in keys]
+
+
+def savings(obligations: Sequence[Owed], done: Settlement, terms: Terms) -> list[Saving]:
+    """Return what each asset's obligations would have taken one by one, and what they take net, by asset."""
+    found = []
+    for asset in sorted({owed.asset for owed in obligations}):
+        amounts = [owed.amount for owed in obligations if owed.asset == asset]
+        moved = [movement.amount for movement in done.movements if movement.asset == asset]
+        found.append(
+            Saving(
+                asset=asset,
+                gross_movements=len(amounts),
+                gross_amount=sum(amounts, ZERO),
+                gross_fees=sum((terms.fee(asset, amount) for amount in amounts), ZERO),
+                movements=len(moved),
+                amount=sum(moved, ZERO),
+                fees=sum((charge.amount for charge in done.charges if charge.asset == asset), ZERO),
+            )
+        )
+    return found
+
+
+def settlement(members: Iterable[Gross], terms: Terms) -> Settlement:
     """Return the net movements of all assets, by asset, and one fee a debtor and asset.
 
     Raises ArithmeticError where the nets of an asset do not sum to zero: the positions are then not of one group.
     """
     nets: dict[str, dict[str, Decimal]] = {}
-    for position in positions:
+    for position in members:
         nets.setdefault(position.asset, {})[position.agent_id] = position.net
     moved = [movement for asset in sorted(nets) for movement in movements(asset, nets[asset])]
     owed: dict[tuple[str, str], Decimal] = {}

@@ -38,7 +38,18 @@ from app.errors import ConflictError, conflict, invalid
 from app.services import audit
 
 Kind = Literal[
-    "deposit", "withdrawal", "reserve", "settle", "release", "allocate", "deallocate", "realized_pnl", "deficit", "fee"
+    "deposit",
+    "withdrawal",
+    "reserve",
+    "settle",
+    "release",
+    "allocate",
+    "deallocate",
+    "realized_pnl",
+    "deficit",
+    "fee",
+    "escrow",
+    "netting",
 ]
 
 ENTRIES_A_PAGE_MAX = 200

@@ -43,6 +43,7 @@ class Reservation:
     status: str
     created_at: datetime
     closed_at: datetime | None
+    bound_to: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,25 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
 
 async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named: Names) -> tuple[Reservation, Book]:
     """Set an amount aside for a service. Raises ConflictError past what is free or past the gate."""
-    _check_service(asked.service)
+    check_service("/service", asked.service)
     market_rules.check_symbol("/asset", asked.asset)
     amount = checked_amount("/amount", asked.amount)
     if held.opens_nothing is not None:
         raise conflict("/amount", "reduce_only", held.opens_nothing)
     _check_free(held, asked.asset, amount)
-    new = OpenReservation(
+    new = _new(tx, asked, amount, named)
+    moves = [Move(new.asset, amount, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
+    after = held.after_moves(moves).with_reservation(new)
+    scene.require_room(after)
+    scene.require_margin(held, after, "/amount")
+    row = asdict(new) | {"agent_id": held.agent_id, "status": "open"}
+    stored = (await tx.connection.execute(insert(reservations).values(row).returning(reservations))).mappings().one()
+    await ledger.post(tx, named.occasion(held.agent_id, new.service, "reserve", new.id), moves)
+    return Reservation(**stored), after
+
+
+def _new(tx: Tx, asked: NewReservation, amount: Decimal, named: Names) -> OpenReservation:
+    return OpenReservation(
         id=f"res_{secrets.token_hex(10)}",
         service=asked.service,
         asset=asked.asset,
@@ -116,15 +129,8 @@ async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named
         reference=named.reference,
         reducible=asked.reducible,
         created_at=tx.now,
+        bound_to=asked.bound_to,
     )
-    moves = [Move(new.asset, amount, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
-    after = held.after_moves(moves).with_reservation(new)
-    scene.require_room(after)
-    scene.require_margin(held, after, "/amount")
-    row = asdict(new) | {"agent_id": held.agent_id, "status": "open"}
-    stored = (await tx.connection.execute(insert(reservations).values(row).returning(reservations))).mappings().one()
-    await ledger.post(tx, named.occasion(held.agent_id, new.service, "reserve", new.id), moves)
-    return Reservation(**stored), after
 
 
 async def release(
@@ -157,6 +163,58 @@ async def settle(
     return left, held.after_moves(moves).with_reservation(_open(left))
 
 
+async def take_bound(tx: Tx, held: Book, reservation: OpenReservation, paid: Decimal) -> Book:
+    """Close what a contract holds, so much of it paid. The book is locked, and the contract posts the moves.
+
+    Return the book without the reservation; its holdings follow from the moves.
+    """
+    closed = {"remaining": ZERO, "settled": reservation.settled + paid, "closed_at": tx.now}
+    status = "settled" if closed["settled"] else "released"
+    await tx.connection.execute(
+        update(reservations).where(reservations.c.id == reservation.id).values(**closed, status=status)
+    )
+    return held.with_reservation(replace(reservation, remaining=ZERO))
+
+
+async def fit_bound(tx: Tx, held: Book, asked: NewReservation, named: Names) -> Book:
+    """Have a contract hold as much of an asset as is asked for, 0 for none: more of what is free, or less.
+
+    The book is locked, and whoever asks has judged it. Raises ConflictError past what is free.
+    """
+    if asked.bound_to is None:
+        raise ValueError("it is bound to nothing")
+    known = held.bound(asked.bound_to, asked.asset)
+    more = asked.amount - (ZERO if known is None else known.remaining)
+    if more == 0:
+        return held
+    if more > 0:
+        _check_free(held, asked.asset, more)
+        moves = [Move(asked.asset, more, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
+    else:
+        moves = given_back(held, asked.asset, -more)
+    fitted = _fitted(tx, asked, known, named)
+    kind: ledger.Kind = "reserve" if more > 0 else "release"
+    await ledger.post(tx, named.occasion(held.agent_id, asked.service, kind, fitted.id), moves)
+    row = asdict(fitted) | {"agent_id": held.agent_id}
+    if known is None:
+        await tx.connection.execute(insert(reservations).values(row | {"status": "open"}))
+    else:
+        ended = fitted.remaining == 0
+        values = {"amount": fitted.amount, "remaining": fitted.remaining, "closed_at": tx.now if ended else None}
+        status = "open" if not ended else "settled" if fitted.settled else "released"
+        change = update(reservations).where(reservations.c.id == fitted.id)
+        await tx.connection.execute(change.values(**values, status=status))
+    return held.after_moves(moves).with_reservation(fitted)
+
+
+def _fitted(tx: Tx, asked: NewReservation, known: OpenReservation | None, named: Names) -> OpenReservation:
+    """Return the reservation of a contract with as much in it as is asked for."""
+    if known is not None:
+        whole = max(known.amount, known.settled + asked.amount)
+        return replace(known, amount=whole, remaining=asked.amount)
+    return _new(tx, asked, asked.amount, named)
+
+
 async def get_reservation(tx: Tx, agent_id: str, reservation_id: str) -> Reservation:
     """Return a reservation of the agent, open or closed. Raises NotFoundError."""
     columns = reservations.c
@@ -183,12 +241,13 @@ async def list_reservations(
 
 @dataclass(frozen=True, slots=True)
 class NewReservation:
-    """What a service asks for."""
+    """What a service asks for; `bound_to` names the contract that alone may use it, by `take_bound`."""
 
     service: str
     asset: str
     amount: Decimal
     reducible: bool
+    bound_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +262,11 @@ class Names:
         return Occasion(agent_id, service, kind, self.reference or reference, self.idempotency_key)
 
 
-def _check_service(service: str) -> None:
+def check_service(pointer: str, service: str) -> None:
+    """Refuse what is not the name of a service."""
     if not _SERVICE.fullmatch(service):
         detail = "a service is 1 to 32 lower-case letters, digits or _ and starts with a letter"
-        raise invalid("/service", "invalid_service", detail)
+        raise invalid(pointer, "invalid_service", detail)
 
 
 def _check_free(held: Book, asset: str, amount: Decimal) -> None:
@@ -221,6 +281,8 @@ async def _part(tx: Tx, held: Book, reservation_id: str, amount: Decimal | None)
     stored = await get_reservation(tx, held.agent_id, reservation_id)
     if stored.status != "open":
         raise conflict("/status", "reservation_closed", f"the reservation is {stored.status}")
+    if stored.bound_to is not None:
+        raise conflict("/id", "reservation_bound", f"the reservation is held by {stored.bound_to}, which alone ends it")
     part = stored.remaining if part is None else part
     if part > stored.remaining:
         detail = f"{plain(stored.remaining):f} {stored.asset} are reserved"
@@ -249,4 +311,5 @@ def _open(stored: Reservation) -> OpenReservation:
         stored.reference,
         stored.reducible,
         stored.created_at,
+        stored.bound_to,
     )
