@@ -190,7 +190,7 @@ async def get_statement(
     """List obligations, each member's net, and what settling them takes and saves: now, at a moment, or by a run."""
     if as_of is not None and run_id is not None:
         raise invalid("/as_of", "not_allowed", "a run has its own moment: give as_of or run_id")
-    moment: datetime | None = None if as_of is None else wire.moment(as_of.replace(" ", "+"), "/as_of")
+    moment: datetime | None = None if as_of is None else wire.moment(as_of, "/as_of")
     parts = parts_of(request)
     async with parts.database.transaction(owner.caller.key_id) as tx:
         found = await netting.statement(

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
+from itertools import count
 from typing import Any
 
 from app.domain.escrow import Kind, Leg
-from app.services import escrows
+from app.services import agreements, escrows, netting
+from app.services.agreements import Agreement, NewAgreement
 from app.services.escrows import Done, Escrow, NewEscrow, Share
 from app.services.margin import Scenes
+from app.services.netting import NewObligation, Obligation, Ran, Statement
 from app.services.wallet import Names
 from tests.services.desk import ACTOR, ITEMS_MAX, PURSES, Amount, Desk
+
+_REFERENCES = count(1)
 
 
 @dataclass
@@ -60,9 +65,63 @@ class Clearing:
         )
         assert await self.desk.rows(statement, id=escrow.id)
 
+    async def pass_deadline_of_a_dispute(self, escrow: Escrow) -> None:
+        statement = "UPDATE escrows SET deadline_at = now() - interval '1 day' WHERE id = :id RETURNING id"
+        assert await self.desk.rows(statement, id=escrow.id)
+
     async def get(self, escrow: Escrow) -> Escrow:
         async with self.desk.database.transaction(ACTOR) as tx:
             return await escrows.get(tx, None, escrow.id)
+
+    # --- netting
+
+    async def agree(self, *members: str, services: tuple[str, ...] = ("data",), **more: Any) -> Agreement:
+        """Propose an agreement as the first of these agents, and have the others accept it."""
+        if "threshold" in more:
+            more["threshold"] = Decimal(more["threshold"])
+        asked = NewAgreement("netting", members[1:], services, **more)
+        async with self.desk.database.transaction(ACTOR) as tx:
+            made = await agreements.propose(tx, await self.scenes.at(tx), members[0], asked)
+        for member in members[1:]:
+            made = await self.accept(member, made)
+        return made
+
+    async def accept(self, agent_id: str, agreement: Agreement) -> Agreement:
+        async with self.desk.database.transaction(ACTOR) as tx:
+            return await agreements.accept(tx, agent_id, agreement.id)
+
+    async def leave(self, agent_id: str, agreement: Agreement) -> Agreement:
+        async with self.desk.database.transaction(ACTOR) as tx:
+            return await agreements.leave(tx, agent_id, agreement.id)
+
+    async def agreement(self, agreement: Agreement) -> Agreement:
+        async with self.desk.database.transaction(ACTOR) as tx:
+            return await agreements.get(tx, None, agreement.id)
+
+    async def owe(
+        self, agreement: Agreement, payer: str, payee: str, amount: Amount, asset: str = "USDC", **more: Any
+    ) -> Obligation:
+        """Book an obligation, under a reference of its own unless one is given."""
+        reference = more.pop("reference", None) or f"ref-{next(_REFERENCES)}"
+        service = more.pop("service", "data")
+        asked = NewObligation(payee, service, asset, Decimal(amount), reference, **more)
+        async with self.desk.database.transaction(ACTOR) as tx:
+            return (await netting.book_obligation(tx, self.scenes, payer, agreement.id, asked))[0]
+
+    async def settle(self, agreement: Agreement, agent_id: str | None = None) -> Ran | None:
+        """Run an agreement: for a member, or because it is due."""
+        async with self.desk.database.transaction(ACTOR) as tx:
+            return await netting.run(tx, self.scenes, agreement.id, agent_id)
+
+    async def statement(self, agent_id: str, agreement: Agreement, **more: Any) -> Statement:
+        async with self.desk.database.transaction(ACTOR) as tx:
+            return await netting.statement(tx, agent_id, agreement.id, **more)
+
+    async def make_due(self, agreement: Agreement) -> None:
+        statement = "UPDATE netting_agreements SET next_action_at = now() WHERE id = :id RETURNING id"
+        assert await self.desk.rows(statement, id=agreement.id)
+
+    # --- what there is
 
     async def purses(self, asset: str = "USDC") -> dict[tuple[str, str], Any]:
         """Return what every purse holds of an asset, from the entries alone, empty ones left out."""
@@ -83,6 +142,28 @@ class Clearing:
             """
         )
         assert off == []
+        # running sums are those of what is open, and nothing is half settled
+        sums = await self.desk.rows(
+            """
+            SELECT agreement_id, agent_id, asset, sum(pays), sum(receives) FROM (
+                SELECT o.agreement_id, o.payer AS agent_id, o.asset, o.amount AS pays, 0 AS receives, o.seq
+                FROM netting_obligations o
+                UNION ALL
+                SELECT o.agreement_id, o.payee, o.asset, 0, o.amount, o.seq FROM netting_obligations o) AS sides
+            JOIN netting_agreements a ON a.id = agreement_id AND sides.seq > a.settled_through
+            GROUP BY agreement_id, agent_id, asset ORDER BY 1, 2, 3
+            """
+        )
+        kept = "SELECT agreement_id, agent_id, asset, pays, receives FROM netting_positions ORDER BY 1, 2, 3"
+        assert sums == await self.desk.rows(kept)
+        through = await self.desk.rows(
+            """
+            SELECT a.id FROM netting_agreements a LEFT JOIN netting_runs r
+            ON r.agreement_id = a.id AND r.outcome = 'settled'
+            GROUP BY a.id, a.settled_through HAVING coalesce(max(r.last_seq), 0) <> a.settled_through
+            """
+        )
+        assert through == []
 
     async def events(self, agent_id: str, family: str = "escrow") -> list[str]:
         rows = await self.desk.rows(
