@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.booking import BookOwner, Label, Owner, Reply, done_once, idempotency_key, once, owner_for
+from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, done_once, idempotency_key, once, owner_for
 from app.api.deps import body_of, caller_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -38,15 +38,15 @@ class LegIn(wire.Request):
 class EscrowPost(wire.Request):
     """POST /api/escrows: who is paid what, what happens at the time-out, who pays the fee, who decides a dispute."""
 
-    payee: str
+    payee: AgentRef
     amount: wire.Number
     timeout_seconds: int
     on_timeout: OnTimeout
     asset: str | None = None
     fee_payer: FeePayer | None = None
     counter_leg: LegIn | None = None
-    referrer: str | None = None
-    arbiter: str | None = None
+    referrer: AgentRef | None = None
+    arbiter: AgentRef | None = None
     reference: Label | None = None
 
 

@@ -13,7 +13,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.booking import BookOwner, Reply, done_once
+from app.api.booking import AgentRef, BookOwner, Reply, done_once
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -31,7 +31,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
 class AgreementPost(wire.Request):
     """POST /api/netting/agreements: with whom, about which services, and when it is settled."""
 
-    members: list[str]
+    members: list[AgentRef]
     services: list[str]
     name: Name | None = None
     interval_seconds: int | None = None
@@ -41,7 +41,7 @@ class AgreementPost(wire.Request):
 class ObligationPost(wire.Request):
     """POST /api/netting/agreements/{id}/obligations: what the agent owes another member, under its own reference."""
 
-    payee: str
+    payee: AgentRef
     service: str
     asset: str
     amount: wire.Number

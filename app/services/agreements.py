@@ -259,7 +259,7 @@ def _armed(agreement: Agreement, now: datetime) -> dict[str, datetime | None]:
 
 async def _checked_members(tx: Tx, proposer: str, asked: NewAgreement) -> list[str]:
     members = sorted({proposer, *asked.members})
-    if not 2 <= len(members) <= MEMBERS_MAX:
+    if len(members) < 2 or len(asked.members) > MEMBERS_MAX or len(members) > MEMBERS_MAX:
         raise invalid("/members", "too_many_items", f"an agreement is between 2 to {MEMBERS_MAX} agents")
     for place, agent_id in enumerate(asked.members):
         if not await accounts.exists(tx, agent_id):

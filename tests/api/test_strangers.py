@@ -30,8 +30,20 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "GET /api/reservations/{reservation_id}": ("reservation", None),
     "POST /api/reservations/{reservation_id}/release": ("reservation", {"amount": 0.1}),
     "POST /api/reservations/{reservation_id}/settle": ("reservation", {"amount": 0.1}),
+    "GET /api/escrows/{escrow_id}": ("escrow", None),
+    "POST /api/escrows/{escrow_id}/confirm": ("escrow", {}),
+    "GET /api/netting/agreements/{agreement_id}": ("agreement", None),
+    "POST /api/netting/agreements/{agreement_id}/accept": ("agreement", {}),
+    "POST /api/netting/agreements/{agreement_id}/leave": ("left", {}),
 }
-ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, test_margin_calls.py, and below
+ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls, escrows and netting
+    "POST /api/escrows/{escrow_id}/cancel",
+    "POST /api/escrows/{escrow_id}/dispute",
+    "POST /api/escrows/{escrow_id}/resolve",
+    "POST /api/netting/agreements/{agreement_id}/obligations",
+    "POST /api/netting/agreements/{agreement_id}/settle",
+    "GET /api/netting/agreements/{agreement_id}/obligations",
+    "GET /api/netting/agreements/{agreement_id}/statement",
     "GET /api/margin-calls/{call_id}",
     "POST /api/margin-calls/{call_id}/acknowledge",
     "GET /api/agents/{agent_id}",
@@ -46,7 +58,10 @@ ELSEWHERE = {  # walked in test_agents.py, test_webhooks.py, test_margin_calls.p
     "GET /api/webhooks/deliveries/{delivery_id}",
     "POST /api/webhooks/deliveries/{delivery_id}/replay",
 }
-LISTS = ("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions")
+LISTS = (
+    *("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions"),
+    *("/escrows", "/netting/agreements"),
+)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -85,12 +100,21 @@ async def _settled(service: Service, name: str) -> tuple[Agent, dict[str, str]]:
     _, isolated = await _filled(agent, "ETH-PERP", 1, 3_000, margin_mode="isolated")
     held = await agent.post("/reservations", {"service": "casino", "amount": 100, "reducible": True})
     pending = await agent.order("BTC-PERP", "buy", 0.01)
+    other = await service.agent(f"{name}'s payee")
+    terms = {"payee": other.id, "amount": 10, "timeout_seconds": 3_600, "on_timeout": "refund"}
+    escrow = await agent.post("/escrows", terms)
+    agreement, left = [
+        await agent.post("/netting/agreements", {"members": [other.id], "services": ["data"]}) for _ in range(2)
+    ]
     return agent, {
         "position": pooled,
         "isolated": isolated,
         "order": order,
         "reservation": held["id"],
         "pending": pending["order_id"],
+        "escrow": escrow["id"],
+        "agreement": agreement["id"],
+        "left": left["id"],
     }
 
 
@@ -194,6 +218,8 @@ async def test_a_stranger_books_nothing_in_anothers_name(town: Town) -> None:
         "/wallet/withdrawals": {"asset": "USDC", "amount": 1},
         "/reservations": {"service": "casino", "amount": 1},
         "/orders": {"symbol": "BTC-PERP", "side": "buy", "size": 0.001},
+        "/escrows": {"payee": town.b.id, "amount": 1, "timeout_seconds": 60, "on_timeout": "release"},
+        "/netting/agreements": {"members": [town.b.id], "services": ["data"]},
     }
     for path, body in bodies.items():
         problem(await town.b.ask(f"{path}?agent_id={town.a.id}", body), 404, "agent_not_found")
