@@ -324,12 +324,22 @@ def _shortfalls(scene: Scene, books: Mapping[str, Book], agreement: Agreement, d
         extra = due - _reserved(held, agreement, asset)
         if extra <= 0:
             continue
-        after = held.after_moves([Move(asset, extra, agent(agent_id, "free"), house("external"))])
+        after = _paid(held, agreement, asset, extra)
         if extra > held.holding(asset).free or not _may_go(scene, held, after):
             found.append(Short(agent_id, asset, due, extra))
         else:
             left[agent_id] = after
     return found
+
+
+def _paid(held: Book, agreement: Agreement, asset: str, extra: Decimal) -> Book:
+    """Return the book after paying all that is reserved for an asset, and so much more of what is free."""
+    moves = [Move(asset, extra, agent(held.agent_id, "free"), house("external"))]
+    known = held.bound(agreement.id, asset)
+    if known is None:
+        return held.after_moves(moves)
+    moves.append(Move(asset, known.remaining, agent(held.agent_id, "reserved"), house("external")))
+    return held.after_moves(moves).with_reservation(replace(known, remaining=ZERO))
 
 
 def _may_go(scene: Scene, before: Book, after: Book) -> bool:
@@ -344,17 +354,17 @@ def _may_go(scene: Scene, before: Book, after: Book) -> bool:
 
 
 async def _default(tx: Tx, case: _Case, short: Sequence[Short]) -> Ran | None:
-    """Leave every obligation open, reserve what there is of what is missing, and say so.
+    """Leave every obligation open, reserve what there is and the gates allow of what is missing, and say so.
 
     Members are told when the agreement defaults; a timer that tries again, and fails again, writes no run.
     """
     for lack in short:
         held = case.books[lack.agent_id]
         there = min(held.holding(lack.asset).free, lack.missing)
-        more = [Move(lack.asset, there, agent(lack.agent_id, "free"), agent(lack.agent_id, "reserved"))]
-        if there > 0 and _may_go(case.scene, held, held.after_moves(more)):
-            asked = _held(case.agreement, lack.asset, lack.due - lack.missing + there)
-            case.books[lack.agent_id] = await wallet.fit_bound(tx, held, asked, Names(case.agreement.id))
+        asked, named = _held(case.agreement, lack.asset, lack.due - lack.missing + there), Names(case.agreement.id)
+        fitted, moves = wallet.fitting(tx, held, asked, named)
+        if there > 0 and _may_go(case.scene, held, held.after_moves(moves).with_reservation(fitted)):
+            case.books[lack.agent_id] = await wallet.fit_bound(tx, held, asked, named)
     await agreements.defaulted(tx, case.agreement, case.scene.now)
     is_known = case.agreement.state == "defaulted"
     if is_known and case.cause != "demand":

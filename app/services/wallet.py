@@ -181,38 +181,43 @@ async def fit_bound(tx: Tx, held: Book, asked: NewReservation, named: Names) -> 
 
     The book is locked, and whoever asks has judged it. Raises ConflictError past what is free.
     """
-    if asked.bound_to is None:
-        raise ValueError("it is bound to nothing")
-    known = held.bound(asked.bound_to, asked.asset)
-    more = asked.amount - (ZERO if known is None else known.remaining)
-    if more == 0:
+    known = _bound(held, asked)
+    fitted, moves = fitting(tx, held, asked, named)
+    if not moves:
         return held
-    if more > 0:
-        _check_free(held, asked.asset, more)
-        moves = [Move(asked.asset, more, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
-    else:
-        moves = given_back(held, asked.asset, -more)
-    fitted = _fitted(tx, asked, known, named)
-    kind: ledger.Kind = "reserve" if more > 0 else "release"
+    if moves[0].source.bucket == "free":
+        _check_free(held, asked.asset, moves[0].amount)
+    kind: ledger.Kind = "reserve" if moves[0].source.bucket == "free" else "release"
     await ledger.post(tx, named.occasion(held.agent_id, asked.service, kind, fitted.id), moves)
-    row = asdict(fitted) | {"agent_id": held.agent_id}
     if known is None:
-        await tx.connection.execute(insert(reservations).values(row | {"status": "open"}))
+        row = asdict(fitted) | {"agent_id": held.agent_id, "status": "open"}
+        await tx.connection.execute(insert(reservations).values(row))
     else:
-        ended = fitted.remaining == 0
-        values = {"amount": fitted.amount, "remaining": fitted.remaining, "closed_at": tx.now if ended else None}
-        status = "open" if not ended else "settled" if fitted.settled else "released"
-        change = update(reservations).where(reservations.c.id == fitted.id)
-        await tx.connection.execute(change.values(**values, status=status))
+        status = "open" if fitted.remaining else "settled" if fitted.settled else "released"
+        closed_at = None if fitted.remaining else tx.now
+        values = {"amount": fitted.amount, "remaining": fitted.remaining, "status": status, "closed_at": closed_at}
+        await tx.connection.execute(update(reservations).where(reservations.c.id == fitted.id).values(values))
     return held.after_moves(moves).with_reservation(fitted)
 
 
-def _fitted(tx: Tx, asked: NewReservation, known: OpenReservation | None, named: Names) -> OpenReservation:
-    """Return the reservation of a contract with as much in it as is asked for."""
-    if known is not None:
+def fitting(tx: Tx, held: Book, asked: NewReservation, named: Names) -> tuple[OpenReservation, list[Move]]:
+    """Return what a contract would hold, and the moves to it, none where it holds as much already."""
+    known = _bound(held, asked)
+    more = asked.amount - (ZERO if known is None else known.remaining)
+    if known is None:
+        fitted = _new(tx, asked, asked.amount, named)
+    else:
         whole = max(known.amount, known.settled + asked.amount)
-        return replace(known, amount=whole, remaining=asked.amount)
-    return _new(tx, asked, asked.amount, named)
+        fitted = replace(known, amount=whole, remaining=asked.amount)
+    if more > 0:
+        return fitted, [Move(asked.asset, more, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
+    return fitted, given_back(held, asked.asset, -more) if more < 0 else []
+
+
+def _bound(held: Book, asked: NewReservation) -> OpenReservation | None:
+    if asked.bound_to is None:
+        raise ValueError("it is bound to nothing")
+    return held.bound(asked.bound_to, asked.asset)
 
 
 async def get_reservation(tx: Tx, agent_id: str, reservation_id: str) -> Reservation:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from datetime import timedelta
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tests.services.desk import ACTOR, Desk
 from tests.services.test_escrows import refused
 
 CONNECTIONS = make_settings(database_pool_size=12, database_connect_seconds=20)
+_WEI = Decimal("1e-18")
 
 
 @pytest.fixture
@@ -219,26 +222,27 @@ async def test_a_group_settles_in_several_assets(clearing: Clearing) -> None:
     rng = random.Random(7)
     members = [await desk.agent("100000") for _ in range(6)]
     for member in members:
-        await desk.deposit(member, "BTC", 5)
+        await desk.deposit(member, "BTC", 50)
     made = await clearing.agree(*members)
     nets: Counter[tuple[str, str]] = Counter()
     for _ in range(40):
         payer, payee = rng.sample(members, 2)
         asset = rng.choice(["USDC", "BTC"])
-        amount = Decimal(rng.randrange(1, 10**6)) / (1_000 if asset == "USDC" else 10**7)
+        amount = (
+            Decimal(rng.randrange(1, 10**9)).scaleb(-6) if asset == "USDC" else Decimal(rng.random()).quantize(_WEI)
+        )
         await clearing.owe(made, payer, payee, amount, asset)
         nets[payer, asset] += amount  # type: ignore[assignment]
         nets[payee, asset] -= amount  # type: ignore[assignment]
     await clearing.check()
     ran = await settled(clearing, made, members[0])
-    for asset, decimals, before in (("USDC", 6, 100_000), ("BTC", 18, 5)):
+    for asset, decimals, before in (("USDC", 6, 100_000), ("BTC", 18, 50)):
         moved = [m for m in ran.run.figures["movements"] if m["asset"] == asset]
         assert 1 <= len(moved) <= len(members) - 1
         fees = Decimal(0)
         for member in members:
             net = nets[member, asset]
-            unit = Decimal(1).scaleb(-decimals)
-            fee = -(-net * Decimal("0.01") // unit) * unit if net > 0 else Decimal(0)
+            fee = math.ceil(max(Fraction(net), Fraction(0)) * 10**decimals / 100) * Decimal(1).scaleb(-decimals)
             holding = (await desk.book(member)).holding(asset)
             assert (holding.free, holding.reserved) == (before - net - fee, Decimal(0))
             fees += fee
