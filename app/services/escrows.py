@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, func, insert, select, union_all, update
+from sqlalchemy import ColumnElement, Select, func, insert, select, text, union_all, update
 
 from app.db.clearing_tables import escrows
 from app.db.session import Tx
@@ -278,20 +278,24 @@ async def list_escrows(
     return [Escrow(**row) for row in rows.mappings()]
 
 
+_OPEN_LEGS = text(
+    """
+    SELECT asset, sum(amount) AS amount FROM (
+        SELECT asset, CASE payer WHEN :agent_id THEN -amount ELSE amount END AS amount
+        FROM escrows WHERE (payer = :agent_id OR payee = :agent_id) AND ended_at IS NULL
+        UNION ALL
+        SELECT counter_asset, CASE payer WHEN :agent_id THEN counter_amount ELSE -counter_amount END
+        FROM escrows
+        WHERE (payer = :agent_id OR payee = :agent_id) AND ended_at IS NULL AND counter_asset IS NOT NULL
+    ) AS legs GROUP BY asset HAVING sum(amount) <> 0
+    """
+)
+
+
 async def open_legs(tx: Tx, agent_id: str) -> dict[str, Decimal]:
-    """Return, by asset, what an agent's open escrows are to bring it (above zero) or to take from it."""
-    sums: dict[str, Decimal] = {}
-    columns = escrows.c
-    query = select(escrows).where(
-        columns.state.in_(LIVE_STATES), (columns.payer == agent_id) | (columns.payee == agent_id)
-    )
-    for row in (await tx.connection.execute(query)).mappings():
-        escrow = Escrow(**row)
-        sign = -1 if escrow.payer == agent_id else 1
-        for leg, way in ((escrow.terms.leg, sign), (escrow.counter, -sign)):
-            if leg is not None:
-                sums[leg.asset] = sums.get(leg.asset, Decimal(0)) + way * leg.amount
-    return sums
+    """Return, by asset, what an agent's open escrows are to bring it (above zero) or to take from it, on balance."""
+    rows = await tx.connection.execute(_OPEN_LEGS, {"agent_id": agent_id})
+    return {row.asset: row.amount for row in rows}
 
 
 async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
