@@ -374,6 +374,54 @@ async def _post(stage: Stage, prices: Sequence[float]) -> None:
     await stage.send("POST", "/market/prices", {"prices": dict(zip(ASSETS, prices, strict=True))})
 
 
+# --- what they pay each other
+
+CALLS_EACH_WAY = 10
+"""Obligations that two agents book on each other before they net them."""
+
+
+async def _clear(stage: Stage) -> None:
+    """Have two agents that have just come pay through an escrow, and net what they owe each other."""
+    keys, ids = {}, {}
+    for name in ("Mara", "Nils"):
+        made = await stage.send("POST", "/agents", {"name": name})
+        keys[name], ids[name] = made["api_key"], made["agent_id"]
+        await stage.send("POST", "/wallet/deposits", {"asset": "USDC", "amount": 20_000}, keys[name])
+    await _pay(stage, keys, ids)
+    await _net(stage, keys, ids)
+
+
+async def _pay(stage: Stage, keys: Mapping[str, str], ids: Mapping[str, str]) -> None:
+    terms = {"payee": ids["Nils"], "timeout_seconds": 3_600, "on_timeout": "refund"}
+    made = await stage.send("POST", "/escrows", terms | {"amount": 10_000}, keys["Mara"])
+    stage.say("Mara", "escrow funded", f"10,000 USDC for Nils, {made['reserved']:,.2f} set aside", "cyan")
+    await stage.send("POST", f"/escrows/{made['id']}/confirm", {}, keys["Nils"])
+    done = await stage.send("POST", f"/escrows/{made['id']}/confirm", {}, keys["Mara"])
+    stage.say("Nils", "is paid", f"{done['to_payee']:,.2f} USDC, fee {done['fee']:,.2f}", "green")
+    await stage.send("POST", "/escrows", terms | {"amount": 500}, keys["Mara"])  # one that waits
+
+
+async def _net(stage: Stage, keys: Mapping[str, str], ids: Mapping[str, str]) -> None:
+    body = {"members": [ids["Nils"]], "services": ["data"]}
+    made = await stage.send("POST", "/netting/agreements", body, keys["Mara"])
+    path = f"/netting/agreements/{made['id']}"
+    await stage.send("POST", f"{path}/accept", {}, keys["Nils"])
+
+    async def owe(payer: str, payee: str, amount: int, reference: str) -> None:
+        owed = {"payee": ids[payee], "service": "data", "asset": "USDC", "amount": amount, "reference": reference}
+        await stage.send("POST", f"{path}/obligations", owed, keys[payer])
+
+    for k in range(CALLS_EACH_WAY):
+        await owe("Mara", "Nils", 100 + k, f"call {k}")
+        await owe("Nils", "Mara", 90 + k, f"call {k}")
+    told = await stage.send("GET", f"{path}/statement", key=keys["Nils"])
+    ran = await stage.send("POST", f"{path}/settle", {}, keys["Nils"])
+    saving, moved = told["saving"][0], f"{len(ran['movements'])} payment of {ran['movements'][0]['amount']:,.2f} USDC"
+    spared = f"{saving['movements_saved']} payments and {saving['fees_saved']:,.2f} of fees spared"
+    stage.say("Mara", "netted", f"{ran['obligations']} obligations: {moved}, {spared}", "green")
+    await owe("Mara", "Nils", 50, "next")  # one that waits
+
+
 @asynccontextmanager
 async def _listening(stage: Stage) -> AsyncIterator[None]:
     """Follow every agent's stream meanwhile."""
@@ -400,6 +448,7 @@ async def _play(service: Service, console: Console, seed: int, seconds: float) -
         async with _listening(stage):
             stage.started = asyncio.get_running_loop().time()
             await _trade(stage, path)
+        await _clear(stage)
         await _sum_up(stage)
 
 

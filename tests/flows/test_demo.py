@@ -64,6 +64,8 @@ def test_the_story_has_every_kind_of_end(place: Home) -> None:
         story = [word for word in told if word in ("margin call", "call expired", "liquidated", "completed")]
         assert story[:3] == ["margin call", "call expired", "liquidated"], said
         assert story[-1] == "completed", said
+    assert re.search(r"Nils +is paid +10,000.00 USDC, fee 100.00", said), said
+    assert re.search(r"20 obligations: 1 payment of 100.00 USDC, 19 payments and 18.90 of fees spared", said), said
     assert re.search(r"\d+ calls: \d+ cured by a deposit, .* liquidated", said)
 
 
