@@ -71,8 +71,8 @@ class Group:
             values = {"id": self.agreement_id, "after": agreement.settled_through, "count": OBLIGATIONS}
             await tx.connection.execute(_SUMS, values)
             await tx.connection.execute(_COUNT, values)
-            now = await netting.statement(tx, self.members[0], self.agreement_id, limit=1)
-            for position in now.positions:
+            now = await netting.stated(tx, self.members[0], self.agreement_id, limit=1)
+            for position in netting.worked_out(now).positions:
                 cover = agreement.terms.cover(position.asset, position.net)
                 asked = NewReservation("netting", position.asset, cover, reducible=False, bound_to=agreement.id)
                 await wallet.fit_bound(tx, await book.lock(tx, position.agent_id), asked, Names())

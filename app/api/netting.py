@@ -21,7 +21,7 @@ from app.domain.money import plain
 from app.errors import ForbiddenError, invalid
 from app.services import agreements, clearing, netting
 from app.services.agreements import Agreement, NewAgreement
-from app.services.netting import NewObligation, Obligation, Run, Statement
+from app.services.netting import NewObligation, Obligation, Run, Stated, Statement
 
 router = APIRouter(prefix="/api/netting/agreements", tags=["netting"])
 
@@ -193,11 +193,12 @@ async def get_statement(
     moment: datetime | None = None if as_of is None else wire.moment(as_of, "/as_of")
     parts = parts_of(request)
     async with parts.database.transaction(owner.caller.key_id) as tx:
-        found = await netting.statement(
+        said = await netting.stated(
             tx, owner.agent_id, agreement_id, run_id=run_id, as_of=moment, limit=limit, before=number_cursor(cursor)
         )
-    more = next_cursor([item.seq for item in found.page], limit)
-    return wire.JsonResponse({**_statement(found), "next_cursor": more})
+    more = next_cursor([item.seq for item in said.page], limit)
+    found = await parts.workshop.run(netting.worked_out, said)
+    return wire.JsonResponse({**_statement(said, found), "next_cursor": more})
 
 
 def _agreement(agreement: Agreement) -> dict[str, Any]:
@@ -227,14 +228,13 @@ def _numbers(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return [{name: Decimal(text) if name in amounts else text for name, text in row.items()} for row in rows]
 
 
-def _statement(found: Statement) -> dict[str, Any]:
-    saved = [s.gross_movements - s.movements for s in found.savings]
+def _statement(said: Stated, found: Statement) -> dict[str, Any]:
     return {
-        "agreement_id": found.agreement.id,
-        "state": found.agreement.state,
-        "run": None if found.run is None else _run(found.run),
-        "as_of": found.as_of,
-        "count": found.count,
+        "agreement_id": said.agreement.id,
+        "state": said.agreement.state,
+        "run": None if said.run is None else _run(said.run),
+        "as_of": said.as_of,
+        "count": len(said.owed),
         "nets": [_plain_row(asdict(position)) | {"net": plain(position.net)} for position in found.positions],
         "movements": [_plain_row(asdict(m)) for m in found.settlement.movements],
         "fees": [_plain_row(asdict(c)) for c in found.settlement.charges],
@@ -243,8 +243,8 @@ def _statement(found: Statement) -> dict[str, Any]:
             | {"movements_saved": s.gross_movements - s.movements, "fees_saved": plain(s.gross_fees - s.fees)}
             for s in found.savings
         ],
-        "movements_saved": sum(saved),
-        "obligations": [_obligation(o) for o in found.page],
+        "movements_saved": sum(s.gross_movements - s.movements for s in found.savings),
+        "obligations": [_obligation(o) for o in said.page],
     }
 
 

@@ -13,7 +13,7 @@ from app.services import agreements, escrows, netting
 from app.services.agreements import Agreement, NewAgreement
 from app.services.escrows import Done, Escrow, NewEscrow, Share
 from app.services.margin import Scenes
-from app.services.netting import NewObligation, Obligation, Ran, Statement
+from app.services.netting import NewObligation, Obligation, Ran, Stated, Statement
 from app.services.wallet import Names
 from tests.services.desk import ACTOR, ITEMS_MAX, PURSES, Amount, Desk
 
@@ -113,9 +113,10 @@ class Clearing:
         async with self.desk.database.transaction(ACTOR) as tx:
             return await netting.run(tx, self.scenes, agreement.id, agent_id)
 
-    async def statement(self, agent_id: str, agreement: Agreement, **more: Any) -> Statement:
+    async def statement(self, agent_id: str, agreement: Agreement, **more: Any) -> tuple[Stated, Statement]:
         async with self.desk.database.transaction(ACTOR) as tx:
-            return await netting.statement(tx, agent_id, agreement.id, **more)
+            said = await netting.stated(tx, agent_id, agreement.id, **more)
+        return said, netting.worked_out(said)
 
     async def make_due(self, agreement: Agreement) -> None:
         statement = "UPDATE netting_agreements SET next_action_at = now() WHERE id = :id RETURNING id"
