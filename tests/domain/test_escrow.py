@@ -19,6 +19,10 @@ DEADLINE = datetime(2026, 12, 1, tzinfo=UTC)
 BEFORE = DEADLINE - timedelta(microseconds=1)
 
 
+def numbers(*given: int) -> tuple[Decimal, ...]:
+    return tuple(map(Decimal, given))
+
+
 def terms(amount: Any = 10_000, asset: str = "USDC", **more: Any) -> Terms:
     given_: dict[str, Any] = {
         "leg": Leg(asset, Decimal(amount)),
@@ -41,13 +45,13 @@ def test_the_published_example() -> None:
     by_payer = terms()
     assert by_payer.reserved == 10_100
     out = by_payer.payout(Decimal(10_000))
-    assert (out.payee, out.fee, out.referrer, out.platform, out.payer) == (10_000, 100, 15, 85, 0)
+    assert (out.payee, out.fee, out.referrer, out.platform, out.payer) == numbers(10_000, 100, 15, 85, 0)
     out = terms(fee_payer="payee").payout(Decimal(10_000))
-    assert (out.payee, out.fee, out.referrer, out.platform, out.payer) == (9_900, 100, 15, 85, 0)
+    assert (out.payee, out.fee, out.referrer, out.platform, out.payer) == numbers(9_900, 100, 15, 85, 0)
     split = terms(fee_payer="split")
     assert split.reserved == 10_050
     out = split.payout(Decimal(10_000))
-    assert (out.payee, out.fee, out.referrer, out.platform, out.payer) == (9_950, 100, 15, 85, 0)
+    assert (out.payee, out.fee, out.referrer, out.platform, out.payer) == numbers(9_950, 100, 15, 85, 0)
 
 
 ASSETS = st.sampled_from(["USDC", "USDT", "BTC", "ETH", "DOGE"])
@@ -179,7 +183,7 @@ def test_from_the_deadline_on_only_the_time_out_is_left(kind: Kind, late: timede
 def test_a_time_out_does_what_was_agreed(on_timeout: OnTimeout, state: str, to_payee: int) -> None:
     for held in (contract(on_timeout=on_timeout), contract("accepted", payee=True, on_timeout=on_timeout)):
         after = time_out(held, DEADLINE)
-        assert (after.state, after.to_payee) == (state, to_payee)
+        assert (after.state, after.to_payee) == (state, Decimal(to_payee))
 
 
 def test_two_legs_are_released_both_or_not_at_all() -> None:
@@ -204,4 +208,4 @@ def test_a_dispute_stops_the_clock() -> None:
 def test_what_is_refunded_costs_nothing(fee_payer: FeePayer) -> None:
     agreed = terms("0.000001", fee_payer=fee_payer)
     out = agreed.payout(Decimal(0))
-    assert (out.payer, out.fee, out.payee) == (agreed.reserved, 0, 0)
+    assert (out.payer, out.fee, out.payee) == (agreed.reserved, *numbers(0, 0))

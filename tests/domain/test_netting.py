@@ -74,13 +74,13 @@ def test_twenty_obligations_one_movement_one_fee() -> None:
     back: list[Obligation] = [(1, 0, "USDC", Decimal(90 + i)) for i in range(10)]
     done = settlement(positions(there + back), TERMS)
     [moved], [charge] = done.movements, done.charges
-    assert (moved.payer, moved.payee, moved.amount) == ("m0", "m1", 100)
-    assert (charge.payer, charge.amount) == ("m0", 1)
+    assert (moved.payer, moved.payee, moved.amount) == ("m0", "m1", Decimal(100))
+    assert (charge.payer, charge.amount) == ("m0", Decimal(1))
 
 
 def test_a_hundred_and_eighty_net_to_twenty() -> None:
     done = settlement(positions([(0, 1, "USDC", Decimal(100)), (1, 0, "USDC", Decimal(80))]), TERMS)
-    assert [(m.payer, m.payee, m.amount) for m in done.movements] == [("m0", "m1", 20)]
+    assert [(m.payer, m.payee, m.amount) for m in done.movements] == [("m0", "m1", Decimal(20))]
 
 
 def test_what_nets_to_nothing_moves_nothing() -> None:
@@ -92,9 +92,9 @@ def test_what_nets_to_nothing_moves_nothing() -> None:
 def test_the_largest_are_matched_first() -> None:
     nets = {name: Decimal(net) for name, net in {"a": 70, "b": 30, "c": -60, "d": -40}.items()}
     assert [(m.payer, m.payee, m.amount) for m in movements("USDC", nets)] == [
-        ("a", "c", 60),
-        ("b", "d", 30),
-        ("a", "d", 10),
+        ("a", "c", Decimal(60)),
+        ("b", "d", Decimal(30)),
+        ("a", "d", Decimal(10)),
     ]
 
 
@@ -105,6 +105,6 @@ def test_nets_of_no_group_are_refused() -> None:
 
 def test_what_is_reserved_of_a_running_net() -> None:
     """100 with a fee of 1 % and a buffer of 5 %, each rounded up at the asset's last digit."""
-    assert (TERMS.due("USDC", Decimal(100)), TERMS.cover("USDC", Decimal(100))) == (101, 106)
+    assert (TERMS.due("USDC", Decimal(100)), TERMS.cover("USDC", Decimal(100))) == (Decimal(101), Decimal(106))
     assert TERMS.cover("USDC", Decimal("0.000001")) == Decimal("0.000003")
-    assert (TERMS.due("USDC", Decimal(-5)), TERMS.cover("USDC", Decimal(0))) == (0, 0)
+    assert (TERMS.due("USDC", Decimal(-5)), TERMS.cover("USDC", Decimal(0))) == (Decimal(0), Decimal(0))
