@@ -330,4 +330,4 @@ def test_a_tour_of_all_that_may_happen(machine: type[ClearingMachine]) -> None:
 
 def test_drawn_contracts_agree_with_a_second_account_of_them(machine: type[ClearingMachine]) -> None:
     run_state_machine_as_test(machine, settings=DRAWN)
-    assert len(+machine.seen) > 6
+    assert sum(machine.seen[state] for state in ("released", "refunded", "cancelled", "resolved", "settled")) > 0
