@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
@@ -13,7 +13,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.booking import AgentRef, BookOwner, Reply, done_once
+from app.api.booking import AgentRef, BookOwner, Owner, Reply, done_once
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -103,12 +103,7 @@ async def get_agreement(request: Request, owner: BookOwner, agreement_id: str) -
 )
 async def accept(request: Request, owner: BookOwner, agreement_id: str) -> Response:
     """Accept a proposed agreement; the last member to do so makes it active."""
-    await body_of(request, _ACTION, empty=b"{}")
-
-    async def work(tx: Tx) -> Reply:
-        return Reply(_agreement(await agreements.accept(tx, owner.agent_id, agreement_id)))
-
-    return await done_once(request, owner, work)
+    return await _answer(request, owner, agreement_id, agreements.accept)
 
 
 @router.post(
@@ -117,10 +112,16 @@ async def accept(request: Request, owner: BookOwner, agreement_id: str) -> Respo
 )
 async def leave(request: Request, owner: BookOwner, agreement_id: str) -> Response:
     """Leave an agreement under which nothing is open, or decline one that is proposed."""
+    return await _answer(request, owner, agreement_id, agreements.leave)
+
+
+async def _answer(
+    request: Request, owner: Owner, agreement_id: str, answer: Callable[[Tx, str, str], Awaitable[Agreement]]
+) -> Response:
     await body_of(request, _ACTION, empty=b"{}")
 
     async def work(tx: Tx) -> Reply:
-        return Reply(_agreement(await agreements.leave(tx, owner.agent_id, agreement_id)))
+        return Reply(_agreement(await answer(tx, owner.agent_id, agreement_id)))
 
     return await done_once(request, owner, work)
 

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
-from app.server import worker_of
 from app.services.ledger import imbalances
-from tests.api.service import Agent, Service, problem, running
+from tests.api.service import Agent, Service, problem, until
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
-
-SECONDS_MAX = 15.0
-
-
-@pytest.fixture
-async def worked(database_url: URL) -> AsyncIterator[Service]:
-    """Yield the app with a worker on the same parts."""
-    async with running(database_url, worker_poll_seconds=0.05) as service:
-        worker = asyncio.create_task(worker_of(service.app.state.parts).run())
-        yield service
-        worker.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await worker
-
-
-async def until(look: Callable[[], Awaitable[Any]]) -> Any:
-    """Return the first thing that is seen."""
-    for _ in range(int(SECONDS_MAX / 0.05)):
-        if seen := await look():
-            return seen
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"not seen within {SECONDS_MAX} s")
+    pass
 
 
 async def funded(service: Service, count: int, usdc: Any = 20_000) -> list[Agent]:

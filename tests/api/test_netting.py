@@ -7,10 +7,8 @@ from typing import Any
 from urllib.parse import quote
 
 from app.services.ledger import imbalances
-from tests.api.service import Agent, Service, problem
-from tests.api.test_escrows import counted, funded, told, until, worked
-
-__all__ = ["worked"]  # the fixture
+from tests.api.service import Agent, Service, problem, until
+from tests.api.test_escrows import counted, funded, told
 
 
 async def agreed(*members: Agent, **more: Any) -> str:

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from decimal import Decimal
 
-import pytest
-from sqlalchemy import URL
-
-from app.db.session import Database
 from app.services import accounts, shards
 from app.services.clearing import Timers
 from app.telemetry import Metrics
-from tests.database import make_settings
 from tests.services.clearing import Clearing
-from tests.services.desk import Desk
-
-CONNECTIONS = make_settings(database_pool_size=8, database_connect_seconds=20)
-
-
-@pytest.fixture
-async def clearing(database_url: URL) -> AsyncIterator[Clearing]:
-    database = Database(database_url, CONNECTIONS)
-    yield Clearing(Desk(database))
-    await database.close()
 
 
 def timers(clearing: Clearing, name: str = "worker") -> Timers:

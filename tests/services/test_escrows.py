@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import URL
 
-from app.db.session import Database
 from app.domain.escrow import Leg
 from app.domain.moves import Move, agent, house
 from app.errors import ConflictError, ForbiddenError, InvalidError, NotFoundError, PrimeriskError
 from app.services import escrows, ledger, liquidation, market
 from app.services.escrows import Escrow
 from app.services.ledger import Occasion
-from tests.database import make_settings
 from tests.services.clearing import Clearing
-from tests.services.desk import ACTOR, Desk
-
-CONNECTIONS = make_settings(database_pool_size=12, database_connect_seconds=20)
-
-
-@pytest.fixture
-async def clearing(database_url: URL) -> AsyncIterator[Clearing]:
-    """Yield clearing on a desk with prices, over a dozen connections."""
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices({"BTC": "60000", "ETH": "3000"})
-    await desk.market.refresh()
-    yield Clearing(desk)
-    await database.close()
+from tests.services.desk import ACTOR
 
 
 async def refused(step: Awaitable[Any], code: str) -> PrimeriskError:

@@ -6,37 +6,23 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import pytest
-from sqlalchemy import URL
 
-from app.db.session import Database
 from app.errors import NotFoundError, PrimeriskError
 from app.services import agreements, netting
 from app.services.agreements import Agreement
 from app.services.netting import Ran
-from tests.database import make_settings
 from tests.services.clearing import Clearing
-from tests.services.desk import ACTOR, Desk
+from tests.services.desk import ACTOR
 from tests.services.test_escrows import refused
 
-CONNECTIONS = make_settings(database_pool_size=12, database_connect_seconds=20)
 _WEI = Decimal("1e-18")
-
-
-@pytest.fixture
-async def clearing(database_url: URL) -> AsyncIterator[Clearing]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices({"BTC": "60000", "ETH": "3000"})
-    await desk.market.refresh()
-    yield Clearing(desk)
-    await database.close()
 
 
 async def settled(clearing: Clearing, agreement: Agreement, member: str) -> Ran:
