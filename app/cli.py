@@ -252,15 +252,15 @@ def demo(
     ] = None,
 ) -> None:
     """Show margin calls at work: a service of its own, a fleet of agents, and a market that crashes."""
-    from app import demo as show  # noqa: PLC0415
+    from app.demo import course, service  # noqa: PLC0415
 
     there = None
     if address is not None:
         key = read_settings().admin_key
         if key is None:
             raise StartupError("set PRIMERISK_ADMIN_KEY to the admin key of that service")
-        there = show.Service(address.rstrip("/"), key.get_secret_value())
-    show.demo(seed, seconds, there)
+        there = service.Service(address.rstrip("/"), key.get_secret_value())
+    course.demo(seed, seconds, there)
 
 
 def _read(file: Path) -> bytes:

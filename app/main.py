@@ -21,11 +21,13 @@ from app.api import (
     audit,
     backtest,
     correlation,
+    escrows,
     events,
     history,
     lending,
     margin_calls,
     market,
+    netting,
     ops,
     plans,
     prices,
@@ -61,6 +63,33 @@ from app.settings import Settings
 from app.telemetry import Metrics, package_version
 
 _REFRESH_SECONDS_AT_START = 10.0
+_ROUTES = (
+    quotes,
+    quotes_var,
+    backtest,
+    correlation,
+    what_if,
+    stress,
+    sizing,
+    plans,
+    account,
+    report,
+    wallet,
+    escrows,
+    netting,
+    trading,
+    market,
+    prices,
+    history,
+    agents,
+    audit,
+    events,
+    margin_calls,
+    lending,
+    webhooks,
+    ops,
+)
+"""In the order of the documentation."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -101,31 +130,8 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.parts = parts
-    for router in (
-        quotes.router,
-        quotes_var.router,
-        backtest.router,
-        correlation.router,
-        what_if.router,
-        stress.router,
-        sizing.router,
-        plans.router,
-        account.router,
-        report.router,
-        wallet.router,
-        trading.router,
-        market.router,
-        prices.router,
-        history.router,
-        agents.router,
-        audit.router,
-        events.router,
-        margin_calls.router,
-        lending.router,
-        webhooks.router,
-        ops.router,
-    ):
-        app.include_router(router)
+    for routes in _ROUTES:
+        app.include_router(routes.router)
     problems.install(app)
     app.add_exception_handler(RequestValidationError, _refused_parameters)
     app.add_middleware(Express, parent=app)

@@ -68,6 +68,7 @@ class Metrics:
         self._of_books()
         self._of_webhooks()
         self._of_loans()
+        self._of_clearing()
         self._of_the_process()
         Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
 
@@ -230,6 +231,56 @@ class Metrics:
         )
         self.loans_rate = Gauge(
             "primerisk_loans_rate", "Annual borrow rate of the curve, by asset.", ("asset",), registry=self.registry
+        )
+
+    def _of_clearing(self) -> None:
+        self.escrow_events = Counter(
+            "primerisk_escrow_events_total",
+            "Escrows by what became of them: funded, accepted, disputed, released, refunded, cancelled, resolved.",
+            ("event",),
+            registry=self.registry,
+        )
+        self.escrows_open = Gauge(
+            "primerisk_escrows_open",
+            "Escrows that are not over, by state: funded, accepted, disputed.",
+            ("state",),
+            registry=self.registry,
+        )
+        self.escrow_usd = Gauge(
+            "primerisk_escrow_outstanding_usd",
+            "What payers have set aside in open escrows, USD at stored prices, by kind of asset: stable, coin.",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.netting_runs = Counter(
+            "primerisk_netting_runs_total",
+            "Runs of netting agreements by outcome: settled, defaulted.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.netting_movements_saved = Counter(
+            "primerisk_netting_movements_saved_total",
+            "Payments that netting has spared: obligations settled less net movements.",
+            registry=self.registry,
+        )
+        self.netting_fees_saved = Counter(
+            "primerisk_netting_fees_saved_usd_total",
+            "Fees that netting has spared against each obligation by itself, USD at the prices of the run.",
+            registry=self.registry,
+        )
+        self.netting_agreements = Gauge(
+            "primerisk_netting_agreements",
+            "Netting agreements by state: proposed, active, defaulted.",
+            ("state",),
+            registry=self.registry,
+        )
+        self.netting_obligations_open = Gauge(
+            "primerisk_netting_obligations_open", "Obligations that wait for a run.", registry=self.registry
+        )
+        self.clearing_failures = Counter(
+            "primerisk_clearing_failures_total",
+            "Time-outs and cut-offs that a fault of ours prevented; they are tried again, and the log says why.",
+            registry=self.registry,
         )
 
     def _of_webhooks(self) -> None:

@@ -1,4 +1,4 @@
-"""The worker: watches every book, fires the timers of margin calls, delivers webhooks. Any number may run at once.
+"""The worker: watches every book, fires the timers of calls and of clearing, delivers webhooks. Any number may run.
 
 Nothing here decides. The screen and the timers name accounts; each is decided on alone, under the lock of its book, on
 figures of that moment, so that two workers that name the same account do no harm.
@@ -24,7 +24,7 @@ from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.loan_keeping import LoanKeeper
 from app.screening import Watchman
-from app.services import calls, delivery, heartbeat, margin_calls, shards, snapshots
+from app.services import calls, clearing, delivery, heartbeat, margin_calls, shards, snapshots
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
 from app.services.margin_calls import Decided
@@ -130,6 +130,7 @@ class Worker:
         self._shards: frozenset[int] = frozenset()
         age_max = timedelta(seconds=settings.price_age_seconds_max)
         self._snapshots = snapshots.Snapshots(self.id, database)
+        self._clearing = clearing.Timers(self.id, database, scenes, metrics)
         self._watchman = Watchman(self.id, database, market, age_max)
         self._rules = Rules(
             settings.liquidation_policy,
@@ -147,6 +148,8 @@ class Worker:
             loops = [
                 asyncio.create_task(self._forever(self._watch)),
                 asyncio.create_task(self._forever(self._fire_timers)),
+                asyncio.create_task(self._forever(self._clear)),
+                asyncio.create_task(self._forever(self._measure)),
                 asyncio.create_task(self._forever(self._beat)),
                 asyncio.create_task(self._forever(self._take_snapshots)),
                 asyncio.create_task(self._forever(self._keep_loans)),
@@ -199,6 +202,19 @@ class Worker:
                 due = await calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
             self._agenda.add(due, urgent=True)
             await asyncio.sleep(self._settings.worker_poll_seconds)
+
+    async def _clear(self) -> None:
+        """Time out the escrows of this worker's shards, and settle its agreements."""
+        while True:
+            if self._shards:
+                await self._clearing.fire(self._shards)
+            await asyncio.sleep(self._settings.worker_poll_seconds)
+
+    async def _measure(self) -> None:
+        """Tell how much of clearing is open."""
+        while True:
+            await self._clearing.measure(self._market.view)
+            await asyncio.sleep(clearing.GAUGES_EVERY_SECONDS)
 
     async def _take_snapshots(self) -> None:
         """Write down what each account of this worker's shards is worth, once a UTC day."""

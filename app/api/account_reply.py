@@ -143,6 +143,7 @@ def open_reservation(reservation: OpenReservation, view: MarketView) -> dict[str
         "reference": reservation.reference,
         "reducible": reservation.reducible,
         "created_at": reservation.created_at,
+        "bound_to": reservation.bound_to,
     }
 
 

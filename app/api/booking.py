@@ -29,6 +29,9 @@ KEY_CHARACTERS_MAX = 255
 Label = Annotated[str, Meta(max_length=200, pattern="^[^\\x00]*$")]
 """A caller's own words, kept as they are."""
 
+AgentRef = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}(?!\\n)$")]
+"""The id of an agent in a body."""
+
 
 @dataclass(frozen=True, slots=True)
 class Owner:

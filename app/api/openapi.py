@@ -11,10 +11,12 @@ from fastapi.openapi.utils import get_openapi
 from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
 from app.api.backtest import BacktestIn
+from app.api.escrows import EscrowActionPost, EscrowPost, ResolvePost
 from app.api.history import HistoryPost
 from app.api.lending import BorrowPost, HoldingPut, LendingPut, OfferPost, PledgePost, RecallPost, ReturnPost
 from app.api.margin_calls import AcknowledgePost
 from app.api.market import AssetPut, AssetsPut, CorrelationPut, InstrumentPut, InstrumentsPut, ParametersPut
+from app.api.netting import AgreementActionPost, AgreementPost, ObligationPost
 from app.api.plans import DeleverageIn, DrawdownIn
 from app.api.prices import PricesPost
 from app.api.quote_request import MarginQuoteIn
@@ -41,6 +43,12 @@ BODIES = (
     AmountIn,
     ReservationPost,
     PartIn,
+    EscrowPost,
+    EscrowActionPost,
+    ResolvePost,
+    AgreementPost,
+    AgreementActionPost,
+    ObligationPost,
     OrderPost,
     FillPost,
     CancelPost,

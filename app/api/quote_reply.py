@@ -273,6 +273,7 @@ def market_parameters_reply(parameters: MarketParameters) -> dict[str, Any]:
         "version": parameters.version,
         "models": parameters.models,
         "settings": parameters.policy,
+        "clearing": parameters.clearing,
         "stress_correlation": _whole(parameters.stress),
         "hedge_correlation": _whole(parameters.hedge),
         "regime_correlations": {regime: _listed(pairs) for regime, pairs in parameters.regimes.items()},

@@ -456,7 +456,7 @@ def _factors(parameters: MarketParameters, settings: Mapping[str, float]) -> tup
     models = replace(parameters.models, **{k: v for k, v in settings.items() if k in own})
     policy = replace(parameters.policy, **{k: v for k, v in settings.items() if k not in own})
     with pointers_under("/settings"):
-        market_rules.check_models(models, policy)
+        market_rules.check_models(models, policy, parameters.clearing)
     return models, policy
 
 

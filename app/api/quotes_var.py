@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated
 
 import numpy as np
@@ -28,12 +30,15 @@ from app.api.var_request import (
     used_parameters,
     var_terms,
 )
+from app.domain.book import position_terms
+from app.domain.collateral import CollateralTerms
+from app.domain.money import to_float
 from app.domain.panel import Panel
 from app.domain.quote import QuoteTerms
 from app.domain.var.exposures import exposed
 from app.domain.var.quote import VarTerms, risk_taken, var_quote
 from app.errors import ForbiddenError, pointers_by
-from app.services import book
+from app.services import book, escrows
 from app.services.accounts import Caller
 from app.services.history_cache import Known
 from app.services.market_cache import MarketView
@@ -41,6 +46,8 @@ from app.services.market_cache import MarketView
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
 
 AgentId = Annotated[str | None, Query(max_length=64, description="whose book: for keys of an admin")]
+ESCROW = "escrow"
+"""The service that an account's open escrows are, in VaR across services."""
 NO_HISTORY = Known(Panel((), np.empty(0, dtype="datetime64[D]"), np.empty((0, 0))), 0)
 
 
@@ -54,6 +61,8 @@ class Asked:
     view: MarketView
     now: datetime
     names: tuple[str, ...]
+    escrows: QuoteTerms | None = None
+    """What the account's open escrows are to bring and to take, unless the request has a VaR of its own for them."""
 
 
 @router.post("/var", openapi_extra=document("Value at risk and expected shortfall", request=VarQuoteIn))
@@ -64,7 +73,10 @@ async def quote_var(request: Request, agent_id: AgentId = None) -> Response:
     body = await body_of(request, VAR_QUOTE)
     now = parts.database.clock.now()
     held = await account_terms(parts, caller, agent_id) if body.book is not None else None
-    asked = await parts.workshop.run(_asked, parts, body, held, now)
+    legs: Mapping[str, Decimal] = {}
+    if held is not None and ESCROW not in (body.services or {}):
+        legs = await _open_legs(parts, caller, agent_id)
+    asked = await parts.workshop.run(_asked, parts, body, held, legs, now)
     known = NO_HISTORY
     if asked.terms.needs_history:
         known = await parts.history.panel(asked.names, asked.terms.window_days)
@@ -82,7 +94,27 @@ async def account_terms(parts: Parts, caller: Caller, agent_id: str | None) -> Q
     return held.quote_terms(view.parameters, view.prices)
 
 
-def _asked(parts: Parts, body: VarQuoteIn, held: QuoteTerms | None, now: datetime) -> Asked:
+async def _open_legs(parts: Parts, caller: Caller, agent_id: str | None) -> dict[str, Decimal]:
+    """Return, by asset, what the open escrows of the account are to bring or to take."""
+    owner = owner_for(caller, agent_id)
+    async with parts.database.transaction(caller.key_id) as tx:
+        return await escrows.open_legs(tx, owner.agent_id)
+
+
+def _escrow_terms(held: QuoteTerms, legs: Mapping[str, Decimal]) -> QuoteTerms:
+    """Return a book of what is to come, long, and what is to go, short."""
+    return replace(
+        held,
+        positions=position_terms([]),
+        collateral=[CollateralTerms(asset, to_float(amount)) for asset, amount in legs.items() if amount > 0],
+        liabilities=[CollateralTerms(asset, to_float(-amount)) for asset, amount in legs.items() if amount < 0],
+        reserved=0.0,
+    )
+
+
+def _asked(
+    parts: Parts, body: VarQuoteIn, held: QuoteTerms | None, legs: Mapping[str, Decimal], now: datetime
+) -> Asked:
     view = parts.market.view
     terms = var_terms(body, view.parameters.models)
     service_terms(body, len(terms.confidences))
@@ -93,7 +125,12 @@ def _asked(parts: Parts, body: VarQuoteIn, held: QuoteTerms | None, now: datetim
     holdings = {item.asset for item in (*held.collateral, *held.liabilities)}
     largest = exposed(held, view.prices, as_of, moving=holdings).portfolio
     check_var_work(largest, terms, Limits.of(parts.settings))
-    return Asked(body, terms, held, view, as_of, largest.underlyings.names)
+    if not legs:
+        return Asked(body, terms, held, view, as_of, largest.underlyings.names)
+    pending = _escrow_terms(held, legs)
+    named = exposed(pending, view.prices, as_of, moving=legs).portfolio.underlyings.names
+    names = tuple(dict.fromkeys([*largest.underlyings.names, *named]))
+    return Asked(body, terms, held, view, as_of, names, pending)
 
 
 def _quote(parts: Parts, asked: Asked, known: Known) -> bytes:
@@ -108,8 +145,21 @@ def _quote(parts: Parts, asked: Asked, known: Known) -> bytes:
     if not np.isfinite([*figures, *(tail.expected_shortfall for tail in quote.risk.tails)]).all():
         raise ArithmeticError("a quote came out without a number")
     reply = {"as_of": asked.now} | var_reply(found, quote, asked.terms)
-    if asked.body.services is not None:
-        reply["services"] = service_reply(service_risks(asked.body, figures), asked.terms.confidences)
+    own = _of_escrows(asked, known.panel)
+    if asked.body.services is not None or own:
+        reply["services"] = service_reply(service_risks(asked.body, figures, own), asked.terms.confidences)
     reply["parameters"] = used_parameters(asked.terms, parameters, asked.view.price_version)
     reply["history"] = history_shown(known, asked.now) if asked.terms.needs_history else None
     return encoder.encode(reply)
+
+
+def _of_escrows(asked: Asked, panel: Panel) -> dict[str, list[float]]:
+    """Return the VaR of the account's open escrows as a service of its own; empty where none of them moves."""
+    if asked.escrows is None:
+        return {}
+    found = risk_taken(asked.escrows, asked.view.prices, asked.now, panel, asked.terms)
+    if not len(found.portfolio):
+        return {}
+    with pointers_by(as_named_here):
+        quote = var_quote(found.portfolio, panel, asked.book.margin.parameters, asked.terms)
+    return {ESCROW: [max(0.0, tail.value_at_risk) for tail in quote.risk.tails]}

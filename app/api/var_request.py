@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -177,9 +178,14 @@ def service_terms(body: VarQuoteIn, confidences: int) -> Mapping[str, Sequence[f
     return {name: _each(own, confidences, pointer_to("services", name)) or [] for name, own in services.items()}
 
 
-def service_risks(body: VarQuoteIn, trading: Sequence[float]) -> list[ServiceRisk]:
-    """Return the risk across services for each confidence's VaR of trading. Raises InvalidError."""
-    own = service_terms(body, len(trading))
+def service_risks(
+    body: VarQuoteIn, trading: Sequence[float], known: Mapping[str, Sequence[float]] = MappingProxyType({})
+) -> list[ServiceRisk]:
+    """Return the risk across services for each confidence's VaR of trading; `known` are services worked out here.
+
+    Raises InvalidError.
+    """
+    own = {**service_terms(body, len(trading)), **known}
     table = correlation_table(SERVICE_CORRELATIONS, body.service_correlation, "/service_correlation")
     return [
         # a book that gains even then has nothing to lose

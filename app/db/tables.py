@@ -344,14 +344,24 @@ reservations = Table(
     string("status"),
     _created_at(),
     moment("closed_at", nullable=True),
+    Column("bound_to", Text),  # the contract that alone may use it: an escrow, a netting agreement
     _symbol("asset"),
     check("service", f"service ~ '^{SERVICE_PATTERN}$'"),
+    check("bound", "bound_to IS NULL OR NOT reducible"),
     check("amount", "amount > 0 AND amount < 1e15 AND scale(amount) <= 18"),
     check("remaining", "remaining >= 0 AND settled >= 0 AND remaining + settled <= amount"),
     check("status", "status IN ('open', 'settled', 'released')"),
     check("closed", "(status = 'open') = (remaining > 0) AND (status = 'open') = (closed_at IS NULL)"),
     Index("reservations_agent_id_idx", "agent_id", "seq"),
     Index("reservations_open_idx", "agent_id", postgresql_where=text("status = 'open'")),
+    Index(
+        "reservations_bound_idx",
+        "bound_to",
+        "agent_id",
+        "asset",
+        unique=True,
+        postgresql_where=text("status = 'open' AND bound_to IS NOT NULL"),
+    ),
     info={"owner": "wallet"},
 )
 

@@ -126,6 +126,8 @@ class OpenReservation:
     reference: str | None
     reducible: bool
     created_at: datetime
+    bound_to: str | None = None
+    """The contract that alone may use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,10 @@ class Book:
         """Return the book with one position replaced, removed (None after) or added (None before)."""
         kept = [p for p in self.positions if before is None or p.id != before.id]
         return replace(self, positions=kept if after is None else [*kept, after])
+
+    def bound(self, contract: str, asset: str) -> OpenReservation | None:
+        """Return what a contract holds of an asset."""
+        return next((r for r in self.reservations if r.bound_to == contract and r.asset == asset), None)
 
     def with_reservation(self, reservation: OpenReservation) -> Book:
         """Return the book with one reservation added, or replaced by id; gone where nothing remains."""

@@ -20,7 +20,7 @@ AgentBucket = Literal["free", "reserved", "allocated", "owed", "offered", "lent"
 DEBTS: frozenset[str] = frozenset({"owed", "borrowed"})
 """Buckets that grow by what leaves them: debts to the house, and to lenders."""
 
-HouseBucket = Literal["external", "trading", "services", "deficit"]
+HouseBucket = Literal["external", "trading", "services", "deficit", "fees"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,20 @@ class HealthPolicy:
     drawdown_halve_share: float = 0.50
 
 
+@dataclass(frozen=True, slots=True)
+class ClearingParameters:
+    """What clearing charges and keeps aside, as fractions; a contract holds those of its beginning.
+
+    `escrow_fee` is of the amount, `referral_share` of that fee, `netting_fee` of the net; `netting_buffer` is reserved
+    beside it.
+    """
+
+    escrow_fee: float = 0.01
+    referral_share: float = 0.15
+    netting_fee: float = 0.01
+    netting_buffer: float = 0.05
+
+
 STRESS_CORRELATIONS = CorrelationTable(
     MappingProxyType(
         {
@@ -269,6 +283,7 @@ class MarketParameters:
         default_factory=lambda: MappingProxyType({p.asset: p for p in _LENDING})
     )
     default_lending: LendingParameters = field(default_factory=lambda: LendingParameters(DEFAULT_ASSET))
+    clearing: ClearingParameters = field(default_factory=ClearingParameters)
     _memo: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -75,7 +75,8 @@ def _check_levels(scene: Scene, settings: AccountSettings) -> None:
     if loose:
         raise InvalidError(loose[0].detail, code="looser_than_market", errors=tuple(loose))
     try:
-        market_rules.check_models(scene.market.parameters.models, settings.policy(market))
+        parameters = scene.market.parameters
+        market_rules.check_models(parameters.models, settings.policy(market), parameters.clearing)
     except InvalidError as error:
         pointed = tuple(replace(e, pointer=_POINTERS.get(e.pointer[1:], e.pointer)) for e in error.errors)
         raise InvalidError(error.detail, code=error.code, errors=pointed) from None

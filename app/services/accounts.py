@@ -125,10 +125,15 @@ async def list_ids(tx: Tx, after: str, limit: int) -> list[str]:
     return list((await tx.connection.execute(query)).scalars())
 
 
+async def exists(tx: Tx, agent_id: str) -> bool:
+    """Tell whether there is such an agent."""
+    found = await tx.connection.execute(select(agents.c.id).where(agents.c.id == agent_id))
+    return found.first() is not None
+
+
 async def require_agent(tx: Tx, agent_id: str) -> None:
     """Raise NotFoundError when there is no such agent."""
-    found = await tx.connection.execute(select(agents.c.id).where(agents.c.id == agent_id))
-    if found.first() is None:
+    if not await exists(tx, agent_id):
         raise no_such_agent()
 
 
@@ -160,6 +165,15 @@ async def lock_account(tx: Tx, agent_id: str) -> int:
         raise no_such_agent()
     version: int = row.version
     return version
+
+
+async def lock_accounts(tx: Tx, agent_ids: Collection[str]) -> None:
+    """Lock several books as `lock_account` does, one after the other in the order of their ids.
+
+    Raises NotFoundError where one is not there.
+    """
+    for agent_id in sorted(set(agent_ids)):
+        await lock_account(tx, agent_id)
 
 
 async def hold_account(tx: Tx, agent_id: str) -> None:

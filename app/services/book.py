@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from decimal import Decimal
 
@@ -13,7 +13,7 @@ from sqlalchemy import text
 from app.db.session import Database, Tx
 from app.domain.book import AccountSettings, Book, Holding, LentLoan, OpenPosition, OpenReservation, PendingOrder
 from app.errors import NotFoundError
-from app.services.accounts import hold_account, lock_account
+from app.services.accounts import hold_account, lock_account, lock_accounts
 
 BOOKS_REMEMBERED_MAX = 1_024
 
@@ -88,6 +88,12 @@ async def lock(tx: Tx, agent_id: str) -> Book:
     """Lock an agent's book and return it as the last change left it. Raises NotFoundError."""
     await lock_account(tx, agent_id)
     return await load(tx, agent_id)
+
+
+async def lock_all(tx: Tx, agent_ids: Collection[str]) -> dict[str, Book]:
+    """Lock several agents' books in the order of their ids, and return them by id. Raises NotFoundError."""
+    await lock_accounts(tx, agent_ids)
+    return {agent_id: await load(tx, agent_id) for agent_id in sorted(set(agent_ids))}
 
 
 async def hold(tx: Tx, agent_id: str) -> Book:

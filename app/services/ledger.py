@@ -57,6 +57,8 @@ Kind = Literal[
     "loan_returned",
     "loan_collateral",
     "loan_liquidated",
+    "escrow",
+    "netting",
 ]
 
 ENTRIES_A_PAGE_MAX = 200

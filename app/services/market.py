@@ -42,6 +42,7 @@ from app.domain.parameters import (
     REGIMES,
     AssetKind,
     AssetParameters,
+    ClearingParameters,
     CorrelationTable,
     HealthPolicy,
     InstrumentKind,
@@ -75,6 +76,7 @@ T = TypeVar("T")
 
 _MODEL_NAMES = tuple(field.name for field in fields(ModelParameters))
 _POLICY_NAMES = tuple(field.name for field in fields(HealthPolicy))
+_CLEARING_NAMES = tuple(field.name for field in fields(ClearingParameters))
 
 
 class AssetChange(TypedDict, total=False):
@@ -326,12 +328,12 @@ async def put_model_parameters(
 
     Returns every value. `expected` is the version of the latest change to any of them.
     """
-    unknown = changes.keys() - {*_MODEL_NAMES, *_POLICY_NAMES}
+    unknown = changes.keys() - {*_MODEL_NAMES, *_POLICY_NAMES, *_CLEARING_NAMES}
     rules.refuse(FieldError(pointer_to(n), "unknown_parameter", "There is no such parameter.") for n in sorted(unknown))
     parameters = await _locked_parameters(tx)
     stored = await _version_of(tx, model_parameters)
     _check_expected("models", stored, expected)
-    current: dict[str, float] = asdict(parameters.models) | asdict(parameters.policy)
+    current: dict[str, float] = asdict(parameters.models) | asdict(parameters.policy) | asdict(parameters.clearing)
     merged = current | dict(changes)
     written = {name: value for name, value in merged.items() if value != current[name]}
     if not written:
@@ -498,7 +500,7 @@ async def _parameters(tx: Tx, version: int) -> MarketParameters:
     instruments = map(_instrument, await _latest(tx, instrument_parameters, ("symbol",), version))
     values = await _latest(tx, model_parameters, ("name",), version)
     correlations = await _latest(tx, correlation_parameters, ("matrix", "a", "b"), version)
-    models, policy = _models({row["name"]: to_float(row["value"]) for row in values})
+    models, policy, clearing = _models({row["name"]: to_float(row["value"]) for row in values})
     lending = {p.asset: p for p in map(_lending, await _latest(tx, lending_parameters, ("asset",), version))}
     return MarketParameters(
         version=version,
@@ -512,6 +514,7 @@ async def _parameters(tx: Tx, version: int) -> MarketParameters:
         policy=policy,
         default_lending=lending.pop(DEFAULT_ASSET),
         lending=MappingProxyType(lending),
+        clearing=clearing,
     )
 
 
@@ -526,11 +529,12 @@ async def _latest(tx: Tx, table: Table, key: tuple[str, ...], version: int) -> S
     return (await tx.connection.execute(query)).mappings().all()
 
 
-def _models(values: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy]:
-    """Return the two groups; a name that the database does not hold yet has its default."""
+def _models(values: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy, ClearingParameters]:
+    """Return the three groups; a name that the database does not hold yet has its default."""
     models = {name: values[name] for name in _MODEL_NAMES if name in values}
     policy = {name: values[name] for name in _POLICY_NAMES if name in values}
-    return ModelParameters(**models), HealthPolicy(**policy)
+    clearing = {name: values[name] for name in _CLEARING_NAMES if name in values}
+    return ModelParameters(**models), HealthPolicy(**policy), ClearingParameters(**clearing)
 
 
 def _correlations(rows: Iterable[RowMapping], matrix: Matrix) -> CorrelationTable:

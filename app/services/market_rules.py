@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from app.domain.parameters import (
         AssetParameters,
+        ClearingParameters,
         HealthPolicy,
         InstrumentParameters,
         LendingParameters,
@@ -126,6 +127,10 @@ _MODEL_RANGES = {
     "drawdown_trim_share": _MOVE,
     "drawdown_cut_share": _MOVE,
     "drawdown_halve_share": _MOVE,
+    "escrow_fee": _FRACTION,
+    "referral_share": _FRACTION,
+    "netting_fee": _FRACTION,
+    "netting_buffer": _FRACTION,
 }
 _MODEL_ORDERS = (
     ("target_utilization", "gate_utilization"),
@@ -199,9 +204,9 @@ def check_lending(merged: LendingParameters) -> None:
     )
 
 
-def check_models(models: ModelParameters, policy: HealthPolicy) -> None:
+def check_models(models: ModelParameters, policy: HealthPolicy, clearing: ClearingParameters) -> None:
     """Refuse factors and thresholds out of range or out of order."""
-    values: dict[str, float] = asdict(models) | asdict(policy)
+    values: dict[str, float] = asdict(models) | asdict(policy) | asdict(clearing)
     refuse(_range_errors(values, {name: _MODEL_RANGES.get(name, _POSITIVE) for name in values}))
     refuse(
         FieldError(f"/{low}", "out_of_order", f"{low} must not exceed {high}.")

@@ -43,6 +43,7 @@ class Reservation:
     status: str
     created_at: datetime
     closed_at: datetime | None
+    bound_to: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,25 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
 
 async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named: Names) -> tuple[Reservation, Book]:
     """Set an amount aside for a service. Raises ConflictError past what is free or past the gate."""
-    _check_service(asked.service)
+    check_service("/service", asked.service)
     market_rules.check_symbol("/asset", asked.asset)
     amount = checked_amount("/amount", asked.amount)
     if held.opens_nothing is not None:
         raise conflict("/amount", "reduce_only", held.opens_nothing)
     _check_free(held, asked.asset, amount)
-    new = OpenReservation(
+    new = _new(tx, asked, amount, named)
+    moves = [Move(new.asset, amount, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
+    after = held.after_moves(moves).with_reservation(new)
+    scene.require_room(after)
+    scene.require_margin(held, after, "/amount")
+    row = asdict(new) | {"agent_id": held.agent_id, "status": "open"}
+    stored = (await tx.connection.execute(insert(reservations).values(row).returning(reservations))).mappings().one()
+    await ledger.post(tx, named.occasion(held.agent_id, new.service, "reserve", new.id), moves)
+    return Reservation(**stored), after
+
+
+def _new(tx: Tx, asked: NewReservation, amount: Decimal, named: Names) -> OpenReservation:
+    return OpenReservation(
         id=f"res_{secrets.token_hex(10)}",
         service=asked.service,
         asset=asked.asset,
@@ -116,15 +129,8 @@ async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named
         reference=named.reference,
         reducible=asked.reducible,
         created_at=tx.now,
+        bound_to=asked.bound_to,
     )
-    moves = [Move(new.asset, amount, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
-    after = held.after_moves(moves).with_reservation(new)
-    scene.require_room(after)
-    scene.require_margin(held, after, "/amount")
-    row = asdict(new) | {"agent_id": held.agent_id, "status": "open"}
-    stored = (await tx.connection.execute(insert(reservations).values(row).returning(reservations))).mappings().one()
-    await ledger.post(tx, named.occasion(held.agent_id, new.service, "reserve", new.id), moves)
-    return Reservation(**stored), after
 
 
 async def release(
@@ -157,6 +163,63 @@ async def settle(
     return left, held.after_moves(moves).with_reservation(_open(left))
 
 
+async def take_bound(tx: Tx, held: Book, reservation: OpenReservation, paid: Decimal) -> Book:
+    """Close what a contract holds, so much of it paid. The book is locked, and the contract posts the moves.
+
+    Return the book without the reservation; its holdings follow from the moves.
+    """
+    closed = {"remaining": ZERO, "settled": reservation.settled + paid, "closed_at": tx.now}
+    status = "settled" if closed["settled"] else "released"
+    await tx.connection.execute(
+        update(reservations).where(reservations.c.id == reservation.id).values(**closed, status=status)
+    )
+    return held.with_reservation(replace(reservation, remaining=ZERO))
+
+
+async def fit_bound(tx: Tx, held: Book, asked: NewReservation, named: Names) -> Book:
+    """Have a contract hold as much of an asset as is asked for, 0 for none: more of what is free, or less.
+
+    The book is locked, and whoever asks has judged it. Raises ConflictError past what is free.
+    """
+    known = _bound(held, asked)
+    fitted, moves = fitting(tx, held, asked, named)
+    if not moves:
+        return held
+    if moves[0].source.bucket == "free":
+        _check_free(held, asked.asset, moves[0].amount)
+    kind: ledger.Kind = "reserve" if moves[0].source.bucket == "free" else "release"
+    await ledger.post(tx, named.occasion(held.agent_id, asked.service, kind, fitted.id), moves)
+    if known is None:
+        row = asdict(fitted) | {"agent_id": held.agent_id, "status": "open"}
+        await tx.connection.execute(insert(reservations).values(row))
+    else:
+        status = "open" if fitted.remaining else "settled" if fitted.settled else "released"
+        closed_at = None if fitted.remaining else tx.now
+        values = {"amount": fitted.amount, "remaining": fitted.remaining, "status": status, "closed_at": closed_at}
+        await tx.connection.execute(update(reservations).where(reservations.c.id == fitted.id).values(values))
+    return held.after_moves(moves).with_reservation(fitted)
+
+
+def fitting(tx: Tx, held: Book, asked: NewReservation, named: Names) -> tuple[OpenReservation, list[Move]]:
+    """Return what a contract would hold, and the moves to it, none where it holds as much already."""
+    known = _bound(held, asked)
+    more = asked.amount - (ZERO if known is None else known.remaining)
+    if known is None:
+        fitted = _new(tx, asked, asked.amount, named)
+    else:
+        whole = max(known.amount, known.settled + asked.amount)
+        fitted = replace(known, amount=whole, remaining=asked.amount)
+    if more > 0:
+        return fitted, [Move(asked.asset, more, agent(held.agent_id, "free"), agent(held.agent_id, "reserved"))]
+    return fitted, given_back(held, asked.asset, -more) if more < 0 else []
+
+
+def _bound(held: Book, asked: NewReservation) -> OpenReservation | None:
+    if asked.bound_to is None:
+        raise ValueError("it is bound to nothing")
+    return held.bound(asked.bound_to, asked.asset)
+
+
 async def get_reservation(tx: Tx, agent_id: str, reservation_id: str) -> Reservation:
     """Return a reservation of the agent, open or closed. Raises NotFoundError."""
     columns = reservations.c
@@ -183,12 +246,13 @@ async def list_reservations(
 
 @dataclass(frozen=True, slots=True)
 class NewReservation:
-    """What a service asks for."""
+    """What a service asks for; `bound_to` names the contract that alone may use it, by `take_bound`."""
 
     service: str
     asset: str
     amount: Decimal
     reducible: bool
+    bound_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +267,11 @@ class Names:
         return Occasion(agent_id, service, kind, self.reference or reference, self.idempotency_key)
 
 
-def _check_service(service: str) -> None:
+def check_service(pointer: str, service: str) -> None:
+    """Refuse what is not the name of a service."""
     if not _SERVICE.fullmatch(service):
         detail = "a service is 1 to 32 lower-case letters, digits or _ and starts with a letter"
-        raise invalid("/service", "invalid_service", detail)
+        raise invalid(pointer, "invalid_service", detail)
 
 
 def _check_free(held: Book, asset: str, amount: Decimal) -> None:
@@ -221,6 +286,8 @@ async def _part(tx: Tx, held: Book, reservation_id: str, amount: Decimal | None)
     stored = await get_reservation(tx, held.agent_id, reservation_id)
     if stored.status != "open":
         raise conflict("/status", "reservation_closed", f"the reservation is {stored.status}")
+    if stored.bound_to is not None:
+        raise conflict("/id", "reservation_bound", f"the reservation is held by {stored.bound_to}, which alone ends it")
     part = stored.remaining if part is None else part
     if part > stored.remaining:
         detail = f"{plain(stored.remaining):f} {stored.asset} are reserved"
@@ -249,4 +316,5 @@ def _open(stored: Reservation) -> OpenReservation:
         stored.reference,
         stored.reducible,
         stored.created_at,
+        stored.bound_to,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from app.services.accounts import Scope, create_agent, create_key
 from tests.database import make_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 
     from fastapi import FastAPI
     from sqlalchemy import URL
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ADMIN_KEY = "an admin key that is long enough"
 MARGIN = "/api/quotes/margin"
+SECONDS_MAX = 15.0
 
 _NEVER_SHOWN = (ADMIN_KEY, "Traceback", 'File "', "sqlalchemy", "asyncpg", "postgresql", "SELECT ", "INSERT ", "$1")
 
@@ -151,6 +153,15 @@ async def running(url: URL, **settings: Any) -> AsyncIterator[Service]:
                 owner = agent_id if scope in ("agent", "coordinator") else None
                 keys[scope] = (await create_key(tx, owner, [scope], scope)).text
         yield Service(app, client, keys, agent_id)
+
+
+async def until(look: Callable[[], Awaitable[Any]]) -> Any:
+    """Return the first thing that is seen, within some seconds."""
+    for _ in range(int(SECONDS_MAX / 0.05)):
+        if seen := await look():
+            return seen
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not seen within {SECONDS_MAX} s")
 
 
 def problem(

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from app.server import worker_of
 from app.services.ledger import imbalances
-from tests.api.service import Agent, Service, problem, running
+from tests.api.service import Agent, Service, problem, running, until
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-
-SECONDS_MAX = 10.0
-
-
-@pytest.fixture
-async def worked(database_url: URL) -> AsyncIterator[Service]:
-    """Yield the app with a worker on the same parts."""
-    async with running(database_url, worker_poll_seconds=0.05) as service:
-        worker = asyncio.create_task(worker_of(service.app.state.parts).run())
-        yield service
-        worker.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await worker
-
-
-async def _until(look: Callable[[], Awaitable[Any]]) -> Any:
-    """Return the first thing that is seen."""
-    for _ in range(int(SECONDS_MAX / 0.05)):
-        if seen := await look():
-            return seen
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"not seen within {SECONDS_MAX} s")
 
 
 async def _breached(service: Service, **settings: Any) -> tuple[Agent, dict[str, Any]]:
@@ -52,7 +29,7 @@ async def _breached(service: Service, **settings: Any) -> tuple[Agent, dict[str,
         found = (await alice.get("/margin-calls"))["margin_calls"]
         return found[0] if found and found[0]["state"] != "noticed" else None
 
-    return alice, await _until(call)
+    return alice, await until(call)
 
 
 async def _in_state(alice: Agent, call: dict[str, Any], state: str) -> dict[str, Any]:
@@ -60,7 +37,7 @@ async def _in_state(alice: Agent, call: dict[str, Any], state: str) -> dict[str,
         found = await alice.get(f"/margin-calls/{call['id']}")
         return found if found["state"] == state else None
 
-    seen: dict[str, Any] = await _until(look)
+    seen: dict[str, Any] = await until(look)
     return seen
 
 
@@ -115,7 +92,7 @@ async def test_the_price_cures_and_a_second_breach_is_a_second_call(worked: Serv
         found = (await alice.get("/margin-calls"))["margin_calls"]
         return found[0] if len(found) == 2 else None
 
-    assert (await _until(second))["state"] == "open"
+    assert (await until(second))["state"] == "open"
 
 
 async def test_without_auto_liquidation_nothing_is_closed(worked: Service) -> None:
@@ -174,7 +151,7 @@ async def test_a_trailing_stop_follows_profits_and_not_withdrawals(worked: Servi
     await asyncio.sleep(1.5)
     assert await breach() == []
     await worked.prices(BTC=58_800)  # 14,400 is .847 of it
-    told = await _until(breach)
+    told = await until(breach)
     assert len(told) == 1
     assert (told[0]["peak_equity"], told[0]["equity"]) == (17_000, 14_400)
 
@@ -191,7 +168,7 @@ async def test_prices_that_stop_coming_are_told_once_and_when_they_come_again(da
         async def told() -> Any:
             return [t for t in await _types(alice) if t == "market.stale"]
 
-        await _until(told)
+        await until(told)
         await asyncio.sleep(1.5)
         assert await told() == ["market.stale"]
         assert "market.stale" not in await _types(bob)
@@ -201,7 +178,7 @@ async def test_prices_that_stop_coming_are_told_once_and_when_they_come_again(da
         async def again() -> bool:
             return len(await told()) == 2
 
-        await _until(again)
+        await until(again)
         worker.cancel()
         with pytest.raises(asyncio.CancelledError):
             await worker

@@ -59,6 +59,15 @@ TYPES = {
     "primerisk_market_version": "gauge",
     "primerisk_database_up": "gauge",
     "primerisk_build_info": "gauge",
+    "primerisk_escrow_events": "counter",
+    "primerisk_escrows_open": "gauge",
+    "primerisk_escrow_outstanding_usd": "gauge",
+    "primerisk_netting_runs": "counter",
+    "primerisk_netting_movements_saved": "counter",
+    "primerisk_netting_fees_saved_usd": "counter",
+    "primerisk_netting_agreements": "gauge",
+    "primerisk_netting_obligations_open": "gauge",
+    "primerisk_clearing_failures": "counter",
 }
 OF_THE_SERVICE = {
     "primerisk_accounts": "gauge",

@@ -374,3 +374,28 @@ async def test_a_book_of_nothing_loses_nothing(shared: Service) -> None:
     for method in ("parametric", "monte_carlo"):
         reply = await var(shared, positions=[], collateral=[{"asset": "USDC", "amount": 5}], method=method)
         assert [(r["var"], r["es"]) for r in reply["results"]] == [(0, 0), (0, 0)]
+
+
+async def test_open_escrows_are_a_service_of_the_account(service: Service) -> None:
+    """BTC to come and ETH to go, at volatilities of .65 and .80 and a correlation of .95, over a day at 99 %."""
+    await service.prices(BTC=60_000, ETH=3_000)
+    alice, bob = await service.agent("Alice"), await service.agent("Bob")
+    await alice.deposit(USDC=50_000, ETH=10)
+    await bob.deposit(BTC=1)
+    body = {"book": "account", "covariance": "given", "confidence": 0.99}
+    assert "services" not in await alice.post("/quotes/var", body)
+    terms = {"timeout_seconds": 3_600, "on_timeout": "refund", "fee_payer": "payee"}
+    await bob.post("/escrows", terms | {"payee": alice.id, "asset": "BTC", "amount": "0.5"})
+    swap = {"payee": bob.id, "asset": "ETH", "amount": 4, "counter_leg": {"asset": "USDC", "amount": 12_000}}
+    await alice.post("/escrows", terms | swap)
+    (found,) = (await alice.post("/quotes/var", body))["services"]
+    btc, eth = 30_000 * 0.65, -12_000 * 0.80
+    own = 2.3263478740408408 * (btc**2 + eth**2 + 2 * 0.95 * btc * eth) ** 0.5 / 365**0.5
+    trading = 2.3263478740408408 * 30_000 * 0.80 / 365**0.5
+    together = (own**2 + trading**2 + 2 * 0.11 * own * trading) ** 0.5
+    assert float(found["var"]) == pytest.approx(together, rel=1e-9)
+    assert sum(map(float, found["components"].values())) == pytest.approx(together, rel=1e-9)
+    (given,) = (await alice.post("/quotes/var", body | {"services": {"escrow": 1}}))["services"]
+    assert float(given["var"]) == pytest.approx((1 + trading**2 + 2 * 0.11 * trading) ** 0.5, rel=1e-9)
+    (his,) = (await bob.post("/quotes/var", body))["services"]
+    assert set(his["components"]) == {"trading", "escrow"}

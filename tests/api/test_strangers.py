@@ -36,10 +36,21 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "POST /api/lending/{loan_id}/return": ("loan", {"amount": 1}),
     "POST /api/lending/{loan_id}/top-up": ("loan", {"amount": 0.0001}),
     "POST /api/lending/{loan_id}/release": ("loan", {"amount": 0.0001}),
+    "GET /api/escrows/{escrow_id}": ("escrow", None),
+    "POST /api/escrows/{escrow_id}/confirm": ("escrow", {}),
+    "GET /api/netting/agreements/{agreement_id}": ("agreement", None),
+    "POST /api/netting/agreements/{agreement_id}/accept": ("agreement", {}),
+    "POST /api/netting/agreements/{agreement_id}/leave": ("left", {}),
 }
-ELSEWHERE = {
+ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls, escrows and netting
     "PUT /api/wallet/holdings/{asset}",  # an asset's name: of one's own book whatever it is
-    # walked in test_agents.py, test_webhooks.py, test_margin_calls.py, and below
+    "POST /api/escrows/{escrow_id}/cancel",
+    "POST /api/escrows/{escrow_id}/dispute",
+    "POST /api/escrows/{escrow_id}/resolve",
+    "POST /api/netting/agreements/{agreement_id}/obligations",
+    "POST /api/netting/agreements/{agreement_id}/settle",
+    "GET /api/netting/agreements/{agreement_id}/obligations",
+    "GET /api/netting/agreements/{agreement_id}/statement",
     "GET /api/margin-calls/{call_id}",
     "POST /api/margin-calls/{call_id}/acknowledge",
     "GET /api/agents/{agent_id}",
@@ -54,7 +65,10 @@ ELSEWHERE = {
     "GET /api/webhooks/deliveries/{delivery_id}",
     "POST /api/webhooks/deliveries/{delivery_id}/replay",
 }
-LISTS = ("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions", "/lending/active")
+LISTS = (
+    *("/positions", "/orders", "/reservations", "/wallet/ledger", "/portfolio/positions", "/lending/active"),
+    *("/escrows", "/netting/agreements"),
+)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -94,6 +108,12 @@ async def _settled(service: Service, name: str) -> tuple[Agent, dict[str, str]]:
     held = await agent.post("/reservations", {"service": "casino", "amount": 100, "reducible": True})
     pending = await agent.order("BTC-PERP", "buy", 0.01)
     offer = await agent.post("/lending/create", {"asset": "USDC", "amount": 500})
+    other = await service.agent(f"{name}'s payee")
+    terms = {"payee": other.id, "amount": 10, "timeout_seconds": 3_600, "on_timeout": "refund"}
+    escrow = await agent.post("/escrows", terms)
+    agreement, left = [
+        await agent.post("/netting/agreements", {"members": [other.id], "services": ["data"]}) for _ in range(2)
+    ]
     return agent, {
         "position": pooled,
         "isolated": isolated,
@@ -101,6 +121,9 @@ async def _settled(service: Service, name: str) -> tuple[Agent, dict[str, str]]:
         "reservation": held["id"],
         "pending": pending["order_id"],
         "offer": offer["loan_id"],
+        "escrow": escrow["id"],
+        "agreement": agreement["id"],
+        "left": left["id"],
     }
 
 
@@ -216,6 +239,8 @@ async def test_a_stranger_books_nothing_in_anothers_name(town: Town) -> None:
         "/orders": {"symbol": "BTC-PERP", "side": "buy", "size": 0.001},
         "/lending/create": {"asset": "USDC", "amount": 1},
         "/lending/borrow": {"asset": "USDC", "amount": 1, "collateral": {"asset": "ETH"}},
+        "/escrows": {"payee": town.b.id, "amount": 1, "timeout_seconds": 60, "on_timeout": "release"},
+        "/netting/agreements": {"members": [town.b.id], "services": ["data"]},
     }
     for path, body in bodies.items():
         problem(await town.b.ask(f"{path}?agent_id={town.a.id}", body), 404, "agent_not_found")

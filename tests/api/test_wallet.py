@@ -229,7 +229,7 @@ async def test_the_life_of_a_reservation(service: Service, agent: Agent) -> None
     assert made == {
         "id": made["id"], "service": "casino", "asset": "USDC", "amount": Decimal("40.5"),
         "remaining": Decimal("40.5"), "settled": 0, "reference": "bet 1", "reducible": True, "status": "open",
-        "created_at": made["created_at"], "closed_at": None,
+        "created_at": made["created_at"], "closed_at": None, "bound_to": None,
     }  # fmt: skip
     assert await agent.get(path) == made
     assert (await agent.get("/portfolio/positions"))["positions"] == [

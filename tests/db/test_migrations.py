@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app.db import event_tables, lending_tables, migrate, operator_views
+from app.db import clearing_tables, event_tables, lending_tables, migrate, operator_views
 from app.db.session import Database, parse_database_url
 from app.db.tables import APPEND_ONLY, api_keys, market_prices, metadata, model_parameters
 from app.domain.parameters import MarketParameters
@@ -45,7 +45,7 @@ SCHEMA = {
         FROM pg_class WHERE relnamespace = 'public'::regnamespace""",
 }
 
-HISTORY = (*APPEND_ONLY, *event_tables.APPEND_ONLY, *lending_tables.APPEND_ONLY)
+HISTORY = (*APPEND_ONLY, *event_tables.APPEND_ONLY, *lending_tables.APPEND_ONLY, *clearing_tables.APPEND_ONLY)
 
 
 @pytest.fixture
@@ -93,7 +93,8 @@ async def test_every_model_parameter_is_seeded(database: Database) -> None:
     defaults = MarketParameters()
     async with database.transaction("test") as tx:
         names = (await tx.connection.execute(select(model_parameters.c.name))).scalars().all()
-    assert set(names) == asdict(defaults.models).keys() | asdict(defaults.policy).keys()
+    groups = (defaults.models, defaults.policy, defaults.clearing)
+    assert set(names) == {name for group in groups for name in asdict(group)}
 
 
 async def test_revisions(empty_url: URL, settings: Settings) -> None:

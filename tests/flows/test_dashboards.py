@@ -20,7 +20,7 @@ from sqlalchemy import text
 
 from app.db import embedded
 from app.db.session import Database
-from app.demo import FLEET
+from app.demo.fleet import FLEET
 from app.services import ledger
 from ops.grafana.build import PLACE
 from tests import prometheus

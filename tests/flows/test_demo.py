@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from app.demo import ASSETS, market_path
+from app.demo.fleet import ASSETS, market_path
 from tests.flows.process import PRIMERISK, ROOT, START_SECONDS_MAX, Home, home
 
 SECONDS = 10
@@ -68,6 +68,8 @@ def test_the_story_has_every_kind_of_end(place: Home) -> None:
     assert {("Mona", "lends"), ("Nils", "borrows")} <= set(lent), said
     assert said.count("loan is low") == 2, said
     assert said.count("loan is closed") == 2, said
+    assert re.search(r"Otto +is paid +10,000.00 USDC, fee 100.00", said), said
+    assert re.search(r"20 obligations: 1 payment of 100.00 USDC, 19 payments and 18.90 of fees spared", said), said
     assert re.search(r"\d+ calls: \d+ cured by a deposit, .* liquidated", said)
 
 
