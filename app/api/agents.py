@@ -13,14 +13,18 @@ from app.api.deps import AdminCaller, AgentCaller, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit
 from app.db.session import Tx
 from app.errors import ForbiddenError, invalid
-from app.services import accounts
+from app.services import accounts, fleets
 from app.services.accounts import Caller, Key, Scope
 
 router = APIRouter(prefix="/api", tags=["agents"])
 
 AgentId = Annotated[
     str | None,
-    Query(max_length=64, description="an agent other than the caller's own: scope admin", pattern=r"^[ -~]*$"),
+    Query(
+        max_length=64,
+        description="an agent other than the caller's own: scope admin, or a member's coordinator",
+        pattern=r"^[ -~]*$",
+    ),
 ]
 
 
@@ -110,7 +114,7 @@ async def delete_key(request: Request, caller: AgentCaller, key_id: str, agent_i
 
 
 async def owner_of(tx: Tx, caller: Caller, agent_id: str | None) -> str | None:
-    """Return whose keys or records are meant: the caller's agent, or the one that an admin names; None: the service.
+    """Return whose keys or records are meant: the caller's agent, one that an admin or a coordinator names; None: ours.
 
     Raises NotFoundError for an agent that is not the caller's to see, ForbiddenError for a key without an agent.
     """
@@ -121,9 +125,11 @@ async def owner_of(tx: Tx, caller: Caller, agent_id: str | None) -> str | None:
     if caller.agent_id is None:
         detail = "this is a key of the service without the scope admin: use an agent's key"
         raise ForbiddenError(detail, code="agent_key_needed")
-    if agent_id not in (None, caller.agent_id):
-        raise accounts.no_such_agent()
-    return caller.agent_id
+    if agent_id is None or agent_id == caller.agent_id:
+        return caller.agent_id
+    if caller.may("coordinator") and await fleets.commands(tx, caller.agent_id, agent_id):
+        return agent_id
+    raise accounts.no_such_agent()
 
 
 def _agent(agent: accounts.Agent) -> dict[str, Any]:

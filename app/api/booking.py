@@ -16,10 +16,10 @@ from starlette.responses import Response
 from app import telemetry
 from app.api.body import encoder
 from app.api.deps import caller_of, parts_of
-from app.db.session import Tx
+from app.db.session import Database, Tx
 from app.domain.book import Book
-from app.errors import ForbiddenError, NotFoundError, invalid
-from app.services import book, idempotency
+from app.errors import ConflictError, ForbiddenError, NotFoundError, invalid
+from app.services import book, delegation, fleets, idempotency
 from app.services.accounts import Caller
 from app.services.idempotency import Answer, Named
 from app.services.margin import Scene
@@ -51,16 +51,16 @@ class Reply:
 
 async def owner_of(
     request: Request,
-    agent_id: Annotated[str | None, Query(description="whose book: for keys of an admin")] = None,
+    agent_id: Annotated[str | None, Query(description="whose book: for keys of an admin or a coordinator")] = None,
 ) -> Owner:
-    """Return whose book it is: the key's own agent's, or any that an admin names.
+    """Return whose book it is: the key's own agent's, a member's that its coordinator names, any that an admin names.
 
     Raises ForbiddenError, NotFoundError.
     """
-    return owner_for(await caller_of(request, "agent"), agent_id)
+    return await owner_for(parts_of(request).database, await caller_of(request, "agent"), agent_id)
 
 
-def owner_for(caller: Caller, agent_id: str | None) -> Owner:
+async def owner_for(database: Database, caller: Caller, agent_id: str | None) -> Owner:
     """Return whose book a caller with the scope agent means. Raises ForbiddenError, NotFoundError."""
     if agent_id is not None and not _AGENT_ID.fullmatch(agent_id):
         raise NotFoundError("There is no such agent.", code="agent_not_found")
@@ -69,10 +69,20 @@ def owner_for(caller: Caller, agent_id: str | None) -> Owner:
     if agent_id is not None and (agent_id == caller.agent_id or caller.may("admin")):
         telemetry.note(agent_id=agent_id)
         return Owner(caller, agent_id)
+    if agent_id is not None and await _commands(database, caller, agent_id):
+        telemetry.note(agent_id=agent_id)
+        return Owner(caller, agent_id)
     if caller.agent_id is not None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
     detail = "this is a key of the service: use an agent's key, or name the agent with ?agent_id= and an admin key"
     raise ForbiddenError(detail, code="agent_key_needed")
+
+
+async def _commands(database: Database, caller: Caller, agent_id: str) -> bool:
+    """Whether the key is a coordinator's, and the agent a member of its fleet."""
+    if caller.agent_id is None or not caller.may("coordinator"):
+        return False
+    return await database.fetch_value(fleets.COMMANDS, agent_id, caller.agent_id) is not None
 
 
 BookOwner = Annotated[Owner, Depends(owner_of)]
@@ -107,15 +117,40 @@ def require_custodian(request: Request, owner: Owner) -> None:
         raise ForbiddenError("deposits and fills are booked with an admin key", code="scope_missing")
 
 
-async def once(request: Request, owner: Owner, effect: Effect) -> Response:
-    """Run an effect on the owner's book as `once_in` runs a deed, under the book's lock."""
+async def once(request: Request, owner: Owner, effect: Effect, service: str | None = None) -> Response:
+    """Run an effect on the owner's book as `once_in` runs a deed, under the book's lock.
+
+    For a `service` a member of a fleet may draw what it lacks, and gives back what it can spare after it.
+    """
     scenes = parts_of(request).scenes
 
     async def deed(tx: Tx) -> Reply:
         held = await book.lock(tx, owner.agent_id)
         return await effect(tx, held, await scenes.at(tx))
 
-    return await once_in(request, owner, deed)
+    if service is None:
+        return await once_in(request, owner, deed)
+    return await _once_delegated(request, owner, effect, service)
+
+
+async def _once_delegated(request: Request, owner: Owner, effect: Effect, service: str) -> Response:
+    parts = parts_of(request)
+    try:
+        return await once_in(request, owner, lambda tx: delegation.alone(tx, parts.scenes, owner.agent_id, effect))
+    except delegation.MasterNeeded as needed:
+        master_id = needed.master_id
+
+    async def deed(tx: Tx) -> Reply:
+        return await delegation.together(tx, parts.scenes, owner.agent_id, master_id, service, effect)
+
+    try:
+        return await once_in(request, owner, deed)
+    except ConflictError as refused:
+        if delegation.is_exhausted(refused):
+            figures = {"service": service, "reason": refused.code, "needed": refused.figures.get("needed")}
+            async with parts.database.transaction(owner.caller.key_id) as tx:
+                await fleets.tell_capped(tx, owner.agent_id, figures)
+        raise
 
 
 async def once_in(request: Request, owner: Owner, deed: Deed) -> Response:

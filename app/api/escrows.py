@@ -92,7 +92,7 @@ async def fund(request: Request, owner: BookOwner) -> Response:
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
         return _reply(request, await escrows.fund(tx, scene, held, new, named), 201)
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, escrows.SERVICE)
 
 
 @router.get("", openapi_extra=document("Escrows", scope="agent"))
@@ -149,7 +149,8 @@ async def resolve(
     """Split what is disputed: by the arbiter, or by an admin, who need not be named."""
     caller = await caller_of(request, "agent")
     is_admin = agent_id is None and caller.agent_id is None and caller.may("admin")
-    owner = Owner(caller, ADMIN) if is_admin else owner_for(caller, agent_id)
+    database = parts_of(request).database
+    owner = Owner(caller, ADMIN) if is_admin else await owner_for(database, caller, agent_id)
     asked = await body_of(request, _RESOLVE)
     amount = wire.exact_or_none(asked.to_payee, "/to_payee")
     share = wire.exact_or_none(asked.payee_share, "/payee_share")

@@ -88,7 +88,7 @@ async def account_terms(parts: Parts, caller: Caller, agent_id: str | None) -> Q
     """Return the stored book of a caller. Raises ForbiddenError, NotFoundError."""
     if not caller.may("agent"):
         raise ForbiddenError("the key lacks the scope agent", code="scope_missing")
-    owner = owner_for(caller, agent_id)
+    owner = await owner_for(parts.database, caller, agent_id)
     held = await book.read(parts.database, owner.agent_id)
     view = parts.market.view
     return held.quote_terms(view.parameters, view.prices)
@@ -96,7 +96,7 @@ async def account_terms(parts: Parts, caller: Caller, agent_id: str | None) -> Q
 
 async def _open_legs(parts: Parts, caller: Caller, agent_id: str | None) -> dict[str, Decimal]:
     """Return, by asset, what the open escrows of the account are to bring or to take."""
-    owner = owner_for(caller, agent_id)
+    owner = await owner_for(parts.database, caller, agent_id)
     async with parts.database.transaction(caller.key_id) as tx:
         return await escrows.open_legs(tx, owner.agent_id)
 

@@ -112,7 +112,7 @@ async def asked_of(request: Request, body: Body[B], agent_id: str | None) -> Ask
     for name in _OF_REQUEST:
         if getattr(given, name) is not None:
             raise invalid(f"/{name}", "not_with_account", "the account has its own, at the stored market")
-    owner = owner_for(caller, agent_id)
+    owner = await owner_for(parts_of(request).database, caller, agent_id)
     return Asked(caller, given, await book.read(parts_of(request).database, owner.agent_id))
 
 

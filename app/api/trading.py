@@ -107,7 +107,7 @@ async def post_order(request: Request, owner: BookOwner) -> Response:
 
     counter = parts_of(request).metrics.orders
     try:
-        answer = await once(request, owner, effect)
+        answer = await once(request, owner, effect, trading.SERVICE)
     except PrimeriskError:
         counter.labels("refused").inc()
         raise
@@ -197,7 +197,7 @@ async def reduce(request: Request, owner: BookOwner, target_id: str) -> Response
         stored, left = done
         return Reply({**replies.stored_reservation(stored), "account": _left(left, scene, None)["account"]})
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, trading.SERVICE)
 
 
 @router.post(
@@ -214,7 +214,7 @@ async def allocate(request: Request, owner: BookOwner, position_id: str) -> Resp
         position, left = await positions.allocate(tx, scene, held, position_id, amount, named)
         return Reply(_left(left, scene, position))
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, trading.SERVICE)
 
 
 def _order(asked: OrderPost) -> Order:

@@ -26,6 +26,9 @@ from app.services.wallet import Booked, Names, NewReservation
 
 router = APIRouter(prefix="/api", tags=["wallet"])
 
+SERVICE = "wallet"
+"""What a member of a fleet that gives back a reservation does it for: nothing is drawn for that."""
+
 
 class AmountIn(wire.Request):
     """POST /api/wallet/deposits and /withdrawals: units of an asset, and the caller's reference."""
@@ -120,7 +123,7 @@ async def reserve(request: Request, owner: BookOwner) -> Response:
         stored, _ = await wallet.reserve(tx, scene, held, new, named)
         return Reply(replies.stored_reservation(stored), 201)
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, new.service)
 
 
 @router.get("/reservations", openapi_extra=document("Reservations", scope="agent"))
@@ -156,7 +159,7 @@ async def release(request: Request, owner: BookOwner, reservation_id: str) -> Re
         stored, _book = await wallet.release(tx, held, reservation_id, amount, named)
         return Reply(replies.stored_reservation(stored))
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, SERVICE)
 
 
 @router.post(
@@ -173,7 +176,7 @@ async def settle(request: Request, owner: BookOwner, reservation_id: str) -> Res
         stored, _book = await wallet.settle(tx, held, reservation_id, amount, named)
         return Reply(replies.stored_reservation(stored))
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, SERVICE)
 
 
 def _booked(kind: str, asked: AmountIn, booked: Booked, tx: Tx) -> dict[str, Any]:

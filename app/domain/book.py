@@ -162,6 +162,24 @@ class LentLoan:
 
 
 @dataclass(frozen=True, slots=True)
+class Delegation:
+    """What a member of a fleet may use of its master's wallet, USDC: `drawn` so far, of at most `max_margin`."""
+
+    fleet_id: str
+    master_id: str
+    max_margin: Decimal
+    drawn: Decimal
+    services: Sequence[str]
+    """Those that it may book for; none: every one."""
+    reduce_only: bool
+    delegation: Literal["pooled", "isolated"]
+
+    def permits(self, service: str) -> bool:
+        """Whether the member may book for a service."""
+        return not self.services or service in self.services
+
+
+@dataclass(frozen=True, slots=True)
 class Book:
     """Everything that an agent's margin depends on, but for the market."""
 
@@ -179,6 +197,8 @@ class Book:
     """Orders at a venue, oldest first. They weigh on what the gates allow, not on the account's own figures."""
     loans: Sequence[LentLoan] = ()
     """What a margin call would recall first."""
+    delegation: Delegation | None = None
+    """What the agent has of a fleet, where it is a member of one."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -195,6 +215,8 @@ class Book:
             return "a margin call has expired: reduce only until it is cured"
         if self.rung == MINIMUM_VIABLE and self.settings.drawdown_ladder == "apply":
             return "equity has fallen too far from its peak: reduce only, on the last rung of the drawdown ladder"
+        if self.delegation is not None and self.delegation.reduce_only:
+            return "the fleet's coordinator has it reduce only: more is drawn than is delegated"
         return None
 
     @property

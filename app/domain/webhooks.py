@@ -46,6 +46,12 @@ EVENT_TYPES = frozenset(
         "netting.left",
         "netting.defaulted",
         "netting.ended",
+        "fleet.member_joined",
+        "fleet.member_left",
+        "fleet.delegation_changed",
+        "fleet.member_capped",
+        "fleet.dry_powder_released",
+        "fleet.dry_powder_restored",
         "webhook.disabled",
         "webhook.test",
     }

@@ -8,10 +8,19 @@ from dataclasses import replace
 from decimal import Decimal
 
 import msgspec
-from sqlalchemy import text
+from sqlalchemy import ARRAY, Text, bindparam, text
 
 from app.db.session import Database, Tx
-from app.domain.book import AccountSettings, Book, Holding, LentLoan, OpenPosition, OpenReservation, PendingOrder
+from app.domain.book import (
+    AccountSettings,
+    Book,
+    Delegation,
+    Holding,
+    LentLoan,
+    OpenPosition,
+    OpenReservation,
+    PendingOrder,
+)
 from app.errors import NotFoundError
 from app.services.accounts import hold_account, lock_account, lock_accounts
 
@@ -30,13 +39,14 @@ class _Row(msgspec.Struct):
     rung: int
     pending: list[PendingOrder]
     loans: list[LentLoan]
+    delegation: Delegation | None
 
 
 LOANS_RECALLED_MAX = 200
 """Loans that a margin call recalls at once; those that can be had back soonest are read first."""
 
-BOOK_QUERY = f"""
-    SELECT json_build_object(
+_BOOK_OF = f"""
+    json_build_object(
         'settings', to_json(a),
         'version', a.version,
         'balances', coalesce((
@@ -63,11 +73,19 @@ BOOK_QUERY = f"""
                 'asked_back', status = 'recalled' OR wanted_by IS NOT NULL) ORDER BY seq)
             FROM (SELECT * FROM loans l
                 WHERE l.lender_id = a.agent_id AND status IN ('active', 'recalled') AND notice_seconds <= 86400
-                ORDER BY notice_seconds, seq LIMIT {LOANS_RECALLED_MAX}) AS soonest), '[]')
-    )::text
-    FROM accounts a WHERE a.agent_id = $1"""  # noqa: S608  no value from outside
+                ORDER BY notice_seconds, seq LIMIT {LOANS_RECALLED_MAX}) AS soonest), '[]'),
+        'delegation', (
+            SELECT json_build_object(
+                'fleet_id', m.fleet_id, 'master_id', f.master_id, 'max_margin', m.max_margin, 'drawn', m.drawn,
+                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation)
+            FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
+            WHERE m.agent_id = a.agent_id AND m.joined_at IS NOT NULL)
+    )::text"""  # noqa: S608  no value from outside
+BOOK_QUERY = f"SELECT {_BOOK_OF} FROM accounts a WHERE a.agent_id = $1"  # noqa: S608  nor here
 
 _BOOK = text(BOOK_QUERY.replace("$1", ":agent_id"))
+_BOOKS = text(f"SELECT agent_id, {_BOOK_OF} AS book FROM accounts a WHERE agent_id = ANY (:agents)")  # noqa: S608
+_BOOKS = _BOOKS.bindparams(bindparam("agents", type_=ARRAY(Text)))
 _last_read: OrderedDict[str, tuple[str, Book]] = OrderedDict()
 """The last row of an agent and the book it is: the same row is the same book, which nobody changes."""
 _decoder = msgspec.json.Decoder(_Row)
@@ -77,6 +95,12 @@ async def load(tx: Tx, agent_id: str) -> Book:
     """Return an agent's book as the transaction sees it. Raises NotFoundError."""
     found = await tx.connection.execute(_BOOK, {"agent_id": agent_id})
     return _book(agent_id, found.scalar_one_or_none())
+
+
+async def load_all(tx: Tx, agent_ids: Collection[str]) -> dict[str, Book]:
+    """Return several agents' books by id, all as one statement sees them; who is not there is left out."""
+    rows = await tx.connection.execute(_BOOKS, {"agents": list(agent_ids)})
+    return {row.agent_id: _decoded(row.agent_id, row.book) for row in rows}
 
 
 async def read(database: Database, agent_id: str) -> Book:
@@ -128,6 +152,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         rung=found.rung,
         pending=found.pending,
         loans=found.loans,
+        delegation=found.delegation,
     )
 
 

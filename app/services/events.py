@@ -81,7 +81,9 @@ _WRITTEN = """
     ), written AS (
         INSERT INTO events (event_id, agent_id, sequence, type, timestamp, data)
         SELECT :event_id, :agent_id, last, :type, :now, CAST(:data AS jsonb) || jsonb_build_object(
-        'agent_id', CAST(:agent_id AS text), 'fleet_id', NULL, 'sequence', last)
+        'agent_id', CAST(:agent_id AS text), 'fleet_id', (
+            SELECT fleet_id FROM fleet_members WHERE agent_id = :agent_id AND joined_at IS NOT NULL
+            UNION ALL SELECT id FROM fleets WHERE master_id = :agent_id LIMIT 1), 'sequence', last)
         FROM counted RETURNING id
     )
     """

@@ -59,6 +59,8 @@ Kind = Literal[
     "loan_liquidated",
     "escrow",
     "netting",
+    "delegate",
+    "undelegate",
 ]
 
 ENTRIES_A_PAGE_MAX = 200

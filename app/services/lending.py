@@ -36,10 +36,11 @@ from app.services import accounts, book, events, holdings, ledger, loans, market
 from app.services.holdings import HoldingSettings
 from app.services.loans import Loan, Market, Offer
 from app.services.margin import Scene, Scenes
-from app.services.wallet import Names
+from app.services.wallet import Names, require_delegated
 
 OFFERS_MAX, LOANS_TAKEN_MAX = 200, 500
 """Open offers, and live loans taken, of one agent."""
+SERVICE = "lending"
 OFFERS_A_BORROW_MAX = 50
 TRIES_MAX = 5
 """How often locks are taken anew because somebody else turned out to be concerned."""
@@ -124,6 +125,7 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
     on = await stage(tx, scenes, [lender_id], asked.asset)
     held, asset = on.books[lender_id], asked.asset
     amount = checked_amount("/amount", asked.amount, on.terms.decimals)
+    require_delegated(held, SERVICE)
     if held.opens_nothing is not None:
         raise conflict("/amount", "reduce_only", held.opens_nothing)
     check_free(held, asset, amount, "/amount")
@@ -147,7 +149,7 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
         },
     )
     moves = [Move(asset, amount, units, agent(lender_id, "offered"))]
-    await ledger.post(tx, named.occasion(lender_id, "lending", "offer", stored.id), moves)
+    await ledger.post(tx, named.occasion(lender_id, SERVICE, "offer", stored.id), moves)
     await on.touch()
     return stored, await on.move_market(amount, ZERO)
 
@@ -191,7 +193,7 @@ async def withdraw(on: Stage, found: Offer, amount: Decimal, named: Names) -> No
     whole = amount == found.remaining
     await loans.shrink_offer(on.tx, found.id, amount, on.scene.now if whole else None)
     moves = _given_back(on.books[found.lender_id], found.asset, amount)
-    await ledger.post(on.tx, named.occasion(found.lender_id, "lending", "offer_cancelled", found.id), moves)
+    await ledger.post(on.tx, named.occasion(found.lender_id, SERVICE, "offer_cancelled", found.id), moves)
     await on.move_market(-amount, ZERO)
 
 
@@ -210,7 +212,7 @@ async def cancel_all(tx: Tx, scene: Scene, held: Book, named: Names) -> tuple[Bo
         market = await loans.lock_market(tx, one.asset) or await loans.open_market(tx, one.asset, terms, scene.now)
         await loans.shrink_offer(tx, one.id, one.remaining, scene.now)
         moves = _given_back(held, one.asset, one.remaining)
-        await ledger.post(tx, named.occasion(held.agent_id, "lending", "offer_cancelled", one.id), moves)
+        await ledger.post(tx, named.occasion(held.agent_id, SERVICE, "offer_cancelled", one.id), moves)
         await loans.change_market(tx, market, terms, -one.remaining, ZERO, scene.now)
         held = held.after_moves(moves)
     return held, [one.id for one in found]
@@ -388,6 +390,7 @@ async def _take(on: Stage, borrower_id: str, wanted: Wanted, priced: Priced, nam
     """Check the borrower, then only write."""
     tx, held, now = on.tx, on.books[borrower_id], on.scene.now
     require_fresh(on.scene, wanted.asset, wanted.collateral_asset)
+    require_delegated(held, SERVICE)
     if held.opens_nothing is not None:
         raise conflict("/amount", "reduce_only", held.opens_nothing)
     check_free(held, wanted.collateral_asset, priced.collateral, "/collateral/amount")
@@ -424,7 +427,7 @@ async def _take(on: Stage, borrower_id: str, wanted: Wanted, priced: Priced, nam
         nothing = dict.fromkeys(("accrued", "interest_paid", "interest_booked", "recalled", "deficit"), ZERO)
         await loans.shrink_offer(tx, found.offer.id, found.amount)
         taken.append(await loans.insert_loan(tx, values | nothing))
-    await ledger.post(tx, named.occasion(borrower_id, "lending", "loan_opened", taken[0].id), moves)
+    await ledger.post(tx, named.occasion(borrower_id, SERVICE, "loan_opened", taken[0].id), moves)
     market = await on.move_market(ZERO, wanted.amount)
     await on.touch()
     for loan in taken:

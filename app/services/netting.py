@@ -225,8 +225,10 @@ async def _cover(
     target, now = agreement.terms.cover(asset, net), _reserved(held, agreement, asset)
     if fact:
         target = min(target, now + held.holding(asset).free)
-    elif target > now and held.opens_nothing is not None:
-        raise conflict("/amount", "reduce_only", held.opens_nothing)
+    elif target > now:
+        wallet.require_delegated(held, SERVICE)
+        if held.opens_nothing is not None:
+            raise conflict("/amount", "reduce_only", held.opens_nothing)
     after = await wallet.fit_bound(tx, held, _held(agreement, asset, target), Names(agreement.id))
     if target > now and not fact:
         scene.require_room(after)

@@ -156,14 +156,25 @@ _ENQUEUE = """
     WHERE {mine} AND e.status = 'enabled' AND (e.filters = '{{}}' OR e.filters && CAST(:patterns AS text[]))
     """
 
+_OF_AGENT_OR_COORDINATOR = """agent_id IN (
+    SELECT :agent_id UNION ALL
+    SELECT f.master_id FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
+    WHERE m.agent_id = :agent_id AND m.joined_at IS NOT NULL)"""
+
 
 def enqueueing(written: str) -> dict[bool, TextClause]:
-    """Return the statement that queues an event for every enabled endpoint of its agent that wants its type.
+    """Return the statement that queues an event for every enabled endpoint that wants its type.
+
+    Those of its agent, and of the coordinator of the agent's fleet.
 
     `written` are the common table expressions that write the event, the last of them `written` with its `id`; its
     parameters are `agent_id`, `now` and those of `queue_values`. For an agent (True) and for the service.
     """
-    return _owned(written + _ENQUEUE)
+    queued = written + _ENQUEUE
+    return {
+        True: text(queued.format(mine=_OF_AGENT_OR_COORDINATOR)).bindparams(bindparam("agent_id", type_=Text)),
+        False: text(queued.format(mine="agent_id IS NULL")),
+    }
 
 
 def queue_values(event_type: str, deadline: datetime | None) -> dict[str, object]:

@@ -21,6 +21,7 @@ from app.services.margin import Scene, by_mark, refusal_error
 from app.services.orders import Labels, StoredOrder
 from app.services.wallet import Names, Reservation
 
+SERVICE = "trading"
 SIZE_SEARCH_STEPS = 24
 SIZE_SEARCH_POSITIONS_MAX = 50
 """Larger books are told no largest size: each step of the search assesses the whole book."""
@@ -105,6 +106,7 @@ def _check_opening(scene: Scene, held: Book, order: Order, contract: Contract, t
     exposed = scene.exposed(trade.book)
     after = scene.figures(exposed)
     scene.require_fresh(after)
+    wallet.require_delegated(held, SERVICE)
     if held.opens_nothing is not None:
         raise conflict("/reduce_only", "reduce_only", held.opens_nothing)
     figures = scene.figures(scene.exposed(_after_closing(held, order, contract, trade, scene)))
@@ -162,7 +164,7 @@ async def post(tx: Tx, agent_id: str, trade: Trade, named: Names, order_id: str)
     """Write the money and the position of a trade. Raises ConflictError."""
     # money first: a purse that does not cover it refuses before anything else is written
     for posting in trade.postings:
-        await ledger.post(tx, named.occasion(agent_id, "trading", posting.kind, order_id), posting.moves)
+        await ledger.post(tx, named.occasion(agent_id, SERVICE, posting.kind, order_id), posting.moves)
     await positions.store(tx, agent_id, trade.before, trade.after, trade.realized_pnl)
 
 

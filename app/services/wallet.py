@@ -14,8 +14,8 @@ from app.db.session import Tx
 from app.db.tables import SERVICE_PATTERN, reservations
 from app.domain.book import ZERO, Book, OpenReservation
 from app.domain.money import checked_amount, plain
-from app.domain.moves import Move, agent, house, pay_in
-from app.errors import InvalidError, NotFoundError, conflict, invalid
+from app.domain.moves import SETTLEMENT_ASSET, Move, agent, house, pay_in
+from app.errors import ConflictError, InvalidError, NotFoundError, conflict, invalid
 from app.services import ledger, market_rules, watch
 from app.services.ledger import Occasion
 from app.services.margin import Scene
@@ -68,11 +68,11 @@ async def deposit(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal,
     if asset not in held.holdings:
         scene.require_room(after)
     batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "deposit"), moves)
-    await _shift_peak(tx, scene, held, scene.worth(asset, amount))
+    await shift_peak(tx, scene, held, scene.worth(asset, amount))
     return Booked(batch, amount, after)
 
 
-async def _shift_peak(tx: Tx, scene: Scene, held: Book, flow: float) -> None:
+async def shift_peak(tx: Tx, scene: Scene, held: Book, flow: float) -> None:
     """Let an account's peak move with what comes in or leaves, so that its drawdown stays what it was."""
     if not held.settings.follows_peak:
         return
@@ -91,17 +91,19 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
     market_rules.check_symbol("/asset", asset)
     amount = checked_amount("/amount", amount)
     _check_free(held, asset, amount)
+    _check_own(held, asset, amount)
     moves = [Move(asset, amount, agent(held.agent_id, "free"), house("external"))]
     after = held.after_moves(moves)
     scene.require_margin(held, after, "/amount")
     batch = await ledger.post(tx, named.occasion(held.agent_id, "wallet", "withdrawal"), moves)
-    await _shift_peak(tx, scene, held, -scene.worth(asset, amount))
+    await shift_peak(tx, scene, held, -scene.worth(asset, amount))
     return Booked(batch, amount, after)
 
 
 async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named: Names) -> tuple[Reservation, Book]:
     """Set an amount aside for a service. Raises ConflictError past what is free or past the gate."""
     check_service("/service", asked.service)
+    require_delegated(held, asked.service)
     market_rules.check_symbol("/asset", asked.asset)
     amount = checked_amount("/amount", asked.amount)
     if held.opens_nothing is not None:
@@ -277,7 +279,29 @@ def check_service(pointer: str, service: str) -> None:
 def _check_free(held: Book, asset: str, amount: Decimal) -> None:
     free = held.holding(asset).free
     if amount > free:
-        raise ledger.insufficient_funds(f"{plain(free):f} {asset} are free", available=plain(free))
+        detail, missing = f"{plain(free):f} {asset} are free", plain(amount - free)
+        raise ledger.insufficient_funds(detail, available=plain(free), missing=missing, asset=asset)
+
+
+def _check_own(held: Book, asset: str, amount: Decimal) -> None:
+    """Refuse to take out what a member has drawn of its fleet: it goes back to the master alone."""
+    drawn = ZERO if held.delegation is None or asset != SETTLEMENT_ASSET else held.delegation.drawn
+    own = max(ZERO, held.holding(asset).free - drawn)
+    if drawn > 0 and amount > own:
+        detail = f"{plain(drawn):f} {asset} are drawn of the fleet's, {plain(own):f} may be taken out"
+        raise conflict("/amount", "delegated_funds", detail, available=plain(own))
+
+
+def require_delegated(held: Book, service: str) -> None:
+    """Refuse a service that the coordinator of the agent's fleet has not permitted. Raises ConflictError."""
+    if held.delegation is not None and not held.delegation.permits(service):
+        raise not_delegated(service)
+
+
+def not_delegated(service: str) -> ConflictError:
+    """Return the refusal of a service that a fleet's coordinator has not permitted."""
+    detail = f"the fleet's coordinator has not delegated {service} to this member"
+    return conflict("/service", "service_not_delegated", detail)
 
 
 async def _part(tx: Tx, held: Book, reservation_id: str, amount: Decimal | None) -> tuple[Reservation, Decimal]:

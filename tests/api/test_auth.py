@@ -21,7 +21,7 @@ UNKNOWN = f"pr_{'0' * 16}_{'A' * 43}"
 ASSETS = "/api/market/assets"
 
 # What each route needs; a route that is missing here fails the test that walks them.
-ANY, AGENT, MARKET, ADMIN = "any key", "agent", "market", "admin"
+ANY, AGENT, COORDINATOR, MARKET, ADMIN = "any key", "agent", "coordinator", "market", "admin"
 NEEDS = {
     "POST /api/quotes/margin": ANY,
     "POST /api/quotes/var": ANY,
@@ -97,6 +97,15 @@ NEEDS = {
     "GET /api/margin-calls": AGENT,
     "GET /api/margin-calls/{call_id}": AGENT,
     "POST /api/margin-calls/{call_id}/acknowledge": AGENT,
+    "POST /api/fleets": COORDINATOR,
+    "GET /api/fleets": COORDINATOR,
+    "GET /api/fleets/{fleet_id}": COORDINATOR,
+    "POST /api/fleets/{fleet_id}/members": COORDINATOR,
+    "GET /api/fleets/{fleet_id}/members": COORDINATOR,
+    "PATCH /api/fleets/{fleet_id}/members/{agent_id}": COORDINATOR,
+    "DELETE /api/fleets/{fleet_id}/members/{agent_id}": COORDINATOR,
+    "POST /api/fleets/{fleet_id}/dry-powder": COORDINATOR,
+    "POST /api/fleets/{fleet_id}/join": AGENT,
 }
 SERVICE_KEYS_TOO = ("/api/keys", "/api/audit", "/api/events", "/api/webhooks")
 """Routes for agents that a key of the service may ask for itself; on the others it names an agent."""

@@ -42,7 +42,14 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "POST /api/netting/agreements/{agreement_id}/accept": ("agreement", {}),
     "POST /api/netting/agreements/{agreement_id}/leave": ("left", {}),
 }
-ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls, escrows and netting
+ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls, escrows, netting and fleets
+    "GET /api/fleets/{fleet_id}",
+    "POST /api/fleets/{fleet_id}/members",
+    "GET /api/fleets/{fleet_id}/members",
+    "PATCH /api/fleets/{fleet_id}/members/{agent_id}",
+    "DELETE /api/fleets/{fleet_id}/members/{agent_id}",
+    "POST /api/fleets/{fleet_id}/join",
+    "POST /api/fleets/{fleet_id}/dry-powder",
     "PUT /api/wallet/holdings/{asset}",  # an asset's name: of one's own book whatever it is
     "POST /api/escrows/{escrow_id}/cancel",
     "POST /api/escrows/{escrow_id}/dispute",

@@ -1,0 +1,287 @@
+"""Fleets as their coordinators see them: members, what is delegated to each, the dry powder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.responses import Response
+
+from app.api import body as wire
+from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, once_in, owner_for
+from app.api.deps import body_of, caller_of, document, parts_of
+from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
+from app.api.webhooks import NothingIn
+from app.db.session import Tx
+from app.domain.money import plain
+from app.errors import invalid
+from app.services import accounts, book, delegation, fleet_books, fleets
+from app.services.accounts import Caller
+from app.services.delegation import Pair
+from app.services.fleets import Fleet, Member, Terms
+
+router = APIRouter(prefix="/api/fleets", tags=["fleets"])
+
+Delegated = Literal["pooled", "isolated"]
+
+
+class FleetPost(wire.Request):
+    """POST /api/fleets: the key's own agent leads it, its wallet is the master's."""
+
+    name: str
+    dry_powder: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+
+
+class MemberPost(wire.Request):
+    """POST /api/fleets/{id}/members: a new agent by its name, or one that there is by its id."""
+
+    max_margin: wire.Number
+    name: str | None = None
+    agent_id: AgentRef | None = None
+    services: list[str] | None = None
+    liquidation_priority: int | None = None
+    delegation: Delegated | None = None
+
+
+class MemberPatch(wire.Request):
+    """PATCH /api/fleets/{id}/members/{agent_id}: `on_excess` says what happens where more is in use."""
+
+    max_margin: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    services: list[str] | None = None
+    liquidation_priority: int | None = None
+    delegation: Delegated | None = None
+    on_excess: Literal["refuse", "reduce_only"] | None = None
+
+
+class DryPowderPost(wire.Request):
+    """POST /api/fleets/{id}/dry-powder: released in an emergency, or for a reason that is given."""
+
+    action: Literal["release", "restore"]
+    reason: Label | None = None
+
+
+_FLEET = wire.Body(FleetPost)
+_MEMBER = wire.Body(MemberPost)
+_PATCH = wire.Body(MemberPatch)
+_POWDER = wire.Body(DryPowderPost)
+_NOTHING = wire.Body(NothingIn)
+
+
+@dataclass(frozen=True, slots=True)
+class Led:
+    """Whose fleets a request may see: a coordinator's own, or (None) all, an admin's."""
+
+    caller: Caller
+    master_id: str | None
+
+    def owner(self, fleet: Fleet) -> Owner:
+        """Return in whose name a fleet is changed."""
+        return Owner(self.caller, fleet.master_id)
+
+
+async def _led(request: Request) -> Led:
+    caller = await caller_of(request, "coordinator")
+    return Led(caller, None if caller.may("admin") else caller.agent_id or "")
+
+
+Leader = Annotated[Led, Depends(_led)]
+MasterId = Annotated[str | None, Query(description="whose fleet: for keys of an admin")]
+
+
+@router.post("", openapi_extra=document("Make a fleet", request=FleetPost, scope="coordinator", status=201))
+async def create_fleet(request: Request, led: Leader, agent_id: MasterId = None) -> Response:
+    """Make the agent the master of a fleet."""
+    asked = await body_of(request, _FLEET)
+    owner = await owner_for(parts_of(request).database, led.caller, agent_id)
+    share = wire.exact_or_none(asked.dry_powder, "/dry_powder")
+
+    async def deed(tx: Tx) -> Reply:
+        fleet = await fleets.create(tx, owner.agent_id, asked.name, fleets.DRY_POWDER if share is None else share)
+        return Reply(await _shown(tx, fleet), 201)
+
+    return await once_in(request, owner, deed)
+
+
+@router.get("", openapi_extra=document("Fleets", scope="coordinator"))
+async def list_fleets(request: Request, led: Leader, limit: Limit = PAGE_MAX, cursor: Cursor = "") -> Response:
+    """List the caller's fleet, or all to an admin, newest first."""
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        found = await fleets.list_fleets(tx, led.master_id, limit, number_cursor(cursor))
+    more = next_cursor([fleet.seq for fleet in found], limit)
+    return wire.JsonResponse({"fleets": [_stored(fleet) for fleet in found], "next_cursor": more})
+
+
+@router.get("/{fleet_id}", openapi_extra=document("A fleet", scope="coordinator"))
+async def get_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
+    """Show a fleet: what its master holds, what is drawn, what may still be."""
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        return wire.JsonResponse(await _shown(tx, await fleets.get(tx, fleet_id, led.master_id)))
+
+
+@router.post(
+    "/{fleet_id}/members", openapi_extra=document("Add a member", request=MemberPost, scope="coordinator", status=201)
+)
+async def add_member(request: Request, led: Leader, fleet_id: str) -> Response:
+    """Add a new agent, with its first key, which is shown this once; or invite one that there is."""
+    asked = await body_of(request, _MEMBER)
+    terms = Terms(
+        wire.exact(asked.max_margin, "/max_margin"),
+        asked.services or (),
+        asked.liquidation_priority or 0,
+        asked.delegation or "pooled",
+    )
+    if (asked.name is None) == (asked.agent_id is None):
+        raise invalid("/agent_id", "missing_field", "give name, of a new agent, or agent_id, one of the two")
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        if asked.agent_id is not None:
+            known = await fleets.invite(tx, fleet, asked.agent_id, terms, joins=led.caller.may("admin"))
+            return Reply(_member(known), 201)
+        agent_id = await accounts.create_agent(tx, asked.name or "")
+        member = await fleets.invite(tx, fleet, agent_id, terms, joins=True)
+        key = await accounts.create_key(tx, agent_id, {"agent"}, asked.name or "")
+        return Reply({**_member(member), "api_key": key.text, "key_id": key.id}, 201)
+
+    return await once_in(request, led.owner(fleet), deed)
+
+
+@router.get("/{fleet_id}/members", openapi_extra=document("Members of a fleet", scope="coordinator"))
+async def list_members(
+    request: Request, led: Leader, fleet_id: str, limit: Limit = PAGE_MAX, cursor: Cursor = ""
+) -> Response:
+    """List the members in the order in which they came, the invited ones too."""
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        fleet = await fleets.get(tx, fleet_id, led.master_id)
+        found = await fleets.list_members(tx, fleet.id, limit, number_cursor(cursor) or 0)
+    more = next_cursor([member.seq for member in found], limit)
+    return wire.JsonResponse({"members": [_member(member) for member in found], "next_cursor": more})
+
+
+@router.patch(
+    "/{fleet_id}/members/{agent_id}",
+    openapi_extra=document("Change a delegation", request=MemberPatch, scope="coordinator"),
+)
+async def patch_member(request: Request, led: Leader, fleet_id: str, agent_id: str) -> Response:
+    """Change what is delegated to a member; what it can spare is given back first."""
+    asked = await body_of(request, _PATCH)
+    most = wire.exact_or_none(asked.max_margin, "/max_margin")
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        before = await _recalled(request, tx, fleet, agent_id)
+        reduces = asked.on_excess == "reduce_only"
+        terms = _changed(before, asked, most)
+        member = await fleets.change_terms(tx, before, terms, reduce_only_on_excess=reduces, cause="coordinator")
+        return Reply(_member(member))
+
+    return await once_in(request, led.owner(fleet), deed)
+
+
+@router.delete(
+    "/{fleet_id}/members/{agent_id}", openapi_extra=document("Let a member go", scope="coordinator", status=204)
+)
+async def delete_member(request: Request, led: Leader, fleet_id: str, agent_id: str) -> Response:
+    """Let a member go that has given back what it drew, or withdraw an invitation."""
+    fleet = await _fleet(request, led, fleet_id)
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        await fleets.remove(tx, await _recalled(request, tx, fleet, agent_id))
+    return Response(status_code=204)
+
+
+@router.post("/{fleet_id}/join", openapi_extra=document("Join a fleet", request=NothingIn, scope="agent"))
+async def join(request: Request, owner: BookOwner, fleet_id: str) -> Response:
+    """Agree to an invitation: from then on the coordinator sees the agent's book and acts for it."""
+    await body_of(request, _NOTHING, empty=b"{}")
+
+    async def deed(tx: Tx) -> Reply:
+        return Reply(_member(await fleets.join(tx, fleet_id, owner.agent_id)))
+
+    return await once_in(request, owner, deed)
+
+
+@router.post(
+    "/{fleet_id}/dry-powder",
+    openapi_extra=document("Release or restore the dry powder", request=DryPowderPost, scope="coordinator"),
+)
+async def dry_powder(request: Request, led: Leader, fleet_id: str) -> Response:
+    """Let members reach the dry powder while the fleet is in ORANGE or RED, or for a reason; or put it out of reach."""
+    asked = await body_of(request, _POWDER)
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        await accounts.lock_account(tx, fleet.master_id)
+        fresh = await fleets.get(tx, fleet.id, fleet.master_id)
+        if asked.action == "restore":
+            changed = await fleets.restore_dry_powder(tx, fresh, asked.reason or "restored by the coordinator")
+        else:
+            reason = asked.reason or await _emergency(request, tx, fresh)
+            changed = await fleets.release_dry_powder(tx, fresh, reason)
+        return Reply(await _shown(tx, changed))
+
+    return await once_in(request, led.owner(fleet), deed)
+
+
+async def _emergency(request: Request, tx: Tx, fleet: Fleet) -> str:
+    """Return why the dry powder may be released without a reason. Raises InvalidError where there is none."""
+    health = fleet_books.figures(await parts_of(request).scenes.at(tx), await fleet_books.load(tx, fleet)).health
+    if health.zone not in ("ORANGE", "RED"):
+        raise invalid("/reason", "no_emergency", f"the fleet is in {health.zone}: give a reason")
+    return f"the fleet is in {health.zone}"
+
+
+async def _fleet(request: Request, led: Led, fleet_id: str) -> Fleet:
+    """Return a fleet that the caller leads, or an admin's any. Raises NotFoundError."""
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        return await fleets.get(tx, fleet_id, led.master_id)
+
+
+async def _recalled(request: Request, tx: Tx, fleet: Fleet, agent_id: str) -> Member:
+    """Lock a member and its master, have what it can spare given back, and return it as it then stands."""
+    await fleets.get_member(tx, fleet.id, agent_id)
+    books = await book.lock_all(tx, {fleet.master_id, agent_id})
+    member, scene = books[agent_id], await parts_of(request).scenes.at(tx)
+    await delegation.give_back(tx, scene, Pair(member, books[fleet.master_id]))
+    return await fleets.get_member(tx, fleet.id, agent_id)
+
+
+def _changed(before: Member, asked: MemberPatch, most: Decimal | None) -> Terms:
+    priority, kind = asked.liquidation_priority, asked.delegation
+    return Terms(
+        max_margin=before.max_margin if most is None else most,
+        services=before.services if asked.services is None else asked.services,
+        liquidation_priority=before.liquidation_priority if priority is None else priority,
+        delegation=before.delegation if kind is None else kind,
+    )
+
+
+async def _shown(tx: Tx, fleet: Fleet) -> dict[str, Any]:
+    """Return a fleet with what its master holds, in USDC."""
+    held = await book.load(tx, fleet.master_id)
+    balance = fleet_books.balance(held, fleet)
+    reach = fleets.reachable(balance - fleet.drawn, fleet.drawn, fleet.dry_powder, released=bool(fleet.released_at))
+    low, high = fleets.DRY_POWDER_ADVISED
+    advisories = [] if low <= fleet.dry_powder <= high else [{"code": "dry_powder_unusual", "low": low, "high": high}]
+    return {
+        **_stored(fleet),
+        "balance": plain(balance),
+        "reachable": plain(reach),
+        "available": plain(max(Decimal(0), reach - fleet.drawn)),
+        "advisories": advisories,
+    }
+
+
+def _stored(fleet: Fleet) -> dict[str, Any]:
+    row = asdict(fleet)
+    del row["seq"]
+    return row | {"dry_powder": plain(fleet.dry_powder), "drawn": plain(fleet.drawn)}
+
+
+def _member(member: Member) -> dict[str, Any]:
+    row = asdict(member)
+    del row["seq"]
+    status = "invited" if member.joined_at is None else "active"
+    amounts = {"max_margin": plain(member.max_margin), "drawn": plain(member.drawn)}
+    return row | amounts | {"id": member.agent_id, "status": status}

@@ -1,0 +1,176 @@
+"""What a member of a fleet does with its master's money behind it: drawn where its own does not do, given back after.
+
+The member's request runs as anybody's; where a gate refuses it for want of money, what is missing is drawn and it runs
+again, all in one transaction under both locks. What the member can spare after it flows back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
+from typing import TypeVar
+
+from app.db.session import Tx
+from app.domain.book import ZERO, Book
+from app.domain.money import round_owned, to_decimal, to_float
+from app.domain.moves import SETTLEMENT_ASSET, SETTLEMENT_DECIMALS, Move, agent, pay_in
+from app.domain.quote import AccountFigures
+from app.errors import ConflictError, InvalidError, conflict
+from app.services import book, fleets, ledger, wallet
+from app.services.ledger import Occasion
+from app.services.margin import Scene, Scenes
+
+T = TypeVar("T")
+Effect = Callable[[Tx, Book, Scene], Awaitable[T]]
+
+DRAWS_MAX = 4
+"""Draws of one request: for what is not free, for the gate, for the leverage cap, and for a rounding."""
+SERVICE = "fleet"
+_CENT = Decimal("0.01")
+_EXHAUSTED = ("delegation_exhausted", "fleet_exhausted")
+
+
+class MasterNeeded(Exception):  # noqa: N818  no error: the transaction is begun anew with another lock
+    """A member's request needs the master's account too, and locks are taken in the order of their ids."""
+
+    def __init__(self, master_id: str) -> None:
+        super().__init__(master_id)
+        self.master_id = master_id
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A member's book and its master's, both locked."""
+
+    member: Book
+    master: Book
+
+
+async def alone(tx: Tx, scenes: Scenes, agent_id: str, effect: Effect[T]) -> T:
+    """Run an effect on a book, whoever's it is. Raises MasterNeeded where the agent's fleet has a say in it."""
+    held = await book.lock(tx, agent_id)
+    delegation = held.delegation
+    if delegation is not None and delegation.drawn > 0:
+        raise MasterNeeded(delegation.master_id)
+    scene = await scenes.at(tx)
+    try:
+        return await effect(tx, held, scene)
+    except ConflictError as refused:
+        if delegation is None or _missing(scene, refused) is None:
+            raise
+        raise MasterNeeded(delegation.master_id) from refused
+
+
+async def together(tx: Tx, scenes: Scenes, agent_id: str, master_id: str, service: str, effect: Effect[T]) -> T:
+    """Run an effect on a member's book with its fleet's money behind it. Raises what it raises, or why none is left."""
+    books = await book.lock_all(tx, {agent_id, master_id})
+    scene, pair = await scenes.at(tx), Pair(books[agent_id], books[master_id])
+    delegation = pair.member.delegation
+    if delegation is None or delegation.master_id != master_id:
+        return await effect(tx, pair.member, scene)  # it has left the fleet meanwhile
+    for _ in range(DRAWS_MAX):
+        try:
+            async with tx.connection.begin_nested():
+                done = await effect(tx, pair.member, scene)
+        except ConflictError as refused:
+            missing = _missing(scene, refused)
+            if missing is None:
+                raise
+            pair = await draw(tx, scene, pair, service, missing)
+        else:
+            await give_back(tx, scene, Pair(await book.load(tx, agent_id), pair.master))
+            return done
+    return await effect(tx, pair.member, scene)
+
+
+def is_exhausted(refused: ConflictError) -> bool:
+    """Whether a request was refused for the end of what a member, or its fleet, may draw."""
+    return refused.code in _EXHAUSTED
+
+
+def _missing(scene: Scene, refused: ConflictError) -> Decimal | None:
+    """Return how much more USDC would have made a refused request pass, in whole cents; None: no money would."""
+    if refused.code == "insufficient_funds" and refused.figures.get("asset") == SETTLEMENT_ASSET:
+        return Decimal(refused.figures["missing"])
+    shortfall = refused.figures.get("shortfall")
+    if refused.code not in ("insufficient_margin", "leverage_above_cap") or not shortfall:
+        return None
+    worth = scene.worth(SETTLEMENT_ASSET, Decimal(1))
+    return to_decimal(shortfall / worth).quantize(_CENT, ROUND_CEILING) if worth > 0.0 else None
+
+
+async def draw(tx: Tx, scene: Scene, pair: Pair, service: str, amount: Decimal) -> Pair:
+    """Move USDC from the master to the member; return the books that it leaves. Raises ConflictError."""
+    member, master = pair.member, pair.master
+    drawn = await fleets.take(tx, master.agent_id, member.agent_id, service, amount)
+    free = master.holding(SETTLEMENT_ASSET).free
+    if amount > free:
+        detail = f"{amount:f} {SETTLEMENT_ASSET} more are needed, {free:f} are free with the master"
+        raise conflict("/amount", "fleet_exhausted", detail, available=free, needed=amount)
+    source, owed = agent(master.agent_id, "free"), member.holding(SETTLEMENT_ASSET).owed
+    moves = pay_in(member.agent_id, SETTLEMENT_ASSET, amount, source, owed)
+    try:
+        scene.require_margin(master, master.after_moves(moves), "/amount")
+    except ConflictError as refused:
+        detail = f"{amount:f} {SETTLEMENT_ASSET} more are needed, which the master's own book can't spare"
+        raise conflict("/amount", "fleet_exhausted", detail, needed=amount) from refused
+    return await _moved(tx, scene, pair, moves, drawn, amount)
+
+
+async def give_back(tx: Tx, scene: Scene, pair: Pair) -> Pair:
+    """Move what the member can spare of what it has drawn back to the master; return the books that it leaves."""
+    member, master = pair.member, pair.master
+    amount = spare(scene, member)
+    if amount <= 0:
+        return pair
+    drawn = await fleets.put_back(tx, member.agent_id, amount)
+    source, owed = agent(member.agent_id, "free"), master.holding(SETTLEMENT_ASSET).owed
+    moves = pay_in(master.agent_id, SETTLEMENT_ASSET, amount, source, owed)
+    return await _moved(tx, scene, pair, moves, drawn, -amount)
+
+
+def spare(scene: Scene, member: Book) -> Decimal:
+    """Return how much of what it has drawn a member can do without, USDC.
+
+    All that is free where nothing is open; else what leaves utilization at its target and gross notional within the
+    cap. Nothing while a margin call is live, or on prices that are stale or missing.
+    """
+    if member.delegation is None or member.live_call is not None:
+        return ZERO
+    most = min(member.delegation.drawn, member.holding(SETTLEMENT_ASSET).free)
+    if not member.is_leveraged or most <= 0:
+        return most
+    try:
+        figures = scene.figures(scene.exposed(member))
+        scene.require_fresh(figures)
+        worth = scene.worth(SETTLEMENT_ASSET, Decimal(1))
+    except (ConflictError, InvalidError):
+        return ZERO
+    unused = _unused(scene, member, figures) / worth if worth > 0.0 else 0.0
+    return min(most, round_owned(to_decimal(max(0.0, unused)), SETTLEMENT_DECIMALS))
+
+
+def _unused(scene: Scene, member: Book, figures: AccountFigures) -> float:
+    """Return the equity above what the account's target and the leverage cap ask for, USD."""
+    policy = member.settings.policy(scene.market.parameters.policy)
+    health, gross = figures.health, figures.gross_notional / policy.leverage_cap
+    return min(health.equity - health.required_initial / policy.target_utilization, figures.equity - gross)
+
+
+async def _moved(tx: Tx, scene: Scene, pair: Pair, moves: list[Move], drawn: Decimal, amount: Decimal) -> Pair:
+    member, delegation = pair.member, pair.member.delegation
+    if delegation is None:
+        raise RuntimeError("a draw of who is no member")
+    kind: ledger.Kind = "delegate" if amount > 0 else "undelegate"
+    await ledger.post(tx, Occasion(member.agent_id, SERVICE, kind, delegation.fleet_id), moves)
+    worth = scene.worth(SETTLEMENT_ASSET, abs(amount)) * (1.0 if amount > 0 else -1.0)
+    for held, flow in ((member, worth), (pair.master, -worth)):
+        await wallet.shift_peak(tx, scene, held, flow)
+    after = replace(member.after_moves(moves), delegation=replace(delegation, drawn=drawn))
+    return Pair(after, pair.master.after_moves(moves))
+
+
+def net_utilization(required: float, balance: Decimal) -> float | None:
+    """Return what members have required of the master's wallet as a share of it; None where that is empty."""
+    return required / to_float(balance) if balance > 0 else None

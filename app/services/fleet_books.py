@@ -1,0 +1,47 @@
+"""A fleet's books, read together, and what they come to as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+from app.db.session import Tx
+from app.domain.book import Book
+from app.domain.fleet import merged
+from app.domain.moves import SETTLEMENT_ASSET
+from app.domain.quote import AccountFigures
+from app.services import book, fleets
+from app.services.fleets import Fleet, Member
+from app.services.margin import Scene
+
+
+@dataclass(frozen=True, slots=True)
+class FleetBooks:
+    """A fleet, its master's book, and its members that have joined with theirs, in the order in which they came."""
+
+    fleet: Fleet
+    master: Book
+    members: list[tuple[Member, Book]]
+
+    @property
+    def pooled(self) -> list[Book]:
+        """The books of the members whose delegation is pooled."""
+        return [held for member, held in self.members if member.delegation == "pooled"]
+
+
+async def load(tx: Tx, fleet: Fleet) -> FleetBooks:
+    """Return the books of a fleet, all as one statement sees them."""
+    members = [m for m in await fleets.list_members(tx, fleet.id, fleets.MEMBERS_MAX) if m.joined_at is not None]
+    books = await book.load_all(tx, [fleet.master_id, *(m.agent_id for m in members)])
+    return FleetBooks(fleet, books[fleet.master_id], [(m, books[m.agent_id]) for m in members])
+
+
+def figures(scene: Scene, books: FleetBooks) -> AccountFigures:
+    """Return what the master and its pooled members come to as one book. Raises InvalidError for a missing price."""
+    return scene.figures(merged(books.master, books.pooled))
+
+
+def balance(master: Book, fleet: Fleet) -> Decimal:
+    """Return the master's wallet, USDC: what it holds less what it owes, and what its members have drawn of it."""
+    held = master.holding(SETTLEMENT_ASSET)
+    return held.held - held.debt + fleet.drawn

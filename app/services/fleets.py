@@ -1,0 +1,395 @@
+"""Fleets: who belongs to one, and what members draw of its master's wallet. The only writer of their tables.
+
+The master is the coordinator's own account. What a member draws is moved into the member's own, so that every gate,
+margin call and liquidation works on the member's book as on any other. Whoever draws, gives back or changes a
+delegation holds the locks on the master and on the member, taken in the order of their ids.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Literal
+
+from sqlalchemy import Numeric, Select, Text, bindparam, delete, func, insert, select, text, update
+
+from app.db.fleet_tables import fleet_members, fleets
+from app.db.session import Tx
+from app.domain.book import ZERO
+from app.domain.money import plain
+from app.domain.moves import SETTLEMENT_ASSET
+from app.errors import ConflictError, NotFoundError, conflict, invalid
+from app.services import accounts, audit, events, wallet
+
+DRY_POWDER = Decimal("0.15")
+"""Share of the master's wallet that no member reaches, where nothing else is asked for."""
+DRY_POWDER_MAX = Decimal("0.9")
+DRY_POWDER_ADVISED = Decimal("0.15"), Decimal("0.20")
+MEMBERS_MAX = 1_000
+"""Members of one fleet, the invited ones too."""
+MEMBERS_A_PAGE_MAX = 200
+FLEETS_A_PAGE_MAX = 200
+SERVICES_MAX = 32
+PRIORITY_MAX = 1_000
+REASON_CHARACTERS_MAX = 200
+
+Delegated = Literal["pooled", "isolated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A stored fleet; `drawn` is what its members hold of the master's USDC."""
+
+    id: str
+    seq: int
+    master_id: str
+    name: str
+    dry_powder: Decimal
+    drawn: Decimal
+    created_at: datetime
+    released_at: datetime | None
+    release_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A stored member; it is only invited until `joined_at`."""
+
+    agent_id: str
+    seq: int
+    fleet_id: str
+    max_margin: Decimal
+    drawn: Decimal
+    services: Sequence[str]
+    liquidation_priority: int
+    delegation: Delegated
+    reduce_only: bool
+    invited_at: datetime
+    joined_at: datetime | None
+    capped_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a coordinator delegates to a member."""
+
+    max_margin: Decimal
+    services: Sequence[str] = ()
+    liquidation_priority: int = 0
+    delegation: Delegated = "pooled"
+
+
+# --- fleets
+
+
+async def create(tx: Tx, master_id: str, name: str, dry_powder: Decimal = DRY_POWDER) -> Fleet:
+    """Make an agent the master of a fleet. Raises ConflictError where it is in one, InvalidError, NotFoundError."""
+    if not 1 <= len(name) <= accounts.NAME_CHARACTERS_MAX or "\0" in name:
+        raise invalid("/name", "invalid_name", f"a name has 1 to {accounts.NAME_CHARACTERS_MAX} characters")
+    if not 0 <= dry_powder <= DRY_POWDER_MAX:
+        raise invalid("/dry_powder", "number_out_of_range", f"dry powder is a share from 0 to {DRY_POWDER_MAX}")
+    await accounts.lock_account(tx, master_id)
+    await _require_unattached(tx, master_id, "")
+    row = {"id": f"fleet_{secrets.token_hex(10)}", "master_id": master_id, "name": name, "dry_powder": dry_powder}
+    made = await tx.connection.execute(insert(fleets).values(row | {"created_at": tx.now}).returning(fleets))
+    fleet = Fleet(**made.mappings().one())
+    await audit.record(tx, "fleet.created", fleet.id, master_id, name=name, dry_powder=str(dry_powder))
+    return fleet
+
+
+async def _require_unattached(tx: Tx, agent_id: str, pointer: str) -> None:
+    """Refuse an agent that leads a fleet or is in one: fleets are not nested. Raises ConflictError."""
+    leads = select(fleets.c.id).where(fleets.c.master_id == agent_id)
+    belongs = select(fleet_members.c.fleet_id).where(fleet_members.c.agent_id == agent_id)
+    for query in (leads, belongs):
+        if (await tx.connection.execute(query)).first() is not None:
+            raise conflict(pointer, "already_in_a_fleet", "the agent leads a fleet or belongs to one already")
+
+
+def _fleet_of(fleet_id: str, master_id: str | None) -> Select[Any]:
+    query = select(fleets).where(fleets.c.id == fleet_id)
+    return query if master_id is None else query.where(fleets.c.master_id == master_id)
+
+
+async def get(tx: Tx, fleet_id: str, master_id: str | None) -> Fleet:
+    """Return a fleet to its master, or (None) to the operator. Raises NotFoundError."""
+    row = (await tx.connection.execute(_fleet_of(fleet_id, master_id))).mappings().first()
+    if row is None:
+        raise no_such_fleet()
+    return Fleet(**row)
+
+
+def no_such_fleet() -> NotFoundError:
+    """Return the refusal of a fleet that is not there, or not the caller's to see."""
+    return NotFoundError("There is no such fleet.", code="fleet_not_found")
+
+
+async def list_fleets(tx: Tx, master_id: str | None, limit: int, before: int | None = None) -> list[Fleet]:
+    """Return an agent's fleets, or (None) all, newest first, from below the number `before`."""
+    query = select(fleets).order_by(fleets.c.seq.desc()).limit(min(limit, FLEETS_A_PAGE_MAX))
+    if master_id is not None:
+        query = query.where(fleets.c.master_id == master_id)
+    if before is not None:
+        query = query.where(fleets.c.seq < before)
+    return [Fleet(**row) for row in (await tx.connection.execute(query)).mappings()]
+
+
+COMMANDS = """
+    SELECT 1 FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
+    WHERE m.agent_id = $1 AND f.master_id = $2 AND m.joined_at IS NOT NULL"""
+"""Whether the agent $1 is a member of the fleet that $2 leads."""
+
+
+async def commands(tx: Tx, master_id: str, agent_id: str) -> bool:
+    """Tell whether an agent is a member of the fleet that another one leads."""
+    query = text(COMMANDS.replace("$1", ":member").replace("$2", ":master"))
+    return (await tx.connection.execute(query, {"member": agent_id, "master": master_id})).first() is not None
+
+
+# --- members
+
+
+async def get_member(tx: Tx, fleet_id: str, agent_id: str) -> Member:
+    """Return a member of a fleet, or who is invited. Raises NotFoundError."""
+    columns = fleet_members.c
+    query = select(fleet_members).where(columns.fleet_id == fleet_id, columns.agent_id == agent_id)
+    row = (await tx.connection.execute(query)).mappings().first()
+    if row is None:
+        raise NotFoundError("There is no such member.", code="member_not_found")
+    return Member(**row)
+
+
+async def list_members(tx: Tx, fleet_id: str, limit: int, after: int = 0) -> list[Member]:
+    """Return members in the order in which they came, past the number `after`."""
+    columns = fleet_members.c
+    query = select(fleet_members).where(columns.fleet_id == fleet_id, columns.seq > after).order_by(columns.seq)
+    return [Member(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
+
+
+def checked_terms(terms: Terms) -> Terms:
+    """Return the terms with their digits alone. Raises InvalidError."""
+    if not 0 <= terms.max_margin < Decimal("1e15"):
+        raise invalid("/max_margin", "number_out_of_range", "max_margin is 0 or more, and below 1e15")
+    if len(terms.services) > SERVICES_MAX:
+        raise invalid("/services", "too_many", f"at most {SERVICES_MAX} services")
+    for k, service in enumerate(terms.services):
+        wallet.check_service(f"/services/{k}", service)
+    if not 0 <= terms.liquidation_priority <= PRIORITY_MAX:
+        detail = f"liquidation_priority is 0 to {PRIORITY_MAX}: the lowest is liquidated first"
+        raise invalid("/liquidation_priority", "number_out_of_range", detail)
+    return Terms(plain(terms.max_margin), sorted(set(terms.services)), terms.liquidation_priority, terms.delegation)
+
+
+async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bool) -> Member:
+    """Add an agent to a fleet: at once, or when it has agreed to it. Raises ConflictError, InvalidError, NotFoundError.
+
+    Both accounts are locked here.
+    """
+    checked = checked_terms(terms)
+    await accounts.lock_accounts(tx, {fleet.master_id, agent_id})
+    await _require_unattached(tx, agent_id, "/agent_id")
+    columns = fleet_members.c
+    count = await tx.connection.execute(select(func.count()).where(columns.fleet_id == fleet.id))
+    if count.scalar_one() >= MEMBERS_MAX:
+        raise conflict("", "fleet_full", f"a fleet has at most {MEMBERS_MAX} members")
+    row = asdict(checked) | {"agent_id": agent_id, "fleet_id": fleet.id, "invited_at": tx.now}
+    added = await tx.connection.execute(insert(fleet_members).values(row).returning(fleet_members))
+    member = Member(**added.mappings().one())
+    await audit.record(tx, "fleet.invited", fleet.id, agent_id, max_margin=str(checked.max_margin))
+    return await _join(tx, fleet, member) if joins else member
+
+
+async def join(tx: Tx, fleet_id: str, agent_id: str) -> Member:
+    """Let an invited agent join; again is the same. Raises NotFoundError for whoever is not invited."""
+    fleet = await _invitation(tx, fleet_id, agent_id)
+    await accounts.lock_accounts(tx, {fleet.master_id, agent_id})
+    member = await get_member(tx, fleet_id, agent_id)
+    return member if member.joined_at is not None else await _join(tx, fleet, member)
+
+
+async def _invitation(tx: Tx, fleet_id: str, agent_id: str) -> Fleet:
+    try:
+        await get_member(tx, fleet_id, agent_id)
+    except NotFoundError:
+        raise no_such_fleet() from None
+    return await get(tx, fleet_id, None)
+
+
+async def _join(tx: Tx, fleet: Fleet, member: Member) -> Member:
+    joined = await _change(tx, member.agent_id, joined_at=tx.now)
+    await _tell(tx, "fleet.member_joined", joined, max_margin=plain(joined.max_margin))
+    await audit.record(tx, "fleet.joined", fleet.id, member.agent_id)
+    return joined
+
+
+async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_excess: bool, cause: str) -> Member:
+    """Change what is delegated. The accounts are locked, and what the member could spare is given back.
+
+    Raises ConflictError `delegation_in_use` where more is drawn than would be delegated, unless the member is to reduce
+    then.
+    """
+    checked = checked_terms(terms)
+    excess = member.drawn - checked.max_margin
+    if excess > 0 and not reduce_only_on_excess:
+        detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn and in use"
+        raise conflict("/max_margin", "delegation_in_use", detail, drawn=plain(member.drawn))
+    changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_at=None)
+    told = {name: value for name, value in asdict(checked).items() if value != getattr(member, name)}
+    if told or changed.reduce_only != member.reduce_only:
+        figures = told | {"reduce_only": changed.reduce_only, "drawn": plain(changed.drawn), "cause": cause}
+        await _tell(tx, "fleet.delegation_changed", changed, **figures)
+        await audit.record(tx, "fleet.delegated", member.fleet_id, member.agent_id, max_margin=str(checked.max_margin))
+    return changed
+
+
+async def remove(tx: Tx, member: Member) -> None:
+    """Let a member go, or withdraw an invitation. The accounts are locked. Raises ConflictError while it has drawn."""
+    if member.drawn > 0:
+        detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn: they are given back first"
+        raise conflict("/drawn", "delegation_in_use", detail, drawn=plain(member.drawn))
+    if member.joined_at is not None:
+        await _tell(tx, "fleet.member_left", member)
+    await tx.connection.execute(delete(fleet_members).where(fleet_members.c.agent_id == member.agent_id))
+    await audit.record(tx, "fleet.left", member.fleet_id, member.agent_id)
+
+
+async def _change(tx: Tx, agent_id: str, **values: Any) -> Member:
+    statement = update(fleet_members).where(fleet_members.c.agent_id == agent_id).values(values)
+    return Member(**(await tx.connection.execute(statement.returning(fleet_members))).mappings().one())
+
+
+async def _tell(tx: Tx, kind: str, member: Member, **figures: Any) -> None:
+    await events.emit(tx, kind, member.agent_id, {"member_id": member.agent_id, **figures})
+
+
+# --- what is drawn
+
+_DRAW = text(
+    """
+    WITH money AS (
+        SELECT coalesce(sum(CASE WHEN bucket IN ('owed', 'borrowed') THEN -amount ELSE amount END), 0) AS held
+        FROM balances WHERE agent_id = :master AND asset = :asset
+    ), taken AS (
+        UPDATE fleets f SET drawn = f.drawn + :amount FROM fleet_members m, money
+        WHERE f.id = m.fleet_id AND f.master_id = :master AND m.agent_id = :member AND m.joined_at IS NOT NULL
+          AND NOT m.reduce_only AND (m.services = '{}' OR :service = ANY (m.services))
+          AND m.drawn + :amount <= m.max_margin
+          AND f.drawn + :amount
+              <= (money.held + f.drawn) * (1 - CASE WHEN f.released_at IS NULL THEN f.dry_powder ELSE 0 END)
+        RETURNING f.id
+    )
+    UPDATE fleet_members m SET drawn = m.drawn + :amount, capped_at = NULL
+    FROM taken WHERE m.agent_id = :member AND m.fleet_id = taken.id
+    RETURNING m.drawn
+    """
+)
+_GIVE_BACK = text(
+    """
+    WITH given AS (
+        UPDATE fleet_members SET drawn = drawn - :amount, capped_at = NULL
+        WHERE agent_id = :member AND drawn >= :amount RETURNING fleet_id, drawn
+    )
+    UPDATE fleets f SET drawn = f.drawn - :amount FROM given WHERE f.id = given.fleet_id RETURNING given.drawn
+    """
+)
+_texts = tuple(bindparam(name, type_=Text) for name in ("master", "member", "asset", "service"))
+_DRAW = _DRAW.bindparams(bindparam("amount", type_=Numeric), *_texts)
+_GIVE_BACK = _GIVE_BACK.bindparams(bindparam("amount", type_=Numeric), bindparam("member", type_=Text))
+
+
+async def take(tx: Tx, master_id: str, agent_id: str, service: str, amount: Decimal) -> Decimal:
+    """Count an amount as drawn: permission, the member's cap, the fleet's and the dry powder in one guarded statement.
+
+    Return what the member has drawn with it. Raises ConflictError with what could be drawn.
+    """
+    values = {"master": master_id, "member": agent_id, "asset": SETTLEMENT_ASSET, "service": service, "amount": amount}
+    row = (await tx.connection.execute(_DRAW, values)).first()
+    if row is None:
+        raise await _refused(tx, master_id, agent_id, service, amount)
+    drawn: Decimal = row.drawn
+    return drawn
+
+
+async def put_back(tx: Tx, agent_id: str, amount: Decimal) -> Decimal:
+    """Count an amount as given back; return what is still drawn."""
+    drawn: Decimal = (await tx.connection.execute(_GIVE_BACK, {"member": agent_id, "amount": amount})).scalar_one()
+    return drawn
+
+
+_STANDING = text(
+    """
+    SELECT f.drawn AS fleet_drawn, f.dry_powder, f.released_at, m.drawn, m.max_margin, m.reduce_only, m.services,
+           (SELECT coalesce(sum(CASE WHEN bucket IN ('owed', 'borrowed') THEN -amount ELSE amount END), 0)
+            FROM balances WHERE agent_id = :master AND asset = :asset) AS held
+    FROM fleets f JOIN fleet_members m ON m.fleet_id = f.id
+    WHERE f.master_id = :master AND m.agent_id = :member
+    """
+)
+
+
+async def _refused(tx: Tx, master_id: str, agent_id: str, service: str, amount: Decimal) -> ConflictError:
+    """Return which limit stands against a draw."""
+    values = {"master": master_id, "member": agent_id, "asset": SETTLEMENT_ASSET}
+    row = (await tx.connection.execute(_STANDING, values)).one()
+    if row.services and service not in row.services:
+        return wallet.not_delegated(service)
+    if row.reduce_only:
+        return conflict("/amount", "reduce_only", "the fleet's coordinator has it reduce only")
+    own, needed = max(ZERO, row.max_margin - row.drawn), plain(amount)
+    if amount > own:
+        detail = f"{needed:f} {SETTLEMENT_ASSET} more are needed, {plain(own):f} of the delegation are left"
+        return conflict("/amount", "delegation_exhausted", detail, available=plain(own), needed=needed)
+    reach = reachable(row.held, row.fleet_drawn, row.dry_powder, released=row.released_at is not None)
+    left = max(ZERO, reach - row.fleet_drawn)
+    detail = f"{needed:f} {SETTLEMENT_ASSET} more are needed, {plain(left):f} of the fleet's are above its dry powder"
+    return conflict("/amount", "fleet_exhausted", detail, available=plain(left), needed=needed)
+
+
+def reachable(held: Decimal, drawn: Decimal, dry_powder: Decimal, *, released: bool) -> Decimal:
+    """Return what all members together may have drawn, of what the master holds and they have drawn."""
+    return max(ZERO, (held + drawn) * (1 if released else 1 - dry_powder))
+
+
+async def tell_capped(tx: Tx, agent_id: str, figures: Mapping[str, Any]) -> bool:
+    """Tell once that a member has come to the end of what it may draw, until it draws or gives back again."""
+    columns = fleet_members.c
+    first = update(fleet_members).where(columns.agent_id == agent_id, columns.capped_at.is_(None))
+    row = (await tx.connection.execute(first.values(capped_at=tx.now).returning(fleet_members))).mappings().first()
+    if row is None:
+        return False
+    member = Member(**row)
+    await _tell(
+        tx, "fleet.member_capped", member, drawn=plain(member.drawn), max_margin=plain(member.max_margin), **figures
+    )
+    return True
+
+
+# --- dry powder
+
+
+async def release_dry_powder(tx: Tx, fleet: Fleet, reason: str) -> Fleet:
+    """Let members reach the dry powder; the master is locked. Raises ConflictError where they do already."""
+    if fleet.released_at is not None:
+        raise conflict("/action", "already_released", "the dry powder is released already")
+    if not 1 <= len(reason) <= REASON_CHARACTERS_MAX:
+        raise invalid("/reason", "invalid_reason", f"a reason has 1 to {REASON_CHARACTERS_MAX} characters")
+    return await _powder(tx, fleet, "fleet.dry_powder_released", reason, released_at=tx.now, release_reason=reason)
+
+
+async def restore_dry_powder(tx: Tx, fleet: Fleet, reason: str) -> Fleet:
+    """Put the dry powder out of reach again; again is the same. What is drawn of it comes back as members give back."""
+    if fleet.released_at is None:
+        return fleet
+    return await _powder(tx, fleet, "fleet.dry_powder_restored", reason, released_at=None, release_reason=None)
+
+
+async def _powder(tx: Tx, fleet: Fleet, kind: str, reason: str, **values: Any) -> Fleet:
+    statement = update(fleets).where(fleets.c.id == fleet.id).values(values).returning(fleets)
+    changed = Fleet(**(await tx.connection.execute(statement)).mappings().one())
+    figures = {"dry_powder": plain(fleet.dry_powder), "drawn": plain(fleet.drawn), "reason": reason}
+    await audit.record(tx, kind, fleet.id, fleet.master_id, reason=reason)
+    await events.emit(tx, kind, fleet.master_id, figures)
+    return changed

@@ -1,0 +1,219 @@
+"""Fleets over HTTP: who may see and command whom, what is drawn, and what strangers learn of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from app.services.accounts import create_key
+from app.services.webhooks import create as create_endpoint
+from tests.api.service import Agent, Service, problem
+
+if TYPE_CHECKING:
+    import httpx
+
+ROUTES: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
+    ("GET", "", None),
+    ("GET", "/members", None),
+    ("POST", "/members", {"name": "x", "max_margin": 1}),
+    ("PATCH", "/members/{member}", {"max_margin": 1}),
+    ("DELETE", "/members/{member}", None),
+    ("POST", "/dry-powder", {"action": "release", "reason": "mine"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Led:
+    """A fleet: its coordinator with a key of both scopes."""
+
+    lead: Agent
+    id: str
+
+    async def member(self, max_margin: int = 5_000, **more: Any) -> Agent:
+        body = {"name": "a specialist", "max_margin": max_margin, **more}
+        made = await self.lead.post(f"/fleets/{self.id}/members", body)
+        assert made["status"] == "active"
+        return Agent(self.lead.service, made["agent_id"], made["api_key"])
+
+    async def get(self) -> dict[str, Any]:
+        return await self.lead.get(f"/fleets/{self.id}")
+
+
+async def coordinator(service: Service) -> Agent:
+    agent = await service.agent("a coordinator")
+    async with service.app.state.parts.database.transaction("test") as tx:
+        return Agent(service, agent.id, (await create_key(tx, agent.id, ["agent", "coordinator"])).text)
+
+
+async def led(service: Service, usdc: int = 10_000, **more: Any) -> Led:
+    lead = await coordinator(service)
+    await lead.deposit(USDC=usdc)
+    made = await lead.post("/fleets", {"name": "Alpha", **more})
+    return Led(lead, made["id"])
+
+
+def code(answer: httpx.Response) -> str:
+    assert answer.status_code == 409, answer.text
+    return str(answer.json()["code"])
+
+
+async def test_a_member_draws_and_gives_back(service: Service) -> None:
+    fleet = await led(service)
+    member = await fleet.member(services=["casino"])
+    held = await member.post("/reservations", {"service": "casino", "amount": 3_000})
+    shown = await fleet.get()
+    assert (shown["balance"], shown["drawn"], shown["reachable"], shown["available"]) == (10_000, 3_000, 8_500, 5_500)
+    assert (await fleet.lead.get("/wallet/balance"))["free"] == 7_000
+    [told] = (await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]
+    assert (told["drawn"], told["services"], told["delegation"]) == (3_000, ["casino"], "pooled")
+    refused = await member.ask("/reservations", {"service": "casino", "amount": 2_001})
+    assert (code(refused), refused.json()["available"]) == ("delegation_exhausted", 2_000)
+    assert code(await member.ask("/reservations", {"service": "domains", "amount": 1})) == "service_not_delegated"
+    await member.post(f"/reservations/{held['id']}/release")
+    assert (await fleet.get())["drawn"] == 0
+    entries = (await member.get("/wallet/ledger"))["entries"]
+    assert [e["kind"] for e in entries] == ["undelegate", "release", "reserve", "delegate"]
+    events = (await fleet.lead.get(f"/events?agent_id={member.id}"))["events"]
+    assert [e["type"] for e in events] == ["fleet.member_joined", "fleet.member_capped"]
+    assert {e["data"]["fleet_id"] for e in events} == {fleet.id}
+
+
+async def test_a_request_that_draws_is_done_once(service: Service) -> None:
+    fleet = await led(service)
+    member = await fleet.member()
+    headers = {"Idempotency-Key": "once"}
+    body = {"service": "casino", "amount": 100}
+    said = await asyncio.gather(*(member.ask("/reservations", body, headers=headers) for _ in range(6)))
+    assert len({answer.text for answer in said}) == 1
+    assert [answer.status_code for answer in said] == [201] * 6
+    assert (await fleet.get())["drawn"] == 100
+    first = await fleet.lead.ask(f"/fleets/{fleet.id}/members", {"name": "b", "max_margin": 1}, headers=headers)
+    again = await fleet.lead.ask(f"/fleets/{fleet.id}/members", {"name": "b", "max_margin": 1}, headers=headers)
+    assert first.text == again.text
+    assert len((await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]) == 2
+
+
+async def test_a_coordinator_acts_for_members_and_they_for_themselves_alone(service: Service) -> None:
+    await service.prices(BTC=60_000)
+    fleet, other = await led(service), await led(service)
+    a, b = await fleet.member(), await fleet.member()
+    named = f"?agent_id={a.id}"
+    order = await fleet.lead.post(f"/orders{named}", {"symbol": "BTC-PERP", "side": "buy", "size": 0.1})
+    assert order["status"] == "filled"
+    assert (await fleet.lead.get(f"/account{named}"))["positions"] == (await a.get("/account"))["positions"]
+    key = await fleet.lead.post(f"/keys{named}", {"scopes": ["agent"]})
+    assert key["agent_id"] == a.id
+    # neither another member, nor another fleet's coordinator, nor a key of the same agent without the scope
+    async with service.app.state.parts.database.transaction("test") as tx:
+        plain = Agent(service, fleet.lead.id, (await create_key(tx, fleet.lead.id, ["agent"])).text)
+    for stranger in (b, other.lead, plain):
+        for path in ("/account", "/orders", "/wallet/ledger", "/events", "/keys", "/margin-calls", "/audit"):
+            problem(await stranger.send("GET", f"{path}{named}"), 404, "agent_not_found")
+        problem(
+            await stranger.ask(f"/orders{named}", {"symbol": "BTC-PERP", "side": "buy", "size": 1}),
+            404,
+            "agent_not_found",
+        )
+    problem(await a.send("GET", f"/account?agent_id={fleet.lead.id}"), 404, "agent_not_found")
+    for path in ("/fleets", f"/fleets/{fleet.id}", f"/fleets/{fleet.id}/members"):
+        problem(await a.send("GET", path), 403, "scope_missing")
+
+
+async def test_strangers_learn_nothing_of_a_fleet(service: Service) -> None:
+    fleet, other = await led(service), await led(service)
+    member = await fleet.member()
+    for method, path, body in ROUTES:
+        given = {} if body is None else {"json": body}
+        said = []
+        for fleet_id in (fleet.id, "fleet_0"):
+            full = f"/fleets/{fleet_id}{path.format(member=member.id)}"
+            said.append(problem(await other.lead.send(method, full, **given), 404, "fleet_not_found"))
+        assert said[0]["detail"] == said[1]["detail"]
+    for fleet_id in (fleet.id, "fleet_0"):
+        problem(await other.lead.ask(f"/fleets/{fleet_id}/join", {}), 404, "fleet_not_found")
+    found = (await other.lead.get("/fleets"))["fleets"]
+    assert [f["id"] for f in found] == [other.id]
+    everyones = (await fleet.lead.get("/fleets", key="admin"))["fleets"]
+    assert {f["id"] for f in everyones} == {fleet.id, other.id}
+    theirs = await fleet.lead.send("PATCH", f"/fleets/{fleet.id}/members/{other.lead.id}", json={"max_margin": 1})
+    problem(theirs, 404, "member_not_found")
+
+
+async def test_an_existing_agent_is_nobodys_until_it_agrees(service: Service) -> None:
+    fleet, agent = await led(service), await service.agent("Bob")
+    asked = {"agent_id": agent.id, "max_margin": 100}
+    invited = await fleet.lead.post(f"/fleets/{fleet.id}/members", asked)
+    assert (invited["status"], invited["joined_at"]) == ("invited", None)
+    problem(await fleet.lead.send("GET", f"/account?agent_id={agent.id}"), 404, "agent_not_found")
+    assert code(await agent.ask("/reservations", {"service": "casino", "amount": 1})) == "insufficient_funds"
+    assert (await agent.post(f"/fleets/{fleet.id}/join"))["status"] == "active"
+    assert (await agent.post(f"/fleets/{fleet.id}/join"))["status"] == "active"
+    await agent.post("/reservations", {"service": "casino", "amount": 1})
+    assert (await fleet.lead.get(f"/account?agent_id={agent.id}"))["reservations"]
+    path = f"/fleets/{fleet.id}/members/{agent.id}"
+    assert code(await fleet.lead.send("DELETE", path)) == "delegation_in_use"
+    await agent.post(f"/reservations/{(await agent.get('/reservations'))['reservations'][0]['id']}/release")
+    assert (await fleet.lead.send("DELETE", path)).status_code == 204
+    problem(await fleet.lead.send("GET", f"/account?agent_id={agent.id}"), 404, "agent_not_found")
+    assert code(await fleet.lead.ask("/fleets", {"name": "second"})) == "already_in_a_fleet"
+
+
+async def test_dry_powder_is_for_an_emergency_or_a_reason(service: Service) -> None:
+    await service.prices(BTC=60_000)
+    fleet = await led(service, 30_000, dry_powder=0.2)
+    path = f"/fleets/{fleet.id}/dry-powder"
+    answer = await fleet.lead.ask(path, {"action": "release"})
+    problem(answer, 422, "no_emergency")
+    shown = await fleet.lead.post(path, {"action": "release", "reason": "a hedge before the weekend"})
+    assert (shown["reachable"], shown["release_reason"]) == (30_000, "a hedge before the weekend")
+    assert code(await fleet.lead.ask(path, {"action": "release", "reason": "again"})) == "already_released"
+    assert (await fleet.lead.post(path, {"action": "restore"}))["reachable"] == 24_000
+    # 18,000 of margin on all that the fleet has; at 49,500 it is 14,850 on 19,500, .7615
+    member = await fleet.member(30_000)
+    await member.order("BTC-PERP", "buy", 1)
+    problem(await fleet.lead.ask(path, {"action": "release"}), 422, "no_emergency")
+    await service.prices(BTC=49_500)
+    shown = await fleet.lead.post(path, {"action": "release"})
+    assert shown["release_reason"] == "the fleet is in ORANGE"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"max_margin": -1, "name": "a"}, "/max_margin"),
+        ({"max_margin": 1, "name": "a", "services": ["No"]}, "/services/0"),
+        ({"max_margin": 1, "name": "a", "liquidation_priority": 1_001}, "/liquidation_priority"),
+        ({"max_margin": 1}, "/agent_id"),
+        ({"max_margin": 1, "name": "a", "agent_id": "agent_1"}, "/agent_id"),
+        ({"max_margin": 1, "name": ""}, "/name"),
+        ({"name": "a"}, "/max_margin"),
+    ],
+)
+async def test_terms_that_are_none(shared_fleet: Led, body: dict[str, Any], pointer: str) -> None:
+    answer = await shared_fleet.lead.ask(f"/fleets/{shared_fleet.id}/members", body)
+    assert answer.status_code == 422, answer.text
+    assert [e["pointer"] for e in answer.json()["errors"]] in ([pointer], [pointer.rsplit("/", 1)[0] or ""])
+
+
+@pytest.fixture
+async def shared_fleet(service: Service) -> Led:
+    return await led(service)
+
+
+async def test_webhooks_of_members_reach_the_coordinator_too(service: Service) -> None:
+    fleet = await led(service)
+    member, stranger = await fleet.member(100), await service.agent()
+    database = service.app.state.parts.database
+    async with database.transaction("test") as tx:
+        ends = {
+            (await create_endpoint(tx, agent.id, "http://127.0.0.1:9/", allow_private=True))[0].id: agent.id
+            for agent in (fleet.lead, member, stranger)
+        }
+    assert code(await member.ask("/reservations", {"service": "casino", "amount": 101})) == "delegation_exhausted"
+    assert code(await member.ask("/reservations", {"service": "casino", "amount": 101})) == "delegation_exhausted"
+    query = "SELECT array_agg(endpoint_id) FROM webhook_deliveries d JOIN events e ON e.id = d.event WHERE type = $1"
+    found = await database.fetch_value(query, "fleet.member_capped")
+    assert sorted(ends[endpoint] for endpoint in found) == sorted([fleet.lead.id, member.id])
