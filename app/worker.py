@@ -132,13 +132,7 @@ class Worker:
         self._snapshots = snapshots.Snapshots(self.id, database)
         self._clearing = clearing.Timers(self.id, database, scenes, metrics)
         self._watchman = Watchman(self.id, database, market, age_max)
-        self._rules = Rules(
-            settings.liquidation_policy,
-            settings.liquidation_slippage,
-            settings.liquidation_keep,
-            timedelta(seconds=settings.liquidation_venue_seconds),
-            settings.liquidation_venue_attempts,
-        )
+        self._rules = Rules.of(settings)
 
         self._keeper = LoanKeeper(self.id, database, scenes, market, metrics, self._rules, age_max)
 

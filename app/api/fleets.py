@@ -12,19 +12,31 @@ from starlette.responses import Response
 from app.api import body as wire
 from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, once_in, owner_for
 from app.api.deps import body_of, caller_of, document, parts_of
+from app.api.margin_calls import call_reply
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
+from app.api.risk_book import history_of, history_shown
 from app.api.webhooks import NothingIn
 from app.db.session import Tx
-from app.domain.money import plain
+from app.domain import fleet_plan
+from app.domain.book import ZERO
+from app.domain.fleet_plan import Bounds, Policy, Share
+from app.domain.money import plain, to_float
+from app.domain.panel import HISTORY_DAYS
 from app.errors import invalid
-from app.services import accounts, book, delegation, fleet_books, fleets
+from app.services import accounts, book, calls, delegation, fleet_books, fleet_cascade, fleet_risk, fleets
 from app.services.accounts import Caller
 from app.services.delegation import Pair
+from app.services.fleet_cascade import Crash
+from app.services.fleet_risk import Asked
 from app.services.fleets import Fleet, Member, Terms
+from app.services.liquidation import Rules
 
 router = APIRouter(prefix="/api/fleets", tags=["fleets"])
 
 Delegated = Literal["pooled", "isolated"]
+
+CRASH_MAX = 10
+"""A price rises to eleven times at most."""
 
 
 class FleetPost(wire.Request):
@@ -62,10 +74,29 @@ class DryPowderPost(wire.Request):
     reason: Label | None = None
 
 
+class RebalancePost(wire.Request):
+    """POST /api/fleets/{id}/rebalance: planned, or applied; bounds are shares of what is above the dry powder."""
+
+    policy: Policy
+    apply: bool | None = None
+    share_min: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    share_max: wire.Number = None  # type: ignore[assignment]
+
+
+class CascadePost(wire.Request):
+    """POST /api/fleets/{id}/cascade: relative moves of prices; volumes by which sales move them further."""
+
+    shock: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    shocks: dict[str, wire.Number] | None = None
+    adv: dict[str, wire.Number] | None = None
+
+
 _FLEET = wire.Body(FleetPost)
 _MEMBER = wire.Body(MemberPost)
 _PATCH = wire.Body(MemberPatch)
 _POWDER = wire.Body(DryPowderPost)
+_REBALANCE = wire.Body(RebalancePost)
+_CASCADE = wire.Body(CascadePost)
 _NOTHING = wire.Body(NothingIn)
 
 
@@ -222,6 +253,116 @@ async def dry_powder(request: Request, led: Leader, fleet_id: str) -> Response:
         return Reply(await _shown(tx, changed))
 
     return await once_in(request, led.owner(fleet), deed)
+
+
+Confidence = Annotated[float, Query(gt=0.5, lt=1, description="of VaR and ES")]
+Horizon = Annotated[float, Query(gt=0, le=365, description="of VaR and ES, days")]
+Window = Annotated[int, Query(ge=60, le=3_650, description="days of history looked back, and of returns")]
+
+
+@router.get("/{fleet_id}/risk", openapi_extra=document("A fleet's risk as one", scope="coordinator"))
+async def get_risk(
+    request: Request,
+    led: Leader,
+    fleet_id: str,
+    confidence: Confidence = 0.99,
+    horizon_days: Horizon = 1.0,
+    window_days: Window = 500,
+) -> Response:
+    """Show the fleet's margin, VaR, concentration and drift, netted across members, and each member's part of it."""
+    parts = parts_of(request)
+    asked = Asked(confidence, horizon_days, window_days)
+    async with parts.database.transaction(led.caller.key_id) as tx:
+        books = await fleet_books.load(tx, await fleets.get(tx, fleet_id, led.master_id))
+        scene = await parts.scenes.at(tx)
+        agents = [books.master.agent_id, *(held.agent_id for _, held in books.members)]
+        returns = await fleet_risk.daily_returns(tx, agents, window_days)
+    names = fleet_risk.names_of(books, scene)
+    known = await history_of(parts, names, window_days, "/window_days")
+    recent = await history_of(parts, names, fleet_risk.RECENT_DAYS, "/window_days")
+    found = await parts.workshop.run(fleet_risk.risk, books, scene, known.panel, recent.panel, returns, asked)
+    return wire.JsonResponse({"fleet_id": fleet_id, **found, "history": history_shown(known, scene.now)})
+
+
+@router.post(
+    "/{fleet_id}/cascade", openapi_extra=document("What a crash would do", request=CascadePost, scope="coordinator")
+)
+async def post_cascade(request: Request, led: Leader, fleet_id: str) -> Response:
+    """Tell who would be liquidated in which order at moved prices, and what it frees. Nothing is changed."""
+    asked, parts = await body_of(request, _CASCADE), parts_of(request)
+    crash = Crash(
+        shock=_move("/shock", wire.exact_or_none(asked.shock, "/shock") or ZERO),
+        shocks={name: _move(f"/shocks/{name}", wire.exact(m, "/shocks")) for name, m in (asked.shocks or {}).items()},
+        adv={name: to_float(wire.exact(volume, "/adv")) for name, volume in (asked.adv or {}).items()},
+    )
+    if any(volume <= 0.0 for volume in crash.adv.values()):
+        raise invalid("/adv", "number_out_of_range", "a daily volume is above 0")
+    async with parts.database.transaction(led.caller.key_id) as tx:
+        books = await fleet_books.load(tx, await fleets.get(tx, fleet_id, led.master_id))
+        scene = await parts.scenes.at(tx)
+    rules = Rules.of(parts.settings)
+    found = await parts.workshop.run(fleet_cascade.cascade, books, scene, crash, rules)
+    return wire.JsonResponse({"fleet_id": fleet_id, **found})
+
+
+def _move(pointer: str, move: Decimal) -> float:
+    if not -1 < move <= CRASH_MAX:
+        raise invalid(pointer, "number_out_of_range", f"a move is above -1 and at most {CRASH_MAX}")
+    return to_float(move)
+
+
+@router.get("/{fleet_id}/margin-calls", openapi_extra=document("Margin calls of a fleet", scope="coordinator"))
+async def list_margin_calls(
+    request: Request, led: Leader, fleet_id: str, limit: Limit = PAGE_MAX, cursor: Cursor = ""
+) -> Response:
+    """List the margin calls of the master and of the members that have joined, newest first."""
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        fleet = await fleets.get(tx, fleet_id, led.master_id)
+        found = await calls.list_of(tx, await fleets.agents_of(tx, fleet), limit, number_cursor(cursor))
+    more = next_cursor([call.seq for call in found], limit)
+    return wire.JsonResponse({"margin_calls": [call_reply(call) for call in found], "next_cursor": more})
+
+
+@router.post(
+    "/{fleet_id}/rebalance",
+    openapi_extra=document("Plan or apply moves of delegation", request=RebalancePost, scope="coordinator"),
+)
+async def rebalance(request: Request, led: Leader, fleet_id: str) -> Response:
+    """Share out anew what is above the dry powder; applied, all in one transaction, with an event for each change."""
+    asked, parts = await body_of(request, _REBALANCE), parts_of(request)
+    bounds = Bounds(*_bounds(asked))
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        agents = await fleets.agents_of(tx, fleet)
+        if asked.apply:
+            await accounts.lock_accounts(tx, agents)
+        scene = await parts.scenes.at(tx)
+        fresh = await fleets.get(tx, fleet.id, fleet.master_id)
+        books, returns = await fleet_books.load(tx, fresh), await fleet_risk.daily_returns(tx, agents, HISTORY_DAYS)
+        known = await history_of(parts, fleet_risk.names_of(books, scene), HISTORY_DAYS, "/policy")
+        members = await parts.workshop.run(fleet_risk.members_to_plan, books, scene, known.panel, returns)
+        planned = fleet_plan.plan(members, fleet_books.reach(books), asked.policy, bounds)
+        if asked.apply:
+            await fleets.redelegate(tx, [m for m, _ in books.members], planned, asked.policy)
+        moves = [_planned(member, amount) for member, amount in zip(members, planned, strict=True)]
+        return Reply({"fleet_id": fleet.id, "policy": asked.policy, "applied": bool(asked.apply), "moves": moves})
+
+    return await once_in(request, led.owner(fleet), deed)
+
+
+def _bounds(asked: RebalancePost) -> tuple[float, float]:
+    least = wire.exact_or_none(asked.share_min, "/share_min")
+    most = wire.exact_or_none(asked.share_max, "/share_max")
+    found = 0.0 if least is None else float(least), 1.0 if most is None else float(most)
+    if not 0.0 <= found[0] <= found[1] <= 1.0:
+        raise invalid("/share_min", "number_out_of_range", "0 <= share_min <= share_max <= 1")
+    return found
+
+
+def _planned(member: Share, amount: Decimal) -> dict[str, Any]:
+    before = member.max_margin
+    return {"agent_id": member.agent_id, "before": plain(before), "after": plain(amount), "drawn": plain(member.drawn)}
 
 
 async def _emergency(request: Request, tx: Tx, fleet: Fleet) -> str:

@@ -47,7 +47,7 @@ async def list_calls(
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
         found = await calls.list_calls(tx, owner.agent_id, limit, number_cursor(cursor), state)
     more = next_cursor([call.seq for call in found], limit)
-    return wire.JsonResponse({"margin_calls": [_shown(call) for call in found], "next_cursor": more})
+    return wire.JsonResponse({"margin_calls": [call_reply(call) for call in found], "next_cursor": more})
 
 
 @router.get("/{call_id}", openapi_extra=document("A margin call", scope="agent"))
@@ -60,7 +60,7 @@ async def get_call(request: Request, owner: BookOwner, call_id: str) -> Response
         held = await book.load(tx, owner.agent_id)
         scene = await parts.scenes.at(tx)
     cure = await parts.workshop.run(_cure, held, scene) if call.state in LIVE_STATES else None
-    return wire.JsonResponse({**_shown(call), "cure": cure, "events": [event.shown() for event in told]})
+    return wire.JsonResponse({**call_reply(call), "cure": cure, "events": [event.shown() for event in told]})
 
 
 @router.post(
@@ -71,7 +71,9 @@ async def acknowledge(request: Request, owner: BookOwner, call_id: str) -> Respo
     """Record that the owner has seen the call. The clock goes on."""
     asked = await body_of(request, _ACKNOWLEDGE, empty=b"{}")
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        return wire.JsonResponse(_shown(await margin_calls.acknowledge(tx, owner.agent_id, call_id, asked.note or "")))
+        return wire.JsonResponse(
+            call_reply(await margin_calls.acknowledge(tx, owner.agent_id, call_id, asked.note or ""))
+        )
 
 
 def _cure(held: Book, scene: Scene) -> dict[str, Any] | None:
@@ -82,7 +84,8 @@ def _cure(held: Book, scene: Scene) -> dict[str, Any] | None:
         return None
 
 
-def _shown(call: StoredCall) -> dict[str, Any]:
+def call_reply(call: StoredCall) -> dict[str, Any]:
+    """Return a call as its owner sees it."""
     row = asdict(call)
     for name in ("seq", "agent_id", "next_action_at", "figures", "uncovered"):
         del row[name]

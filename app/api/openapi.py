@@ -12,7 +12,7 @@ from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
 from app.api.backtest import BacktestIn
 from app.api.escrows import EscrowActionPost, EscrowPost, ResolvePost
-from app.api.fleets import DryPowderPost, FleetPost, MemberPatch, MemberPost
+from app.api.fleets import CascadePost, DryPowderPost, FleetPost, MemberPatch, MemberPost, RebalancePost
 from app.api.history import HistoryPost
 from app.api.lending import BorrowPost, HoldingPut, LendingPut, OfferPost, PledgePost, RecallPost, ReturnPost
 from app.api.margin_calls import AcknowledgePost
@@ -59,6 +59,8 @@ BODIES = (
     MemberPost,
     MemberPatch,
     DryPowderPost,
+    RebalancePost,
+    CascadePost,
     WhatIfIn,
     VarQuoteIn,
     BacktestIn,

@@ -133,3 +133,13 @@ async def list_calls(
         query = query.where(columns.state == state)
     rows = await tx.connection.execute(query.limit(min(limit, CALLS_A_PAGE_MAX)))
     return [StoredCall(**row) for row in rows.mappings()]
+
+
+async def list_of(tx: Tx, agent_ids: Collection[str], limit: int, before: int | None = None) -> list[StoredCall]:
+    """Return the calls of several agents, newest first, from below the number `before`."""
+    columns = margin_calls.c
+    query = select(margin_calls).where(columns.agent_id.in_(agent_ids)).order_by(columns.seq.desc())
+    if before is not None:
+        query = query.where(columns.seq < before)
+    rows = await tx.connection.execute(query.limit(min(limit, CALLS_A_PAGE_MAX)))
+    return [StoredCall(**row) for row in rows.mappings()]

@@ -45,3 +45,10 @@ def balance(master: Book, fleet: Fleet) -> Decimal:
     """Return the master's wallet, USDC: what it holds less what it owes, and what its members have drawn of it."""
     held = master.holding(SETTLEMENT_ASSET)
     return held.held - held.debt + fleet.drawn
+
+
+def reach(books: FleetBooks) -> Decimal:
+    """Return what all members together may have drawn, USDC."""
+    fleet = books.fleet
+    held = balance(books.master, fleet) - fleet.drawn
+    return fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)

@@ -169,6 +169,13 @@ async def list_members(tx: Tx, fleet_id: str, limit: int, after: int = 0) -> lis
     return [Member(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
 
 
+async def agents_of(tx: Tx, fleet: Fleet) -> list[str]:
+    """Return the master and the members that have joined."""
+    columns = fleet_members.c
+    joined = select(columns.agent_id).where(columns.fleet_id == fleet.id, columns.joined_at.is_not(None))
+    return [fleet.master_id, *(await tx.connection.execute(joined)).scalars()]
+
+
 def checked_terms(terms: Terms) -> Terms:
     """Return the terms with their digits alone. Raises InvalidError."""
     if not 0 <= terms.max_margin < Decimal("1e15"):
@@ -243,6 +250,13 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
         await _tell(tx, "fleet.delegation_changed", changed, **figures)
         await audit.record(tx, "fleet.delegated", member.fleet_id, member.agent_id, max_margin=str(checked.max_margin))
     return changed
+
+
+async def redelegate(tx: Tx, members: Sequence[Member], amounts: Sequence[Decimal], policy: str) -> None:
+    """Give members new delegations, none below what it has drawn. All accounts are locked."""
+    for member, amount in zip(members, amounts, strict=True):
+        terms = Terms(amount, member.services, member.liquidation_priority, member.delegation)
+        await change_terms(tx, member, terms, reduce_only_on_excess=False, cause=policy)
 
 
 async def remove(tx: Tx, member: Member) -> None:

@@ -24,6 +24,7 @@ from app.services import trading, venue, wallet
 from app.services.margin import Scene, by_mark, forced_price
 from app.services.orders import Labels
 from app.services.wallet import Names
+from app.settings import Settings
 
 ORDERS_SHOWN_MAX = 200
 CURE_POSITIONS_MAX = 300
@@ -40,6 +41,17 @@ class Rules:
     keep: int = 3
     venue_patience: timedelta = timedelta(seconds=30)
     venue_attempts: int = 3
+
+    @classmethod
+    def of(cls, settings: Settings) -> Rules:
+        """Return the rules of a process."""
+        return cls(
+            settings.liquidation_policy,
+            settings.liquidation_slippage,
+            settings.liquidation_keep,
+            timedelta(seconds=settings.liquidation_venue_seconds),
+            settings.liquidation_venue_attempts,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,10 @@ NEEDS = {
     "PATCH /api/fleets/{fleet_id}/members/{agent_id}": COORDINATOR,
     "DELETE /api/fleets/{fleet_id}/members/{agent_id}": COORDINATOR,
     "POST /api/fleets/{fleet_id}/dry-powder": COORDINATOR,
+    "GET /api/fleets/{fleet_id}/risk": COORDINATOR,
+    "POST /api/fleets/{fleet_id}/cascade": COORDINATOR,
+    "GET /api/fleets/{fleet_id}/margin-calls": COORDINATOR,
+    "POST /api/fleets/{fleet_id}/rebalance": COORDINATOR,
     "POST /api/fleets/{fleet_id}/join": AGENT,
 }
 SERVICE_KEYS_TOO = ("/api/keys", "/api/audit", "/api/events", "/api/webhooks")

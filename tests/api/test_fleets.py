@@ -22,6 +22,10 @@ ROUTES: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
     ("PATCH", "/members/{member}", {"max_margin": 1}),
     ("DELETE", "/members/{member}", None),
     ("POST", "/dry-powder", {"action": "release", "reason": "mine"}),
+    ("GET", "/risk", None),
+    ("POST", "/cascade", {"shock": -0.1}),
+    ("GET", "/margin-calls", None),
+    ("POST", "/rebalance", {"policy": "to_need", "apply": True}),
 )
 
 
@@ -217,3 +221,133 @@ async def test_webhooks_of_members_reach_the_coordinator_too(service: Service) -
     query = "SELECT array_agg(endpoint_id) FROM webhook_deliveries d JOIN events e ON e.id = d.event WHERE type = $1"
     found = await database.fetch_value(query, "fleet.member_capped")
     assert sorted(ends[endpoint] for endpoint in found) == sorted([fleet.lead.id, member.id])
+
+
+async def crowd(service: Service) -> tuple[Led, list[Agent]]:
+    """A fleet whose members are long and short of one another."""
+    await service.prices(BTC=60_000, ETH=3_000)
+    fleet = await led(service, 100_000)
+    members = [await fleet.member(20_000) for _ in range(3)]
+    for member, (symbol, side, size) in zip(
+        members, (("BTC-PERP", "buy", 0.5), ("BTC-PERP", "sell", 0.3), ("ETH-PERP", "buy", 5)), strict=True
+    ):
+        await member.order(symbol, side, size)
+    return fleet, members
+
+
+async def test_risk_nets_across_members(service: Service) -> None:
+    fleet, members = await crowd(service)
+    found = await fleet.lead.get(f"/fleets/{fleet.id}/risk")
+    # at a rate of .30: each alone 9,000, 5,400 and 4,500; together 3,600 of BTC and 4,500 of ETH
+    assert float(found["margin"]["cross"]["members"]) == pytest.approx(18_900)
+    assert float(found["margin"]["cross"]["fleet"]) == pytest.approx(8_100)
+    assert float(found["margin"]["cross"]["freed"]) == pytest.approx(1 - 8_100 / 18_900)
+    assert float(found["net_utilization"]) == pytest.approx(0.189)
+    assert float(found["required_initial"]) == pytest.approx(8_100)
+    assert [m["agent_id"] for m in found["members"]] == [m.id for m in members]
+    assert [float(m["edge"]["cross"]) for m in found["members"]] == pytest.approx([9_000, -5_400, 4_500])
+    components = [float(m["component_var"]) for m in (found["master"], *found["members"])]
+    assert sum(components) == pytest.approx(float(found["var"]["var"]))
+    assert components[2] < 0 < components[3]
+    assert float(found["var"]["var"]) < float(found["var"]["sum_of_members"])
+    assert {"var_calm", "var_recent", "var_stress", "distance"} <= found["drift"].keys()
+    assert found["members"][0]["sharpe"] is None
+    assert "daily returns" in found["members"][0]["sharpe_reason"]
+    # the shares: 12,000 of BTC, 15,000 of ETH
+    shares = found["concentration"]["by_underlying"]
+    assert (float(shares["BTC"]), float(shares["ETH"])) == pytest.approx((12 / 27, 15 / 27))
+
+
+async def test_rebalance_plans_and_applies(service: Service) -> None:
+    fleet, members = await crowd(service)
+    path = f"/fleets/{fleet.id}/rebalance"
+    planned = await fleet.lead.post(path, {"policy": "to_need"})
+    assert [float(m["after"]) for m in planned["moves"]] == pytest.approx([11_250, 6_750, 5_625])
+    listed = await fleet.lead.get(f"/fleets/{fleet.id}/members")
+    assert {m["max_margin"] for m in listed["members"]} == {20_000}
+    applied = await fleet.lead.post(path, {"policy": "to_need", "apply": True})
+    assert applied["moves"] == planned["moves"]
+    listed = await fleet.lead.get(f"/fleets/{fleet.id}/members")
+    assert [m["max_margin"] for m in listed["members"]] == [m["after"] for m in planned["moves"]]
+    for member in members:
+        [told] = [e for e in (await member.get("/events"))["events"] if e["type"] == "fleet.delegation_changed"]
+        assert told["data"]["cause"] == "to_need"
+    for policy in ("equal_risk", "sharpe"):
+        moves = (await fleet.lead.post(path, {"policy": policy, "apply": True, "share_min": 0.1}))["moves"]
+        assert sum(m["after"] for m in moves) <= 85_000
+        assert all(m["after"] >= max(8_500, m["drawn"]) for m in moves)
+    problem(await fleet.lead.ask(path, {"policy": "sharpe", "share_min": 2}), 422, "number_out_of_range")
+
+
+async def test_margin_calls_of_members_are_the_coordinators_to_see(worked: Service) -> None:
+    fleet, members = await crowd(worked)
+    await worked.prices(BTC=54_000)
+    calls: list[dict[str, Any]] = []
+    for _ in range(200):
+        calls = (await fleet.lead.get(f"/fleets/{fleet.id}/margin-calls"))["margin_calls"]
+        if calls:
+            break
+        await asyncio.sleep(0.05)
+    named = f"?agent_id={members[0].id}"
+    [call] = (await fleet.lead.get(f"/margin-calls{named}"))["margin_calls"]
+    assert [c["id"] for c in calls] == [call["id"]]
+    assert (await fleet.lead.post(f"/margin-calls/{call['id']}/acknowledge{named}"))["acknowledged_at"]
+
+
+async def test_a_cascade_is_what_the_worker_then_does(worked: Service) -> None:
+    """Five members of other sizes and leverage crash: what was foretold of each is what its liquidation closed."""
+    await worked.prices(BTC=60_000, ETH=3_000, SOL=100)
+    fleet = await led(worked, 200_000)
+    members = [await fleet.member(30_000, liquidation_priority=k) for k in range(5)]
+    orders = (
+        (("BTC-PERP", "buy", 0.5), ("ETH-PERP", "buy", 3)),
+        (("ETH-PERP", "buy", 6), ("SOL-PERP", "buy", 50)),
+        (("BTC-PERP", "sell", 0.4),),
+        (("SOL-PERP", "buy", 300), ("BTC-PERP", "buy", 0.1), ("ETH-PERP", "buy", 1)),
+        (("BTC-PERP", "buy", 0.2),),
+    )
+    for k, (member, bought) in enumerate(zip(members, orders, strict=True)):
+        settings = {"grace_period_seconds": 0}
+        assert (await member.send("PATCH", "/account/settings", json=settings)).status_code == 200
+        for symbol, side, size in bought:
+            await member.order(symbol, side, size)
+        if k == 4:
+            await member.deposit(USDC=20_000)  # this one holds
+    foretold = await fleet.lead.post(f"/fleets/{fleet.id}/cascade", {"shock": -0.1})
+    [only] = foretold["rounds"]
+    assert [fall["agent_id"] for fall in only["liquidated"]] == [members[k].id for k in (0, 1, 3)]
+    assert only["next"] == [members[1].id, members[3].id]
+    await worked.prices(BTC=54_000, ETH=2_700, SOL=90)
+    for fall in only["liquidated"]:
+        member = next(m for m in members if m.id == fall["agent_id"])
+        told: list[dict[str, Any]] = []
+        for _ in range(200):
+            told = (await member.get("/events"))["events"]
+            if told[-1]["type"] == "liquidation.completed":
+                break
+            await asyncio.sleep(0.05)
+        done = [e["data"] for e in told if e["type"] == "liquidation.executed"]
+        assert [(d["position_id"], d["size"]) for d in done] == [(s["id"], s["size"]) for s in fall["slices"]]
+        after = (await member.get("/account"))["health"]
+        assert float(after["utilization"]) == pytest.approx(float(fall["utilization"]))
+    for k in (2, 4):
+        assert not (await members[k].get("/margin-calls"))["margin_calls"]
+
+
+async def test_what_is_sold_brings_down_the_next(service: Service) -> None:
+    """0.5 BTC at the gate falls; its sale of 10,000 on a volume of 40,000 moves the price .10·√.25 = 5 %."""
+    await service.prices(BTC=60_000)
+    fleet = await led(service, 100_000)
+    weak, strong = await fleet.member(30_000), await fleet.member(30_000)
+    await weak.order("BTC-PERP", "buy", 0.5)
+    await strong.deposit(USDC=12_300)
+    await strong.order("BTC-PERP", "buy", 0.5)
+    path = f"/fleets/{fleet.id}/cascade"
+    alone = await fleet.lead.post(path, {"shock": -0.05})
+    assert [fall["agent_id"] for fall in alone["rounds"][0]["liquidated"]] == [weak.id]
+    sold = float(alone["rounds"][0]["sold"]["BTC"])
+    both = await fleet.lead.post(path, {"shock": -0.05, "adv": {"BTC": 4 * sold}})
+    assert float(both["rounds"][0]["impact"]["BTC"]) == pytest.approx(-0.05)
+    assert strong.id in {fall["agent_id"] for fall in both["rounds"][1]["liquidated"]}
+    problem(await fleet.lead.ask(path, {"shock": -1}), 422, "number_out_of_range")
+    problem(await fleet.lead.ask(path, {"adv": {"BTC": 0}}), 422, "number_out_of_range")

@@ -50,6 +50,10 @@ ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls
     "DELETE /api/fleets/{fleet_id}/members/{agent_id}",
     "POST /api/fleets/{fleet_id}/join",
     "POST /api/fleets/{fleet_id}/dry-powder",
+    "GET /api/fleets/{fleet_id}/risk",
+    "POST /api/fleets/{fleet_id}/cascade",
+    "GET /api/fleets/{fleet_id}/margin-calls",
+    "POST /api/fleets/{fleet_id}/rebalance",
     "PUT /api/wallet/holdings/{asset}",  # an asset's name: of one's own book whatever it is
     "POST /api/escrows/{escrow_id}/cancel",
     "POST /api/escrows/{escrow_id}/dispute",
