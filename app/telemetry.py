@@ -268,6 +268,17 @@ class Metrics:
             "Fees that netting has spared against each obligation by itself, USD at the prices of the run.",
             registry=self.registry,
         )
+        self.fleet_zone_changes = Counter(
+            "primerisk_fleet_zone_changes_total",
+            "Fleets that came into a zone, as it was told.",
+            ["zone"],
+            registry=self.registry,
+        )
+        self.fleet_top_ups = Counter(
+            "primerisk_fleet_top_ups_total",
+            "Members in breach that their fleet stood by with more of their delegation.",
+            registry=self.registry,
+        )
         self.netting_agreements = Gauge(
             "primerisk_netting_agreements",
             "Netting agreements by state: proposed, active, defaulted.",

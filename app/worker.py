@@ -24,7 +24,8 @@ from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.loan_keeping import LoanKeeper
 from app.screening import Watchman
-from app.services import calls, clearing, delivery, heartbeat, margin_calls, shards, snapshots
+from app.services import calls, clearing, delivery, fleet_watch, heartbeat, margin_calls, shards, snapshots
+from app.services.fleet_watch import FleetWatch
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
 from app.services.margin_calls import Decided
@@ -132,6 +133,7 @@ class Worker:
         self._snapshots = snapshots.Snapshots(self.id, database)
         self._clearing = clearing.Timers(self.id, database, scenes, metrics)
         self._watchman = Watchman(self.id, database, market, age_max)
+        self._fleets = FleetWatch(self.id, database, scenes, metrics)
         self._rules = Rules.of(settings)
 
         self._keeper = LoanKeeper(self.id, database, scenes, market, metrics, self._rules, age_max)
@@ -147,6 +149,7 @@ class Worker:
                 asyncio.create_task(self._forever(self._beat)),
                 asyncio.create_task(self._forever(self._take_snapshots)),
                 asyncio.create_task(self._forever(self._keep_loans)),
+                asyncio.create_task(self._forever(self._watch_fleets)),
                 asyncio.create_task(self._forever(lambda: self._deliver(sender))),
                 *(asyncio.create_task(self._forever(self._decide_on)) for _ in range(DECISIONS_AT_ONCE)),
             ]
@@ -203,6 +206,13 @@ class Worker:
             if self._shards:
                 await self._clearing.fire(self._shards)
             await asyncio.sleep(self._settings.worker_poll_seconds)
+
+    async def _watch_fleets(self) -> None:
+        """Tell the zones of fleets, and stand by members in breach, of the masters in this worker's shards."""
+        while True:
+            if self._shards and self._market.view.read_at is not None:
+                await self._fleets.look(self._shards)
+            await asyncio.sleep(fleet_watch.EVERY_SECONDS)
 
     async def _measure(self) -> None:
         """Tell how much of clearing is open."""

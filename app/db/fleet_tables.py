@@ -23,9 +23,11 @@ fleets = Table(
     moment("created_at"),
     moment("released_at", nullable=True),  # since when members may reach the dry powder
     Column("release_reason", Text),
+    Column("zone", Text, nullable=False, server_default="GREEN"),  # as it was last told
     check("name", "length(name) BETWEEN 1 AND 200"),
     check("dry_powder", "dry_powder >= 0 AND dry_powder <= 0.9"),
     check("drawn", _SUM.format("drawn")),
+    check("zone", "zone IN ('GREEN', 'YELLOW', 'ORANGE', 'RED')"),
     check("released", "(released_at IS NULL) = (release_reason IS NULL)"),
     Index("fleets_master_id_key", "master_id", unique=True),
     info={"owner": "fleets"},

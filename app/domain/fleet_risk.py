@@ -18,6 +18,7 @@ from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Portfolio, Rows, sums
 from app.domain.regimes import Drift, drift
 from app.domain.var.tail import YEAR_DAYS
+from app.errors import InvalidError
 
 MODELS_SHOWN = ("isolated", "cross", "portfolio")
 SHARPE_DAYS_MIN = 20
@@ -95,6 +96,8 @@ class FleetMargin:
     fleet: float
     alone: Floats
     edge: Floats
+    reason: str | None = None
+    """Why the model can't tell of the fleet as one, where its figures are NaN: too many underlyings to be repaired."""
 
     @property
     def freed(self) -> float:
@@ -111,11 +114,24 @@ def fleet_margins(
     parts = [_rows(portfolio, int(bounds[k]), int(bounds[k + 1])) for k in range(count)]
     found = []
     for name in models:
-        whole = MODELS[name](portfolio, terms)
-        alone = [MODELS[name](part, terms).initial_margin if part is not None else 0.0 for part in parts]
-        edge = sums(owner, whole.position_initial, count)
-        found.append(FleetMargin(name, whole.initial_margin, np.array(alone), edge))
+        alone = np.array([0.0 if part is None else _initial(name, part, terms) for part in parts])
+        try:
+            whole = MODELS[name](portfolio, terms)
+        except InvalidError as error:
+            nothing = np.full(count, np.nan)
+            found.append(FleetMargin(name, np.nan, alone, nothing, str(error)))
+        else:
+            edge = sums(owner, whole.position_initial, count)
+            found.append(FleetMargin(name, whole.initial_margin, alone, edge))
     return found
+
+
+def _initial(model: str, part: Portfolio, terms: MarginTerms) -> float:
+    """Return a party's own margin; NaN where the model can't tell."""
+    try:
+        return MODELS[model](part, terms).initial_margin
+    except InvalidError:
+        return float("nan")
 
 
 def _rows(portfolio: Portfolio, start: int, stop: int) -> Portfolio | None:

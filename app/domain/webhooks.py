@@ -46,6 +46,7 @@ EVENT_TYPES = frozenset(
         "netting.left",
         "netting.defaulted",
         "netting.ended",
+        "fleet.zone_changed",
         "fleet.member_joined",
         "fleet.member_left",
         "fleet.delegation_changed",

@@ -35,7 +35,7 @@ from app.services.delegation import net_utilization
 from app.services.fleet_books import FleetBooks, balance, figures
 from app.services.margin import Scene
 
-UNDERLYINGS_MAX = 200
+UNDERLYINGS_MAX = 100
 """Assets that a fleet's VaR covers, those with the largest exposures: a covariance grows with their square."""
 RECENT_DAYS = 90
 PLAN_CONFIDENCE = 0.99
@@ -93,18 +93,17 @@ def risk(
     covariance = estimate(panel, names, parameters) if names else _EMPTY
     tail = fleet_tail(exposures, covariance, asked.confidence, asked.horizon_days)
     parts = list(zip(tail.own.tolist(), tail.component.tolist(), tail.component_es.tolist(), strict=True))
-    one, margins = figures(scene, books), _margins(everyone, scene)
+    one = figures(scene, books)
+    margins = _margins(books, one, scene)
     members = [
-        _member(k, books, parts[k], margins) | _sharpe(returns.get(everyone[k].agent_id, []))
+        _member(k, everyone[k], parts[k], margins) | _sharpe(returns.get(everyone[k].agent_id, []))
         for k in range(len(everyone))
     ]
     return {
         "balance": plain(balance(books.master, books.fleet)),
         "net_utilization": _net_utilization(books, margins),
         **_health(one),
-        "margin": {
-            m.model: {"fleet": float(m.fleet), "members": float(m.alone.sum()), "freed": m.freed} for m in margins
-        },
+        "margin": {m.model: _netted(m) for m in margins},
         "var": {
             "confidence": tail.confidence,
             "horizon_days": asked.horizon_days,
@@ -119,6 +118,19 @@ def risk(
         "master": members[0],
         "members": members[1:],
     }
+
+
+def _netted(margin: FleetMargin) -> dict[str, Any]:
+    return {
+        "fleet": _known(margin.fleet),
+        "members": _known(float(margin.alone.sum())),
+        "freed": _known(margin.freed),
+        "reason": margin.reason,
+    }
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 _EMPTY = Covariance((), np.zeros(0), np.zeros((0, 0)))
@@ -136,12 +148,12 @@ def _covered(found: Worth, panel: Panel, scene: Scene) -> list[int]:
     return sorted(sorted(known, key=lambda j: -size[j])[:UNDERLYINGS_MAX])
 
 
-def _margins(everyone: Sequence[Book], scene: Scene) -> list[FleetMargin]:
+def _margins(books: FleetBooks, one: AccountFigures, scene: Scene) -> list[FleetMargin]:
     """Return every model's margin, of all members' positions as one book and of each alone."""
-    view = scene.market
-    whole = merged(everyone[0], everyone[1:])
-    terms = whole.quote_terms(view.parameters, view.prices)
-    portfolio = read_account(terms, view.prices, scene.now).portfolio
+    view, everyone = scene.market, _all(books)
+    terms = merged(everyone[0], everyone[1:]).quote_terms(view.parameters, view.prices)
+    is_known = len(books.pooled) == len(books.members)  # the fleet's figures are of the same positions
+    portfolio = one.portfolio if is_known else read_account(terms, view.prices, scene.now).portfolio
     owner = np.repeat(np.arange(len(everyone)), [len(held.positions) for held in everyone])
     return fleet_margins(portfolio, owner, len(everyone), MarginTerms(parameters=terms.margin.parameters))
 
@@ -192,10 +204,7 @@ def _drift(exposures: Floats, panel: Panel, names: Sequence[str], asked: Asked, 
     }
 
 
-def _member(
-    k: int, books: FleetBooks, parts: tuple[float, float, float], margins: Sequence[FleetMargin]
-) -> dict[str, Any]:
-    held = _all(books)[k]
+def _member(k: int, held: Book, parts: tuple[float, float, float], margins: Sequence[FleetMargin]) -> dict[str, Any]:
     delegated = held.delegation
     return {
         "agent_id": held.agent_id,
@@ -204,8 +213,8 @@ def _member(
         "var": parts[0],
         "component_var": parts[1],
         "component_es": parts[2],
-        "margin": {m.model: float(m.alone[k]) for m in margins},
-        "edge": {m.model: float(m.edge[k]) for m in margins},
+        "margin": {m.model: _known(float(m.alone[k])) for m in margins},
+        "edge": {m.model: _known(float(m.edge[k])) for m in margins},
     }
 
 

@@ -8,7 +8,7 @@ delegation holds the locks on the master and on the member, taken in the order o
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -22,7 +22,7 @@ from app.domain.book import ZERO
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
 from app.errors import ConflictError, NotFoundError, conflict, invalid
-from app.services import accounts, audit, events, wallet
+from app.services import accounts, audit, events, shards, wallet
 
 DRY_POWDER = Decimal("0.15")
 """Share of the master's wallet that no member reaches, where nothing else is asked for."""
@@ -52,6 +52,7 @@ class Fleet:
     created_at: datetime
     released_at: datetime | None
     release_reason: str | None
+    zone: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,22 @@ async def list_fleets(tx: Tx, master_id: str | None, limit: int, before: int | N
     if before is not None:
         query = query.where(fleets.c.seq < before)
     return [Fleet(**row) for row in (await tx.connection.execute(query)).mappings()]
+
+
+async def after(tx: Tx, fleet_id: str, limit: int, within: Collection[int]) -> list[Fleet]:
+    """Return fleets whose masters are in these shards, by id, past one."""
+    query = select(fleets).where(fleets.c.id > fleet_id, shards.within(fleets.c.master_id, within))
+    rows = await tx.connection.execute(query.order_by(fleets.c.id).limit(limit))
+    return [Fleet(**row) for row in rows.mappings()]
+
+
+async def tell_zone(tx: Tx, fleet: Fleet, zone: str, figures: Mapping[str, Any]) -> Fleet:
+    """Write and tell a fleet's new zone; the master is locked."""
+    statement = update(fleets).where(fleets.c.id == fleet.id).values(zone=zone).returning(fleets)
+    changed = Fleet(**(await tx.connection.execute(statement)).mappings().one())
+    told = {"zone": zone, "zone_before": fleet.zone, **figures}
+    await events.emit(tx, "fleet.zone_changed", fleet.master_id, told)
+    return changed
 
 
 COMMANDS = """

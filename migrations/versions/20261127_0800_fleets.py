@@ -18,10 +18,12 @@ CREATE TABLE fleets (
     created_at TIMESTAMP WITH TIME ZONE NOT NULL,
     released_at TIMESTAMP WITH TIME ZONE,
     release_reason TEXT,
+    zone TEXT DEFAULT 'GREEN' NOT NULL,
     CONSTRAINT fleets_pkey PRIMARY KEY (id),
     CONSTRAINT fleets_name_check CHECK (length(name) BETWEEN 1 AND 200),
     CONSTRAINT fleets_dry_powder_check CHECK (dry_powder >= 0 AND dry_powder <= 0.9),
     CONSTRAINT fleets_drawn_check CHECK (drawn >= 0 AND drawn < 1e18 AND scale(drawn) <= 18),
+    CONSTRAINT fleets_zone_check CHECK (zone IN ('GREEN', 'YELLOW', 'ORANGE', 'RED')),
     CONSTRAINT fleets_released_check CHECK ((released_at IS NULL) = (release_reason IS NULL)),
     CONSTRAINT fleets_master_id_fkey FOREIGN KEY(master_id) REFERENCES agents (id)
 );

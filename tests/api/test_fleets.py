@@ -351,3 +351,53 @@ async def test_what_is_sold_brings_down_the_next(service: Service) -> None:
     assert strong.id in {fall["agent_id"] for fall in both["rounds"][1]["liquidated"]}
     problem(await fleet.lead.ask(path, {"shock": -1}), 422, "number_out_of_range")
     problem(await fleet.lead.ask(path, {"adv": {"BTC": 0}}), 422, "number_out_of_range")
+
+
+async def types(agent: Agent) -> list[str]:
+    return [e["type"] for e in (await agent.get("/events"))["events"]]
+
+
+async def until_told(agent: Agent, kind: str) -> None:
+    for _ in range(300):
+        if kind in await types(agent):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(await types(agent))
+
+
+async def test_a_fleet_stands_by_its_pooled_members_alone(worked: Service) -> None:
+    """Two members at the gate, half a bitcoin each: at 54,000 the pooled one is brought to its cure level."""
+    await worked.prices(BTC=60_000)
+    fleet = await led(worked, 100_000)
+    pooled, isolated = await fleet.member(30_000), await fleet.member(30_000, delegation="isolated")
+    for member in (pooled, isolated):
+        await member.order("BTC-PERP", "buy", 0.5)
+    assert (await fleet.get())["drawn"] == 22_500
+    await worked.prices(BTC=54_000)
+    await until_told(pooled, "margin_call.cured")
+    # 8,100 of margin on 11,250 less a loss of 3,000 was .98; at the cure level of .80 or below it is over
+    health = (await pooled.get("/account"))["health"]
+    assert float(health["utilization"]) <= 0.80
+    [call] = (await isolated.get("/margin-calls"))["margin_calls"]
+    assert call["state"] == "open"
+    members = {m["id"]: m for m in (await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]}
+    assert members[isolated.id]["drawn"] == 11_250 < members[pooled.id]["drawn"] <= 30_000
+
+
+async def test_a_fleets_zone_is_told_and_its_powder_restored(worked: Service) -> None:
+    await worked.prices(BTC=60_000)
+    fleet = await led(worked, 30_000, dry_powder=0.2)
+    member = await fleet.member(30_000)
+    await member.order("BTC-PERP", "buy", 1)
+    await worked.prices(BTC=49_500)  # 14,850 of margin on 19,500
+    for _ in range(300):
+        if (await fleet.get())["zone"] == "ORANGE":
+            break
+        await asyncio.sleep(0.05)
+    assert (await types(fleet.lead)).count("fleet.zone_changed") >= 1
+    await fleet.lead.post(f"/fleets/{fleet.id}/dry-powder", {"action": "release"})
+    await worked.prices(BTC=62_000)
+    await until_told(fleet.lead, "fleet.dry_powder_restored")
+    shown = await fleet.get()
+    assert shown["zone"] in ("GREEN", "YELLOW")
+    assert shown["released_at"] is None

@@ -64,6 +64,8 @@ TYPES = {
     "primerisk_escrow_outstanding_usd": "gauge",
     "primerisk_netting_runs": "counter",
     "primerisk_netting_movements_saved": "counter",
+    "primerisk_fleet_zone_changes": "counter",
+    "primerisk_fleet_top_ups": "counter",
     "primerisk_netting_fees_saved_usd": "counter",
     "primerisk_netting_agreements": "gauge",
     "primerisk_netting_obligations_open": "gauge",
