@@ -111,9 +111,10 @@ def needy(scene: Scene, books: FleetBooks) -> list[str]:
 def lacks(scene: Scene, held: Book) -> Decimal:
     """Return the USDC that would bring an account in breach to its cure level, in whole cents; 0 for one that is not.
 
-    Nothing once its call has expired: then it is being liquidated, and money that comes late is lost with it.
+    Nothing before there is a call, so that its owner hears of it, and nothing once that has expired: then it is being
+    liquidated, and money that comes late is lost with it.
     """
-    if held.live_call in ("expired", "liquidating") or not held.positions:
+    if held.live_call not in ("noticed", "open"):
         return Decimal(0)
     figures, policy = scene.figures(held), held.settings.policy(scene.market.parameters.policy)
     scene.require_fresh(figures)
