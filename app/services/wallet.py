@@ -7,6 +7,7 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from decimal import Decimal
+from typing import Any
 
 from sqlalchemy import insert, select, update
 
@@ -279,8 +280,10 @@ def check_service(pointer: str, service: str) -> None:
 def _check_free(held: Book, asset: str, amount: Decimal) -> None:
     free = held.holding(asset).free
     if amount > free:
-        detail, missing = f"{plain(free):f} {asset} are free", plain(amount - free)
-        raise ledger.insufficient_funds(detail, available=plain(free), missing=missing, asset=asset)
+        # what a member of a fleet lacks may be drawn, and so is told
+        lacks = {} if held.delegation is None else {"missing": plain(amount - free), "asset": asset}
+        figures: dict[str, Any] = {"available": plain(free), **lacks}
+        raise ledger.insufficient_funds(f"{plain(free):f} {asset} are free", **figures)
 
 
 def _check_own(held: Book, asset: str, amount: Decimal) -> None:
