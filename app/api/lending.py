@@ -309,9 +309,9 @@ async def list_rates(
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
         found = await loans.list_markets(tx, limit, asset, cursor)
-        cheapest = {m.asset: await loans.cheapest(tx, m.asset) for m in found}
+        cheapest = await loans.cheapest(tx, [m.asset for m in found])
         parameters = (await parts.market.current(tx)).parameters
-    rows = [replies.market_reply(m, parameters.loans_of(m.asset), cheapest[m.asset]) for m in found]
+    rows = [replies.market_reply(m, parameters.loans_of(m.asset), cheapest.get(m.asset)) for m in found]
     more = found[-1].asset if len(found) == limit else None
     return wire.JsonResponse({"rates": rows, "next_cursor": more})
 

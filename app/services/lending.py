@@ -43,6 +43,8 @@ OFFERS_MAX, LOANS_TAKEN_MAX = 200, 500
 OFFERS_A_BORROW_MAX = 50
 TRIES_MAX = 5
 """How often locks are taken anew because somebody else turned out to be concerned."""
+UNWILLING_MAX = 50
+"""How often they are because a lender's own gates do not let it lend: each time it is passed over."""
 
 T = TypeVar("T")
 
@@ -91,14 +93,23 @@ class OthersError(Exception):
     """Accounts are concerned that are not locked."""
 
 
+class UnwillingError(OthersError):
+    """Lenders that were found do not lend now, and are passed over from now on."""
+
+
 async def in_tries(tx: Tx, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Return what an attempt gives; where it meets accounts that it has not locked, it is made anew."""
-    for _ in range(TRIES_MAX):
+    """Return what an attempt gives; where it meets accounts that it has not locked, it is made anew.
+
+    Unwilling lenders cost other tries than accounts that change meanwhile: a few of them do not close the market.
+    """
+    left = {UnwillingError: UNWILLING_MAX, OthersError: TRIES_MAX}
+    while min(left.values()) > 0:
         savepoint = await tx.connection.begin_nested()
         try:
             found = await attempt()
-        except OthersError:
+        except OthersError as error:
             await savepoint.rollback()  # gives back the locks too
+            left[type(error)] -= 1
             continue
         await savepoint.commit()
         return found
@@ -131,8 +142,7 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
     if (await loans.count_open(tx, lender_id))[0] >= OFFERS_MAX:
         raise conflict("", "account_full", f"an agent has at most {OFFERS_MAX} open offers")
     units = agent(lender_id, "free")
-    lent = held.after_moves([Move(asset, amount, units, agent(lender_id, "lent"))])
-    on.scene.require_margin(held, lent, "/amount")  # as if all of it were lent
+    on.scene.require_margin(held, _all_lent(held, asset, amount), "/amount")
     stored = await loans.insert_offer(
         tx,
         {
@@ -152,6 +162,13 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
     return stored, await on.move_market(amount, ZERO)
 
 
+def _all_lent(held: Book, asset: str, amount: Decimal) -> Book:
+    """Return the book with an amount lent out of what is free, and with it all that is on offer."""
+    offered, lent = agent(held.agent_id, "offered"), agent(held.agent_id, "lent")
+    before = [Move(name, h.offered, offered, lent) for name, h in held.holdings.items() if h.offered > 0]
+    return held.after_moves([*before, Move(asset, amount, agent(held.agent_id, "free"), lent)])
+
+
 async def _ceiling(on: Stage, lender_id: str) -> Decimal:
     own = (await holdings.of_agent(on.tx, lender_id)).get(on.asset, HoldingSettings())
     return own.ceiling(on.scene.market.parameters.policy.lent_share_max)
@@ -160,7 +177,7 @@ async def _ceiling(on: Stage, lender_id: str) -> Decimal:
 def _check_ceiling(held: Book, asset: str, amount: Decimal, ceiling: Decimal) -> None:
     """Refuse to offer more than the ceiling leaves of a holding. Raises ConflictError `lent_share_above_ceiling`."""
     holding = held.holding(asset)
-    room = holding.held * ceiling - holding.lent - holding.offered
+    room = holding.own * ceiling - holding.lent - holding.offered
     if amount > room:
         detail = f"at most {plain(ceiling):f} of a holding may be lent: {plain(max(ZERO, room)):f} {asset} more"
         raise conflict("/amount", "lent_share_above_ceiling", detail, available=plain(max(ZERO, room)))
@@ -348,7 +365,7 @@ async def borrow(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted, named
         unwilling = {m.offer.lender_id for m in priced.matches if not _may_lend(on, m)}
         if unwilling:
             passed_over.update(unwilling)
-            raise OthersError
+            raise UnwillingError
         return await _take(on, borrower_id, asked, priced, named)
 
     return await in_tries(tx, attempt)
@@ -361,14 +378,26 @@ def _checked(on: Stage, wanted: Wanted) -> Wanted:
 
 
 async def _open_offers(tx: Tx, wanted: Wanted, not_of: Collection[str]) -> list[OpenOffer]:
-    notice = int(wanted.notice_min.total_seconds())
-    return await loans.open_offers(tx, wanted.asset, not_of, notice, OFFERS_A_BORROW_MAX)
+    """Return the offers that a loan may be made of: the cheapest, unless as many as that are too little.
+
+    Then those too small for their number are left out, and if that is too little as well, the largest are taken:
+    cheap dust hides no offer.
+    """
+    most, notice = OFFERS_A_BORROW_MAX, int(wanted.notice_min.total_seconds())
+    found = await loans.open_offers(tx, wanted.asset, not_of, notice, most)
+    if len(found) < most or _is_enough(found, wanted):
+        return found
+    found = await loans.open_offers(tx, wanted.asset, not_of, notice, most, least=wanted.amount / most)
+    return found if _is_enough(found, wanted) else await loans.largest_offers(tx, wanted.asset, not_of, notice, most)
+
+
+def _is_enough(offers: Sequence[OpenOffer], wanted: Wanted) -> bool:
+    return sum((o.remaining for o in offers), ZERO) >= wanted.amount
 
 
 async def _is_there_more(tx: Tx, wanted: Wanted, not_of: Collection[str], locked: Collection[str]) -> bool:
     offers = await _open_offers(tx, wanted, not_of)
-    enough = sum((o.remaining for o in offers), ZERO) >= wanted.amount
-    return enough and any(o.lender_id not in locked for o in offers)
+    return _is_enough(offers, wanted) and any(o.lender_id not in locked for o in offers)
 
 
 def _may_lend(on: Stage, found: Match) -> bool:

@@ -12,7 +12,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ARRAY, DateTime, Double, Integer, Text, bindparam, func, insert, select, text, update
+from sqlalchemy import ARRAY, DateTime, Double, Integer, Select, Text, bindparam, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.db.lending_tables import lending_markets, lending_rates, loan_offers, loans
@@ -235,27 +235,39 @@ _LIVE_LOANS = (
 
 
 async def open_offers(
+    tx: Tx, asset: str, not_of: Collection[str], notice_seconds_min: int, limit: int, least: Decimal = ZERO
+) -> list[OpenOffer]:
+    """Return what is on offer of an asset, at least so much each, cheapest first, but for offers of some lenders."""
+    columns = loan_offers.c
+    query = _open(asset, not_of, notice_seconds_min).where(columns.remaining >= least)
+    rows = await tx.connection.execute(query.order_by(columns.minimum_rate, columns.seq).limit(limit))
+    return [OpenOffer(**row) for row in rows.mappings()]
+
+
+async def largest_offers(
     tx: Tx, asset: str, not_of: Collection[str], notice_seconds_min: int, limit: int
 ) -> list[OpenOffer]:
-    """Return what is on offer of an asset, cheapest first, but for the offers of some lenders."""
+    """Return what is on offer of an asset, the largest first, but for the offers of some lenders."""
     columns = loan_offers.c
-    names = [columns[name] for name in OpenOffer.__slots__]
-    query = (
-        select(*names)
+    query = _open(asset, not_of, notice_seconds_min).order_by(columns.remaining.desc(), columns.seq)
+    return [OpenOffer(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
+
+
+def _open(asset: str, not_of: Collection[str], notice_seconds_min: int) -> Select[Any]:
+    columns = loan_offers.c
+    return (
+        select(*(columns[name] for name in OpenOffer.__slots__))
         .where(columns.asset == asset, columns.remaining > 0, columns.notice_seconds >= notice_seconds_min)
         .where(columns.lender_id.not_in(not_of), _LIVE_LOANS < LOANS_AN_OFFER_MAX)
-        .order_by(columns.minimum_rate, columns.seq)
-        .limit(limit)
     )
-    return [OpenOffer(**row) for row in (await tx.connection.execute(query)).mappings()]
 
 
-async def cheapest(tx: Tx, asset: str) -> Decimal | None:
-    """Return the lowest rate at which an asset is on offer, None where it is not."""
+async def cheapest(tx: Tx, assets: Collection[str]) -> dict[str, Decimal]:
+    """Return the lowest rates at which assets are on offer, of those that are."""
     columns = loan_offers.c
-    query = select(func.min(columns.minimum_rate)).where(columns.asset == asset, columns.remaining > 0)
-    found: Decimal | None = (await tx.connection.execute(query)).scalar_one()
-    return found
+    query = select(columns.asset, func.min(columns.minimum_rate)).where(columns.asset.in_(assets))
+    rows = await tx.connection.execute(query.where(columns.remaining > 0).group_by(columns.asset))
+    return {row[0]: row[1] for row in rows}
 
 
 async def own_offers(tx: Tx, lender_id: str) -> list[Offer]:
@@ -343,22 +355,23 @@ async def count_open(tx: Tx, agent_id: str) -> tuple[int, int]:
     return row[0], row[1]
 
 
+_NOT_ALL_RECALLED = loans.c.status.in_(LIVE) & (loans.c.recalled < loans.c.principal)
+
+
 async def want_back(tx: Tx, lender_id: str, loan_ids: Collection[str], call_id: str, now: datetime) -> None:
     """Note which loans a margin call of their lender wants back: each is due at once, and recalled when it is its turn.
 
     The lender's account is locked, the borrowers' are not: events to them are for whoever locks both.
     """
     columns = loans.c
-    chosen = (columns.lender_id == lender_id, columns.id.in_(loan_ids), columns.status == "active")
+    chosen = (columns.lender_id == lender_id, columns.id.in_(loan_ids), _NOT_ALL_RECALLED)
     await tx.connection.execute(update(loans).where(*chosen).values(wanted_by=call_id, next_action_at=now))
 
 
 async def any_wanted(tx: Tx, lender_id: str) -> bool:
     """Whether a loan is still to be recalled for a margin call of its lender."""
     columns = loans.c
-    query = select(columns.id).where(
-        columns.lender_id == lender_id, columns.status == "active", columns.wanted_by.is_not(None)
-    )
+    query = select(columns.id).where(columns.lender_id == lender_id, _NOT_ALL_RECALLED, columns.wanted_by.is_not(None))
     return (await tx.connection.execute(query.limit(1))).first() is not None
 
 
@@ -391,7 +404,7 @@ async def pairs(tx: Tx) -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in await tx.connection.execute(query)]
 
 
-# In floats, and with interest since the last payment at the market's rate of now: this names loans and decides nothing.
+# In floats, and with interest since it was last accrued at the market's rate of now: this names loans, decides nothing.
 _BELOW = text(
     """
     SELECT l.id FROM loans l
@@ -399,15 +412,17 @@ _BELOW = text(
         AS t (asset, collateral, worth, liquidated, low) ON (l.asset, l.collateral_asset) = (t.asset, t.collateral)
     JOIN lending_markets m ON m.asset = l.asset
     CROSS JOIN LATERAL (
-        SELECT l.collateral::float8 * t.worth / (l.principal::float8 + l.interest_booked::float8
+        SELECT l.collateral::float8 * t.worth / (l.principal::float8
+            + greatest(l.interest_booked::float8, l.accrued::float8 / 31536000e6 - l.interest_paid::float8)
             + l.principal::float8 * greatest(l.rate, CASE l.rate_kind WHEN 'floating' THEN m.rate ELSE 0 END)::float8
             * greatest(0, extract(epoch FROM :now - l.accrued_to)::float8) / 31536000) AS ratio) AS r
-    WHERE l.status IN ('active', 'recalled') AND (hashtextextended(l.borrower_id, 0) & :mask) = ANY (:shards)
+    WHERE l.status IN ('active', 'recalled') AND l.id <> ALL (:but)
+      AND (hashtextextended(l.borrower_id, 0) & :mask) = ANY (:shards)
       AND (r.ratio < t.liquidated OR (NOT l.is_low AND r.ratio < t.low) OR (l.is_low AND r.ratio >= t.low + :cleared))
     ORDER BY r.ratio - t.liquidated LIMIT :most
     """
 ).bindparams(
-    *(bindparam(name, type_=ARRAY(Text)) for name in ("assets", "collaterals")),
+    *(bindparam(name, type_=ARRAY(Text)) for name in ("assets", "collaterals", "but")),
     *(bindparam(name, type_=ARRAY(Double)) for name in ("worth", "liquidated", "low")),
     bindparam("now", type_=DateTime(timezone=True)),
     bindparam("mask", type_=Integer),
@@ -452,8 +467,13 @@ class Levels:
     low: float
 
 
-async def below(tx: Tx, levels: Sequence[Levels], now: datetime, within: Collection[int], limit: int) -> list[str]:
-    """Return loans of borrowers in these shards that are past a level that they were not told of, the worst first."""
+async def below(
+    tx: Tx, levels: Sequence[Levels], now: datetime, within: Collection[int], limit: int, but: Collection[str] = ()
+) -> list[str]:
+    """Return loans of borrowers in these shards that are past a level that they were not told of, the worst first.
+
+    Those in `but` are left out: what can't be decided on does not hide the others.
+    """
     if not levels:
         return []
     given = {
@@ -462,6 +482,7 @@ async def below(tx: Tx, levels: Sequence[Levels], now: datetime, within: Collect
         "worth": [level.worth for level in levels],
         "liquidated": [level.liquidated for level in levels],
         "low": [level.low for level in levels],
+        "but": list(but),
     }
     more = {"now": now, "mask": shards.SHARDS - 1, "shards": sorted(within), "most": limit}
     more["cleared"] = float(LOW_CLEARED)
