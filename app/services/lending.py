@@ -348,6 +348,7 @@ async def borrow(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted, named
     """
     for pointer, name in (("/asset", wanted.asset), ("/collateral/asset", wanted.collateral_asset)):
         market_rules.check_symbol(pointer, name)
+    checked_amount("/amount", wanted.amount)  # offers are matched before the asset's own decimals are known
     passed_over = {borrower_id}
 
     async def attempt() -> list[Loan]:
