@@ -31,10 +31,10 @@ from app.domain.lending_moves import Parties, pledged
 from app.domain.money import checked_amount, plain, to_decimal
 from app.domain.moves import Move, agent, pay_in
 from app.domain.parameters import LendingParameters
-from app.errors import ConflictError, PrimeriskError, conflict, invalid
+from app.errors import PrimeriskError, conflict, invalid
 from app.services import accounts, book, events, holdings, ledger, loans, market_rules
 from app.services.holdings import HoldingSettings
-from app.services.loans import Loan, Market, Offer
+from app.services.loans import Loan, Market, Offer, Sought
 from app.services.margin import Scene, Scenes
 from app.services.wallet import Names
 
@@ -331,7 +331,7 @@ async def quote(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted) -> tup
     wanted = replace(wanted, amount=checked_amount("/amount", wanted.amount, terms.decimals))
     found = await loans.markets_of(tx, [wanted.asset])
     market = found[0] if found else Market(wanted.asset, ZERO, ZERO, ZERO, scene.now)
-    return scene, price_loan(scene, market, wanted, await _open_offers(tx, wanted, [borrower_id]))
+    return scene, price_loan(scene, market, wanted, await _open_offers(tx, borrower_id, wanted))
 
 
 async def reprice(tx: Tx, scenes: Scenes, asset: str, terms: LendingParameters) -> None:
@@ -349,20 +349,18 @@ async def borrow(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted, named
     for pointer, name in (("/asset", wanted.asset), ("/collateral/asset", wanted.collateral_asset)):
         market_rules.check_symbol(pointer, name)
     checked_amount("/amount", wanted.amount)  # offers are matched before the asset's own decimals are known
-    passed_over = {borrower_id}
+    passed_over: set[str] = set()
 
     async def attempt() -> list[Loan]:
-        offers = await _open_offers(tx, wanted, passed_over)
+        offers = await _open_offers(tx, borrower_id, wanted, passed_over)
         lenders = {m.offer.lender_id for m in match(offers, wanted.amount)}
         on = await stage(tx, scenes, {borrower_id, *lenders}, wanted.asset)
         asked = _checked(on, wanted)
-        offers = [o for o in await _open_offers(tx, asked, passed_over) if o.lender_id in on.books]
-        try:
-            priced = price_loan(on.scene, on.market, asked, offers)
-        except ConflictError as error:
-            if error.code == "not_enough_offered" and await _is_there_more(tx, asked, passed_over, on.books):
-                raise OthersError from error
-            raise
+        offers = await _open_offers(tx, borrower_id, asked, passed_over)
+        locked = [o for o in offers if o.lender_id in on.books]
+        if _is_enough(offers, asked) and not _is_enough(locked, asked):
+            raise OthersError
+        priced = price_loan(on.scene, on.market, asked, locked)
         unwilling = {m.offer.lender_id for m in priced.matches if not _may_lend(on, m)}
         if unwilling:
             passed_over.update(unwilling)
@@ -378,27 +376,23 @@ def _checked(on: Stage, wanted: Wanted) -> Wanted:
     return replace(wanted, amount=amount, collateral=given)
 
 
-async def _open_offers(tx: Tx, wanted: Wanted, not_of: Collection[str]) -> list[OpenOffer]:
+async def _open_offers(tx: Tx, borrower_id: str, wanted: Wanted, not_of: Collection[str] = ()) -> list[OpenOffer]:
     """Return the offers that a loan may be made of: the cheapest, unless as many as that are too little.
 
     Then those too small for their number are left out, and if that is too little as well, the largest are taken:
     cheap dust hides no offer.
     """
-    most, notice = OFFERS_A_BORROW_MAX, int(wanted.notice_min.total_seconds())
-    found = await loans.open_offers(tx, wanted.asset, not_of, notice, most)
+    most = OFFERS_A_BORROW_MAX
+    sought = Sought(borrower_id, wanted.asset, int(wanted.notice_min.total_seconds()), not_of)
+    found = await loans.open_offers(tx, sought, most)
     if len(found) < most or _is_enough(found, wanted):
         return found
-    found = await loans.open_offers(tx, wanted.asset, not_of, notice, most, least=wanted.amount / most)
-    return found if _is_enough(found, wanted) else await loans.largest_offers(tx, wanted.asset, not_of, notice, most)
+    found = await loans.open_offers(tx, sought, most, least=wanted.amount / most)
+    return found if _is_enough(found, wanted) else await loans.largest_offers(tx, sought, most)
 
 
 def _is_enough(offers: Sequence[OpenOffer], wanted: Wanted) -> bool:
     return sum((o.remaining for o in offers), ZERO) >= wanted.amount
-
-
-async def _is_there_more(tx: Tx, wanted: Wanted, not_of: Collection[str], locked: Collection[str]) -> bool:
-    offers = await _open_offers(tx, wanted, not_of)
-    return _is_enough(offers, wanted) and any(o.lender_id not in locked for o in offers)
 
 
 def _may_lend(on: Stage, found: Match) -> bool:

@@ -12,7 +12,22 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ARRAY, DateTime, Double, Integer, Select, Text, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    DateTime,
+    Double,
+    Integer,
+    ScalarSelect,
+    Select,
+    Text,
+    bindparam,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.db.lending_tables import lending_markets, lending_rates, loan_offers, loans
@@ -37,6 +52,8 @@ from app.services import shards
 LOANS_A_PAGE_MAX = 200
 LOANS_AN_OFFER_MAX = 100
 """Live loans of one offer: all of them are recalled in one transaction."""
+LOANS_OF_ONE_MAX = 20
+"""Those of them that one borrower has: nobody closes an offer to others by many loans of a trifle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,36 +246,42 @@ async def find_offer(tx: Tx, lender_id: str, offer_id: str) -> Offer | None:
     return None if row is None else Offer(**row)
 
 
-_LIVE_LOANS = (
-    select(func.count()).where(loans.c.offer_id == loan_offers.c.id, loans.c.status.in_(LIVE)).scalar_subquery()
-)
+def _live_loans(*which: ColumnElement[bool]) -> ScalarSelect[int]:
+    of_the_offer = loans.c.offer_id == loan_offers.c.id
+    return select(func.count()).where(of_the_offer, loans.c.status.in_(LIVE), *which).scalar_subquery()
 
 
-async def open_offers(
-    tx: Tx, asset: str, not_of: Collection[str], notice_seconds_min: int, limit: int, least: Decimal = ZERO
-) -> list[OpenOffer]:
-    """Return what is on offer of an asset, at least so much each, cheapest first, but for offers of some lenders."""
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """The offers that a borrower may take: of an asset, with no less notice, and not of some lenders."""
+
+    borrower_id: str
+    asset: str
+    notice_seconds_min: int
+    not_of: Collection[str]
+
+
+async def open_offers(tx: Tx, sought: Sought, limit: int, least: Decimal = ZERO) -> list[OpenOffer]:
+    """Return what is on offer, at least so much each, cheapest first."""
     columns = loan_offers.c
-    query = _open(asset, not_of, notice_seconds_min).where(columns.remaining >= least)
-    rows = await tx.connection.execute(query.order_by(columns.minimum_rate, columns.seq).limit(limit))
-    return [OpenOffer(**row) for row in rows.mappings()]
-
-
-async def largest_offers(
-    tx: Tx, asset: str, not_of: Collection[str], notice_seconds_min: int, limit: int
-) -> list[OpenOffer]:
-    """Return what is on offer of an asset, the largest first, but for the offers of some lenders."""
-    columns = loan_offers.c
-    query = _open(asset, not_of, notice_seconds_min).order_by(columns.remaining.desc(), columns.seq)
+    query = _open(sought).where(columns.remaining >= least).order_by(columns.minimum_rate, columns.seq)
     return [OpenOffer(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
 
 
-def _open(asset: str, not_of: Collection[str], notice_seconds_min: int) -> Select[Any]:
+async def largest_offers(tx: Tx, sought: Sought, limit: int) -> list[OpenOffer]:
+    """Return what is on offer, the largest first."""
+    query = _open(sought).order_by(loan_offers.c.remaining.desc(), loan_offers.c.seq)
+    return [OpenOffer(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
+
+
+def _open(sought: Sought) -> Select[Any]:
     columns = loan_offers.c
+    its_own = _live_loans(loans.c.borrower_id == sought.borrower_id)
     return (
         select(*(columns[name] for name in OpenOffer.__slots__))
-        .where(columns.asset == asset, columns.remaining > 0, columns.notice_seconds >= notice_seconds_min)
-        .where(columns.lender_id.not_in(not_of), _LIVE_LOANS < LOANS_AN_OFFER_MAX)
+        .where(columns.asset == sought.asset, columns.remaining > 0, columns.lender_id.not_in(sought.not_of))
+        .where(columns.lender_id != sought.borrower_id, columns.notice_seconds >= sought.notice_seconds_min)
+        .where(_live_loans() < LOANS_AN_OFFER_MAX, its_own < LOANS_OF_ONE_MAX)
     )
 
 
@@ -281,7 +304,7 @@ async def own_offers(tx: Tx, lender_id: str) -> list[Offer]:
 async def list_offers(tx: Tx, lender_id: str, limit: int, before: int | None = None) -> list[Offer]:
     """Return a lender's offers that are open or have a live loan, newest first, from below the number `before`."""
     columns = loan_offers.c
-    lives = (columns.remaining > 0) | (_LIVE_LOANS > 0)
+    lives = (columns.remaining > 0) | (_live_loans() > 0)
     query = select(loan_offers).where(columns.lender_id == lender_id, lives).order_by(columns.seq.desc())
     query = query if before is None else query.where(columns.seq < before)
     rows = await tx.connection.execute(query.limit(min(limit, LOANS_A_PAGE_MAX)))

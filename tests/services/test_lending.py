@@ -10,29 +10,19 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import URL
 
-from app.db.session import Database
 from app.errors import ConflictError, NotFoundError, PrimeriskError
 from app.services import holdings
 from app.services.holdings import HoldingSettings
-from tests.database import make_settings
-from tests.services.desk import Desk
-from tests.services.lenders import PRICES, Lenders
+from tests.services.lenders import Lenders, lenders_on
 
 D = Decimal
-CONNECTIONS = make_settings(database_pool_size=20, database_connect_seconds=20)
 
 
 @pytest.fixture
 async def lenders(database_url: URL) -> AsyncIterator[Lenders]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    made = Lenders(desk)
-    await made.stop_clock()
-    yield made
-    assert await desk.imbalances() == {}
-    await database.close()
+    async with lenders_on(database_url) as made:
+        await made.stop_clock()
+        yield made
 
 
 async def borrower_of(lenders: Lenders, btc: str = "1") -> str:

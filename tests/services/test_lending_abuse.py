@@ -9,30 +9,19 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import URL, text
 
-from app.db.session import Database
 from app.errors import ConflictError
 from app.services import loan_steps
 from app.services.lending import OFFERS_A_BORROW_MAX
-from tests.database import make_settings
 from tests.services.calls import Calls
-from tests.services.desk import Desk
-from tests.services.lenders import PRICES, Lenders
-from tests.services.test_lending_races import check
+from tests.services.lenders import Lenders, lenders_on
 
 D = Decimal
-CONNECTIONS = make_settings(database_pool_size=20, database_connect_seconds=20)
 
 
 @pytest.fixture
 async def lenders(database_url: URL) -> AsyncIterator[Lenders]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    made = Lenders(desk)
-    yield made
-    await check(made)
-    await database.close()
+    async with lenders_on(database_url) as made:
+        yield made
 
 
 async def holder(lenders: Lenders, **amounts: int | str) -> str:
@@ -72,6 +61,17 @@ async def test_many_small_offers_fill_what_a_large_one_leaves(lenders: Lenders) 
     with pytest.raises(ConflictError) as refused:
         await lenders.borrow(bob, 90)
     assert refused.value.code == "not_enough_offered"
+
+
+async def test_loans_of_a_trifle_close_no_offer_to_others(lenders: Lenders) -> None:
+    alice, mallory, bob = [await holder(lenders, **what) for what in ({"USDC": 1000}, {"BTC": 1}, {"BTC": 1})]
+    await lenders.offer(alice, 400)
+    for _ in range(20):
+        await lenders.borrow(mallory, "0.000001")
+    with pytest.raises(ConflictError) as refused:
+        await lenders.borrow(mallory, "0.000001")
+    assert refused.value.code == "not_enough_offered"
+    await lenders.borrow(bob, 300)
 
 
 async def test_lenders_who_may_lend_no_more_do_not_close_the_market(lenders: Lenders) -> None:

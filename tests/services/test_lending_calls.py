@@ -8,21 +8,14 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import URL, text
 
-from app.db.session import Database
-from tests.services.calls import CONNECTIONS, RULES, Calls
-from tests.services.desk import Desk
-from tests.services.lenders import PRICES, Lenders
+from tests.services.calls import RULES, Calls
+from tests.services.lenders import Lenders, lenders_on
 
 
 @pytest.fixture
 async def lenders(database_url: URL) -> AsyncIterator[Lenders]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    yield Lenders(desk)
-    assert await desk.imbalances() == {}
-    await database.close()
+    async with lenders_on(database_url) as made:
+        yield made
 
 
 async def _trader(lenders: Lenders, *amounts: tuple[int, float]) -> tuple[str, list[str]]:
