@@ -158,7 +158,7 @@ async def list_active(
             taken = await loans.list_borrowed(tx, owner.agent_id, limit, before)
             more = next_cursor([loan.seq for loan in taken], limit)
             return wire.JsonResponse({"loans": await _borrowed(tx, taken, scene), "next_cursor": more})
-        offers = await loans.list_offers(tx, owner.agent_id, limit, before)
+        offers, below = await loans.list_offers(tx, owner.agent_id, limit, before)
         shown = await _offered(tx, offers, scene)
         held = await book.load(tx, owner.agent_id)
         chosen = await holdings.of_agent(tx, owner.agent_id)
@@ -167,7 +167,7 @@ async def list_active(
         {
             "loans": shown,
             "advisories": replies.lent_advisories(held, chosen, ceiling),
-            "next_cursor": next_cursor([offer.seq for offer in offers], limit),
+            "next_cursor": None if below is None else str(below),
         }
     )
 

@@ -52,6 +52,8 @@ from app.services import shards
 LOANS_A_PAGE_MAX = 200
 LOANS_AN_OFFER_MAX = 100
 """Live loans of one offer: all of them are recalled in one transaction."""
+LOANS_OF_OFFERS_MAX = 500
+"""Live loans of the offers on one page, more than one offer has: a page is made in a moment."""
 LOANS_OF_ONE_MAX = 20
 """Those of them that one borrower has: nobody closes an offer to others by many loans of a trifle."""
 
@@ -301,14 +303,26 @@ async def own_offers(tx: Tx, lender_id: str) -> list[Offer]:
     return [Offer(**row) for row in rows.mappings()]
 
 
-async def list_offers(tx: Tx, lender_id: str, limit: int, before: int | None = None) -> list[Offer]:
-    """Return a lender's offers that are open or have a live loan, newest first, from below the number `before`."""
-    columns = loan_offers.c
-    lives = (columns.remaining > 0) | (_live_loans() > 0)
-    query = select(loan_offers).where(columns.lender_id == lender_id, lives).order_by(columns.seq.desc())
+async def list_offers(tx: Tx, lender_id: str, limit: int, before: int | None = None) -> tuple[list[Offer], int | None]:
+    """Return a lender's offers that are open or have a live loan, newest first, from below the number `before`.
+
+    Less than `limit` of them where they have more than LOANS_OF_OFFERS_MAX live loans. The number is that below which
+    there may be more.
+    """
+    columns, live = loan_offers.c, _live_loans()
+    query = select(loan_offers, live.label("live")).where(
+        columns.lender_id == lender_id, (columns.remaining > 0) | (live > 0)
+    )
     query = query if before is None else query.where(columns.seq < before)
-    rows = await tx.connection.execute(query.limit(min(limit, LOANS_A_PAGE_MAX)))
-    return [Offer(**row) for row in rows.mappings()]
+    rows = await tx.connection.execute(query.order_by(columns.seq.desc()).limit(min(limit, LOANS_A_PAGE_MAX)))
+    found: list[Offer] = []
+    shown = 0
+    for row in rows.mappings():
+        shown += row["live"]
+        if shown > LOANS_OF_OFFERS_MAX:
+            return found, found[-1].seq
+        found.append(Offer(**{name: row[name] for name in Offer.__slots__}))
+    return found, found[-1].seq if len(found) == limit else None
 
 
 # --- loans

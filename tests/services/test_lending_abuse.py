@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import URL, text
 
 from app.errors import ConflictError
-from app.services import loan_steps
+from app.services import loan_steps, loans
 from app.services.lending import OFFERS_A_BORROW_MAX
 from tests.services.calls import Calls
 from tests.services.lenders import Lenders, lenders_on
@@ -109,6 +109,30 @@ async def test_the_watch_counts_interest_that_a_top_up_has_accrued(lenders: Lend
         await tx.connection.execute(text("UPDATE loans SET accrued_to = clock_timestamp()"))
         named = await loan_steps.named_by_prices(tx, view, timedelta(hours=1), range(64), 10)
     assert named == [loan.id]  # 262 USDC of interest: 1.037
+
+
+_MANY = text(
+    """
+    INSERT INTO loans (id, offer_id, lender_id, borrower_id, asset, amount, principal, rate_kind, rate, notice_seconds,
+        collateral_asset, collateral, accrued, accrued_to, interest_paid, interest_booked, next_interest_at, recalled,
+        status, deficit, opened_at, next_action_at)
+    SELECT o.id || i, o.id, o.lender_id, :borrower, 'USDC', 1, 1, 'fixed', 0, 0, 'BTC', 1, 0, now(), 0, 0, now(), 0,
+        'active', 0, now(), now()
+    FROM loan_offers o, generate_series(1, 100) i
+    """
+)
+
+
+async def test_a_page_of_offers_ends_before_its_loans_are_too_many(lenders: Lenders) -> None:
+    alice, bob = await holder(lenders, USDC=1_000), await holder(lenders, BTC=1)
+    made = [(await lenders.offer(alice, 1)).id for _ in range(7)][::-1]
+    async with lenders.desk.database.transaction("test") as tx:
+        await tx.connection.execute(_MANY, {"borrower": bob})
+        first, below = await loans.list_offers(tx, alice, 200)
+        second, end = await loans.list_offers(tx, alice, 200, below)
+        assert [[offer.id for offer in page] for page in (first, second)] == [made[:5], made[5:]]
+        assert (below, end) == (first[-1].seq, None)
+        await tx.connection.execute(text("DELETE FROM loans"))
 
 
 # --- gates and ceilings
