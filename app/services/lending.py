@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from app.db.session import Tx
@@ -219,16 +221,17 @@ def _given_back(held: Book, asset: str, amount: Decimal) -> list[Move]:
 async def cancel_all(tx: Tx, scene: Scene, held: Book, named: Names) -> tuple[Book, list[str]]:
     """Withdraw every open offer of an account that is locked, and return its book and their ids.
 
-    The markets are locked one after the other, by name.
+    The markets are locked one after the other, by name; each is left after a handful of statements.
     """
     found = await loans.own_offers(tx, held.agent_id)
-    for one in found:
-        terms = scene.market.parameters.loans_of(one.asset)
-        market = await loans.lock_market(tx, one.asset) or await loans.open_market(tx, one.asset, terms, scene.now)
-        await loans.shrink_offer(tx, one.id, one.remaining, scene.now)
-        moves = _given_back(held, one.asset, one.remaining)
-        await ledger.post(tx, named.occasion(held.agent_id, "lending", "offer_cancelled", one.id), moves)
-        await loans.change_market(tx, market, terms, -one.remaining, ZERO, scene.now)
+    for asset, group in groupby(found, attrgetter("asset")):
+        total = sum((one.remaining for one in group), ZERO)
+        terms = scene.market.parameters.loans_of(asset)
+        market = await loans.lock_market(tx, asset) or await loans.open_market(tx, asset, terms, scene.now)
+        await loans.withdraw_offers(tx, held.agent_id, asset, scene.now)
+        moves = _given_back(held, asset, total)
+        await ledger.post(tx, named.occasion(held.agent_id, "lending", "offer_cancelled"), moves)
+        await loans.change_market(tx, market, terms, -total, ZERO, scene.now)
         held = held.after_moves(moves)
     return held, [one.id for one in found]
 

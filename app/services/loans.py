@@ -240,6 +240,13 @@ async def shrink_offer(tx: Tx, offer_id: str, amount: Decimal, withdrawn_at: dat
     await tx.connection.execute(update(loan_offers).where(columns.id == offer_id).values(left))
 
 
+async def withdraw_offers(tx: Tx, lender_id: str, asset: str, now: datetime) -> None:
+    """Withdraw what remains of all offers of an asset of a lender, whose account is locked."""
+    columns = loan_offers.c
+    open_ones = (columns.lender_id == lender_id, columns.asset == asset, columns.remaining > 0)
+    await tx.connection.execute(update(loan_offers).where(*open_ones).values(remaining=ZERO, withdrawn_at=now))
+
+
 async def find_offer(tx: Tx, lender_id: str, offer_id: str) -> Offer | None:
     """Return an offer of a lender, None where there is none of that id."""
     columns = loan_offers.c

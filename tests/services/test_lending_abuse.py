@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import URL, text
 
 from app.errors import ConflictError
-from app.services import loan_steps, loans
+from app.services import holdings, loan_steps, loans
+from app.services.holdings import HoldingSettings
 from app.services.lending import OFFERS_A_BORROW_MAX
 from tests.services.calls import Calls
 from tests.services.lenders import Lenders, lenders_on
@@ -145,6 +146,27 @@ async def test_offers_pass_the_gate_together(lenders: Lenders) -> None:
     with pytest.raises(ConflictError) as refused:
         await lenders.offer(alice, 1_500)  # 5 % of 2,500 would be 125: .802
     assert refused.value.code == "insufficient_margin"
+
+
+async def test_what_is_offered_lent_or_pledged_is_not_spent_twice(lenders: Lenders) -> None:
+    alice, bob = await holder(lenders, USDC=1_000, BTC=1), await holder(lenders, USDC=1_000)
+    await lenders.offer(alice, 400)
+    await lenders.offer(bob, 400)
+    await lenders.borrow(alice, 100, "0.5")
+    await lenders.borrow(bob, 100, 600, of="USDC")  # each of the other: 600 + 100 free, 100 free
+    for who, asset, free in ((alice, "USDC", 700), (alice, "BTC", "0.5"), (bob, "USDC", 100)):
+        assert (await lenders.money(who, asset))["free"] == D(free)
+        more = D(free) + D("0.000001")
+        for step in (lenders.desk.withdraw(who, asset, more), lenders.desk.reserve(who, more, asset)):
+            with pytest.raises(ConflictError) as refused:
+                await step
+            assert refused.value.code == "insufficient_funds"
+    async with lenders.desk.locked(bob) as (tx, _, _held):
+        await holdings.put(tx, bob, "USDC", HoldingSettings(long_term=True))
+    for again in (lenders.offer(bob, "100.000001"), lenders.borrow(bob, 20, "100.000001", of="USDC")):
+        with pytest.raises(ConflictError) as refused:
+            await again
+        assert refused.value.code == "insufficient_funds"
 
 
 async def test_what_is_borrowed_raises_no_ceiling(lenders: Lenders) -> None:
