@@ -262,6 +262,13 @@ class Priced:
     collateral: Decimal
     prices: Prices
 
+    def by_lender(self) -> dict[str, Decimal]:
+        """Return what is taken of each lender, of all its offers together."""
+        parts: dict[str, Decimal] = {}
+        for m in self.matches:
+            parts[m.offer.lender_id] = parts.get(m.offer.lender_id, ZERO) + m.amount
+        return parts
+
     @property
     def rate(self) -> Decimal:
         """The mean of the rates, by what is taken at each."""
@@ -364,7 +371,7 @@ async def borrow(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted, named
         if _is_enough(offers, asked) and not _is_enough(locked, asked):
             raise OthersError
         priced = price_loan(on.scene, on.market, asked, locked)
-        unwilling = {m.offer.lender_id for m in priced.matches if not _may_lend(on, m)}
+        unwilling = [lender for lender, part in priced.by_lender().items() if not _may_lend(on, lender, part)]
         if unwilling:
             passed_over.update(unwilling)
             raise UnwillingError
@@ -398,12 +405,12 @@ def _is_enough(offers: Sequence[OpenOffer], wanted: Wanted) -> bool:
     return sum((o.remaining for o in offers), ZERO) >= wanted.amount
 
 
-def _may_lend(on: Stage, found: Match) -> bool:
-    """Whether the lender's own gates let its units go."""
-    held = on.books[found.offer.lender_id]
+def _may_lend(on: Stage, lender_id: str, amount: Decimal) -> bool:
+    """Whether the lender's own gates let so many of its units go."""
+    held = on.books[lender_id]
     if held.opens_nothing is not None:
         return False
-    moves = [Move(on.asset, found.amount, agent(held.agent_id, "offered"), agent(held.agent_id, "lent"))]
+    moves = [Move(on.asset, amount, agent(held.agent_id, "offered"), agent(held.agent_id, "lent"))]
     try:
         on.scene.require_margin(held, held.after_moves(moves), "/amount")
     except PrimeriskError:

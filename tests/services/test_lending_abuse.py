@@ -148,6 +148,20 @@ async def test_offers_pass_the_gate_together(lenders: Lenders) -> None:
     assert refused.value.code == "insufficient_margin"
 
 
+async def test_a_lenders_offers_pass_its_gate_together_when_they_are_taken(lenders: Lenders) -> None:
+    trader, alice, bob = [await holder(lenders, **what) for what in ({"USDC": 10_000}, {"USDC": 10_000}, {"BTC": 1})]
+    for _ in range(2):
+        await lenders.offer(trader, 500, rate=0)
+    await lenders.desk.order(trader, "buy", "0.443")  # 7,974 of margin: .7994 with one of them lent, .8014 with both
+    await lenders.offer(alice, 1_000, rate="0.05")
+    [loan] = await lenders.borrow(bob, 1_000)
+    assert loan.lender_id == alice
+    [loan] = await lenders.borrow(bob, 500)
+    assert loan.lender_id == trader
+    figures = await lenders.desk.figures(trader)
+    assert figures.health.required_initial <= 0.8 * figures.equity
+
+
 async def test_what_is_offered_lent_or_pledged_is_not_spent_twice(lenders: Lenders) -> None:
     alice, bob = await holder(lenders, USDC=1_000, BTC=1), await holder(lenders, USDC=1_000)
     await lenders.offer(alice, 400)
