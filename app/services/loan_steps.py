@@ -125,11 +125,11 @@ async def _note(on: Stage, loan: Loan, prices: Prices, *, is_low: bool) -> Decid
     if not is_low:
         return Decided()
     debt = loan.principal + loan.interest(on.terms.decimals)
-    wanted = prices.needed(debt, to_decimal(on.terms.collateral_ratio))
+    wanted = prices.needed(debt, to_decimal(on.terms.collateral_ratio)) if prices.kept > 0 else None
     told = {
         "ratio": to_float(prices.ratio(loan.collateral, debt)),
         "liquidation_ratio": on.terms.liquidation_ratio,
-        "top_up": plain(max(ZERO, wanted - loan.collateral)),
+        "top_up": None if wanted is None else plain(max(ZERO, wanted - loan.collateral)),
     }
     await lending.tell(on.tx, "loan.collateral_low", after, **told)
     return Decided(("loan.collateral_low",))
@@ -147,8 +147,9 @@ async def _sell(on: Stage, loan: Loan, part: Decimal, cause: str, prices: Prices
     free = on.books[loan.borrower_id].holding(loan.asset).free
     deficit = done.missing - min(free, done.missing)
     moves = bought_in(loan.borrower_id, loan.asset, loan.collateral_asset, done, free)
-    occasion = OF_THE_SERVICE.occasion(loan.borrower_id, "lending", "loan_liquidated", loan.id)
-    await ledger.post(on.tx, occasion, moves)
+    if moves:  # none where there is no collateral, and the borrower has enough free
+        occasion = OF_THE_SERVICE.occasion(loan.borrower_id, "lending", "loan_liquidated", loan.id)
+        await ledger.post(on.tx, occasion, moves)
     left = replace(loan, collateral=loan.collateral - done.sold, deficit=loan.deficit + deficit)
     after = await pay(on, left, interest, part, OF_THE_SERVICE)
     given_back = after.collateral if after.principal == 0 else ZERO
