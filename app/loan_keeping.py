@@ -72,7 +72,8 @@ class LoanKeeper:
             view = await self._market.current(tx)
             below: list[str] = []
             if view.price_version != self._prices or now - self._looked >= LOOK_SECONDS:
-                below = await loan_steps.named_by_prices(tx, view, self._price_age_max, shards, NAMED_AT_ONCE_MAX)
+                age_max, most, but = self._price_age_max, NAMED_AT_ONCE_MAX, tuple(self._again)
+                below = await loan_steps.named_by_prices(tx, view, age_max, shards, most, but)
                 self._prices, self._looked = view.price_version, now
             if now - self._measured >= MEASURE_SECONDS:
                 self._measure(await loans.totals(tx, MARKETS_MEASURED_MAX), view)
