@@ -110,7 +110,7 @@ async def test_a_fact_is_an_admins_to_book_and_may_default(service: Service) -> 
     )
     assert (await bob.get(path))["state"] == "defaulted"
     assert counted(service, "netting_runs_total", outcome="defaulted") == 1
-    problem(await bob.ask(f"{path}/obligations", owes(alice, 1, "x")), 409, "agreement_defaulted", "/state")
+    problem(await bob.ask(f"{path}/obligations", owes(alice, 101, "x")), 409, "agreement_defaulted", "/state")
     await alice.deposit(USDC=61)
     assert (await bob.post(f"{path}/settle"))["outcome"] == "settled"
     assert (await bob.get("/wallet/balance"))["free"] == 140

@@ -348,6 +348,11 @@ async def test_lists_are_by_party_role_and_state(clearing: Clearing) -> None:
         assert await ids(alice, 2) == [third.id, second.id]
         assert await ids(alice, 2, before=second.seq) == [first.id]
         assert await ids(carol, 10, state="released") == []
+        assert [await escrows.open_legs(tx, agent_id) for agent_id in (bob, carol)] == [{"USDC": -100}, {}]
+    # what is to come counts once it is accepted
+    await clearing.confirm(bob, first)
+    await clearing.confirm(carol, third)
+    async with desk.database.transaction(ACTOR) as tx:
         assert await escrows.open_legs(tx, bob) == {}  # 100 to come, 100 to go
         assert await escrows.open_legs(tx, carol) == {"USDC": 100}
 
