@@ -26,6 +26,7 @@ from app.services.statements import Obligation, Run, Stated, Statement
 
 router = APIRouter(prefix="/api/netting/agreements", tags=["netting"])
 
+RunId = Annotated[str | None, Query(description="what a run settled, or could not", pattern="^[A-Za-z0-9_]{1,64}$")]
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
 
 
@@ -185,7 +186,7 @@ async def get_statement(
     owner: BookOwner,
     agreement_id: str,
     as_of: Annotated[str | None, Query(description="a moment: what was open then", max_length=40)] = None,
-    run_id: Annotated[str | None, Query(description="what a run settled, or could not", max_length=64)] = None,
+    run_id: RunId = None,
     limit: Limit = PAGE_MAX,
     cursor: Cursor = "",
 ) -> Response:

@@ -102,10 +102,10 @@ async def propose(tx: Tx, scene: Scene, proposer: str, asked: NewAgreement) -> A
     Raises InvalidError, ConflictError past the limit of what waits for answers.
     """
     members = await _checked_members(tx, proposer, asked)
+    if not 1 <= len(asked.services) <= SERVICES_MAX:
+        raise invalid("/services", "too_many_items", f"an agreement is about 1 to {SERVICES_MAX} services")
     for service in asked.services:
         wallet.check_service("/services", service)
-    if not 1 <= len(set(asked.services)) <= SERVICES_MAX:
-        raise invalid("/services", "too_many_items", f"an agreement is about 1 to {SERVICES_MAX} services")
     if asked.interval_seconds is not None and not 1 <= asked.interval_seconds <= INTERVAL_SECONDS_MAX:
         raise invalid("/interval_seconds", "number_out_of_range", f"it is 1 to {INTERVAL_SECONDS_MAX}")
     threshold = None if asked.threshold is None else checked_amount("/threshold", asked.threshold)

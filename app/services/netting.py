@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import delete, insert
+from sqlalchemy import delete, insert, select
 from sqlalchemy.dialects import postgresql
 
 from app.db.clearing_tables import netting_obligations, netting_positions, netting_runs
@@ -37,6 +37,8 @@ from app.services.wallet import Names, NewReservation
 SERVICE = "netting"
 OPEN_OBLIGATIONS_MAX = 10_000
 """Obligations of one agreement that wait for a run."""
+ASSETS_MAX = 16
+"""Assets that are open under one agreement: a run holds all members' accounts while it pays each debtor and asset."""
 
 ZERO = Decimal(0)
 
@@ -97,6 +99,7 @@ async def book_obligation(
     _check_bookable(agreement, payer, asked)
     market_rules.check_symbol("/asset", asked.asset)
     scene.require_price("/asset", asked.asset)
+    await _check_assets(tx, agreement, asked.asset)
     owed = Owed(payer, asked.payee, asked.asset, amount)
     nets = {gross.agent_id: gross.net for gross in await _add(tx, agreement, owed)}
     if agreement.state == "defaulted" and not nets[payer] <= 0 <= nets[asked.payee]:
@@ -145,6 +148,15 @@ def _check_bookable(agreement: Agreement, payer: str, asked: NewObligation) -> N
     if agreement.open_obligations >= OPEN_OBLIGATIONS_MAX:
         detail = f"{OPEN_OBLIGATIONS_MAX} obligations are open: settle them first"
         raise conflict("/open_obligations", "agreement_full", detail)
+
+
+async def _check_assets(tx: Tx, agreement: Agreement, asset: str) -> None:
+    columns = netting_positions.c
+    query = select(columns.asset).where(columns.agreement_id == agreement.id).distinct()
+    open_now = set((await tx.connection.execute(query)).scalars())
+    if len(open_now | {asset}) > ASSETS_MAX:
+        detail = f"{ASSETS_MAX} assets are open: settle them first"
+        raise conflict("/asset", "agreement_full", detail)
 
 
 def _not_a_member() -> InvalidError:

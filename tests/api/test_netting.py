@@ -160,6 +160,7 @@ async def test_what_is_refused_says_where(service: Service) -> None:
         ({"members": [f"agent_{k}" for k in range(51)]}, "too_many_items", "/members"),
         ({"services": []}, "too_many_items", "/services"),
         ({"services": ["Data"]}, "invalid_service", "/services"),
+        ({"services": ["data"] * 33}, "too_many_items", "/services"),
         ({"interval_seconds": 0}, "number_out_of_range", "/interval_seconds"),
         ({"threshold": 0}, "not_positive", "/threshold"),
         ({"name": ""}, "invalid_value", "/name"),
@@ -185,3 +186,8 @@ async def test_what_is_refused_says_where(service: Service) -> None:
     for query, code in (("as_of=yesterday", "invalid_value"), ("run_id=r&as_of=2026-01-01T00:00:00Z", "not_allowed")):
         problem(await alice.send("GET", f"{path}/statement?{query}"), 422, code, "/as_of")
     problem(await alice.send("GET", f"{path}/statement?run_id=run_0"), 404, "run_not_found")
+    problem(await alice.send("GET", f"{path}/statement?run_id=%00"), 422, "invalid_parameter")
+    for moment in ("0001-01-01T00:00:00%2B14:00", "9999-12-31T23:59:59-14:00"):  # in UTC, no years that there are
+        problem(await alice.send("GET", f"{path}/statement?as_of={moment}"), 422, "invalid_value", "/as_of")
+    for moment in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"):
+        assert (await alice.get(f"{path}/statement?as_of={moment}"))["obligations"] == []

@@ -188,6 +188,20 @@ async def test_what_is_not_covered_is_not_booked(clearing: Clearing) -> None:
     await clearing.check()
 
 
+async def test_no_more_assets_than_a_run_pays_in_a_moment(clearing: Clearing) -> None:
+    desk = clearing.desk
+    alice, bob = await desk.agent("1000"), await desk.agent("1000")
+    names = [f"COIN{k}" for k in range(netting.ASSETS_MAX + 1)]
+    await desk.prices(dict.fromkeys(names, "1"))
+    made = await clearing.agree(alice, bob)
+    for name in names[:-1]:
+        await clearing.owe(made, alice, bob, 1, name, fact=True)
+    await refused(clearing.owe(made, bob, alice, 1, names[-1], fact=True), "agreement_full")
+    await clearing.owe(made, bob, alice, 1, names[0], fact=True)
+    assert (await clearing.agreement(made)).open_obligations == netting.ASSETS_MAX + 1
+    await clearing.check()
+
+
 async def test_a_reference_is_booked_once(clearing: Clearing) -> None:
     desk = clearing.desk
     alice, bob = await desk.agent("1000"), await desk.agent("1000")
