@@ -470,8 +470,12 @@ async def _find(tx: Tx, escrow_id: str) -> Escrow | None:
     return None if row is None else Escrow(**row)
 
 
+def _fee_alone(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data[name] for name in ("escrow_id", "state", "asset", "fee", "referral", "referrer", "ended_at")}
+
+
 async def _told(tx: Tx, escrow: Escrow, event: str) -> Done:
-    """Tell payer and payee; of a dispute and its end the arbiter too, of its fee the referrer."""
+    """Tell payer and payee; of a dispute and its end the arbiter too; of its fee the referrer, who is no party."""
     told = {escrow.payer, escrow.payee}
     if escrow.arbiter is not None and escrow.disputed_at is not None:
         told.add(escrow.arbiter)
@@ -480,5 +484,6 @@ async def _told(tx: Tx, escrow: Escrow, event: str) -> Done:
     shown = figures(escrow)
     data = {"escrow_id": shown.pop("id"), **shown}
     for agent_id in sorted(told):
-        await events.emit(tx, event, agent_id, data)
+        is_party = agent_id in (escrow.payer, escrow.payee, escrow.arbiter)
+        await events.emit(tx, event, agent_id, data if is_party else _fee_alone(data))
     return Done(escrow, event)

@@ -66,6 +66,11 @@ async def test_ten_thousand_through_escrow(clearing: Clearing) -> None:
     for party in (payer, payee):
         assert await clearing.events(party) == ["escrow.funded", "escrow.accepted", "escrow.released"]
     assert await clearing.events(referrer) == ["escrow.released"]
+    # who is no party hears of its share, and not who paid whom for what
+    [(data,)] = await desk.rows("SELECT data::text FROM events WHERE agent_id = :id AND type ~ '^escrow'", id=referrer)
+    assert '"referral": 15' in data
+    assert payer not in data
+    assert payee not in data
 
 
 async def test_fee_and_share_are_parameters_and_those_of_the_funding(clearing: Clearing) -> None:
