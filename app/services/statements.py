@@ -111,7 +111,8 @@ async def stated(
     if ran is not None:
         window, moment = Window(agreement_id, ran.after_seq, ran.last_seq), ran.ran_at
     else:
-        moment = as_of or tx.now
+        # within the agreement's life: some moments are past Postgres's calendar
+        moment = tx.now if as_of is None else max(agreement.created_at, min(as_of, tx.now))
         window = await _window_at(tx, agreement, moment if until is None else min(moment, until))
     page = await list_obligations(tx, window, limit, before)
     return Stated(agreement, ran, moment, await owed(tx, window), page)
