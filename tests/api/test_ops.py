@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,11 +10,14 @@ from sqlalchemy import text
 
 from app.db import migrate
 from app.db.session import parse_database_url
+from app.domain import escrow
+from app.domain.escrow import State
 from app.domain.margin_calls import LIVE_STATES
 from app.domain.tally import BANDS, Endangered, Tally
 from app.domain.webhooks import EVENT_TYPES
 from app.services import heartbeat
 from app.services.figures import every
+from app.services.figures.clearing import AGREEMENTS
 from tests.api.bodies import WORKED
 from tests.api.service import MARGIN, connected, problem, running
 from tests.postgres import fresh_database
@@ -31,11 +34,6 @@ TYPES = {
     "primerisk_account_snapshots": "counter",
     "primerisk_margin_events": "counter",
     "primerisk_loan_events": "counter",
-    "primerisk_loan_deficits_usd": "counter",
-    "primerisk_loans": "gauge",
-    "primerisk_loans_borrowed_usd": "gauge",
-    "primerisk_loans_utilization": "gauge",
-    "primerisk_loans_rate": "gauge",
     "primerisk_decision_seconds": "histogram",
     "primerisk_decision_failures": "counter",
     "primerisk_decisions_waiting": "gauge",
@@ -60,13 +58,9 @@ TYPES = {
     "primerisk_database_up": "gauge",
     "primerisk_build_info": "gauge",
     "primerisk_escrow_events": "counter",
-    "primerisk_escrows_open": "gauge",
-    "primerisk_escrow_outstanding_usd": "gauge",
     "primerisk_netting_runs": "counter",
     "primerisk_netting_movements_saved": "counter",
     "primerisk_netting_fees_saved_usd": "counter",
-    "primerisk_netting_agreements": "gauge",
-    "primerisk_netting_obligations_open": "gauge",
     "primerisk_clearing_failures": "counter",
 }
 OF_THE_SERVICE = {
@@ -94,6 +88,21 @@ OF_THE_SERVICE = {
     "primerisk_var_forecasts": "gauge",
     "primerisk_var_exceptions": "gauge",
     "primerisk_var_exceptions_expected": "gauge",
+    "primerisk_loans": "gauge",
+    "primerisk_loans_borrowed_usd": "gauge",
+    "primerisk_loans_utilization": "gauge",
+    "primerisk_loans_rate": "gauge",
+    "primerisk_loan_recall_overdue_seconds": "gauge",
+    "primerisk_loan_action_late_seconds": "gauge",
+    "primerisk_loan_deficit": "counter",
+    "primerisk_loans_with_deficit": "counter",
+    "primerisk_escrows_open": "gauge",
+    "primerisk_escrow_outstanding_usd": "gauge",
+    "primerisk_escrow_dispute_seconds": "gauge",
+    "primerisk_netting_agreements": "gauge",
+    "primerisk_netting_obligations_open": "gauge",
+    "primerisk_netting_default_seconds": "gauge",
+    "primerisk_clearing_action_late_seconds": "gauge",
     "primerisk_figures_age_seconds": "gauge",
     "primerisk_figures_seconds": "gauge",
 }
@@ -103,13 +112,17 @@ LABELS: dict[str, set[str] | int] = {
     "method": {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "-"},
     "route": 120,
     "status": 40,
-    "kind": {"margin", "var", "stress", "sizing", "what_if", "plans", "backtest", "report"},
+    "kind": {"margin", "var", "stress", "sizing", "what_if", "plans", "backtest", "report", "stable", "coin"},
     "le": 40,
     "version": 1,
     "result": {"filled", "pending", "refused", "delivered", "timeout", "unreachable", "blocked"},
-    "event": {kind for kind in EVENT_TYPES if kind.startswith(("margin_call.", "liquidation.", "loan."))},
+    "event": {
+        *(kind for kind in EVENT_TYPES if kind.startswith(("margin_call.", "liquidation.", "loan."))),
+        *get_args(State),
+    },
+    "outcome": {"settled", "defaulted"},
     "pool": {"transactions", "reads"},
-    "state": {"in_use", "idle", "held", "free", "active", "recalled", *LIVE_STATES},
+    "state": {"in_use", "idle", "held", "free", "active", "recalled", *LIVE_STATES, *escrow.LIVE_STATES, *AGREEMENTS},
     "limit": {"requests_under_way", "database_connections", "price_age_seconds"},
     "figures": {kind.name for kind in every.kinds(1.0, 1.0)},
     "zone": {"GREEN", "YELLOW", "ORANGE", "RED"},

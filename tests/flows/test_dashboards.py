@@ -137,14 +137,17 @@ def _check_rules(asked: Prometheus) -> None:
     rules = [rule for group in groups for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}
     firing = {rule["name"] for rule in rules if rule.get("state") == "firing"}
-    assert firing <= {"PrimeriskDeficit", "PrimeriskAgentsOwe", "PrimeriskCallsSlow"}, "whatever a crash may bring"
+    assert firing <= {"PrimeriskDeficit", "PrimeriskLoanDeficit", "PrimeriskAgentsOwe", "PrimeriskCallsSlow"}, (
+        "whatever a crash may bring"
+    )
 
 
 def _check_agreement(stack: Stack) -> None:
     """Check that both API processes and both workers say the same of the service."""
     addresses = [*stack.apis, *(f"http://{worker}" for worker in stack.workers)]
     shown = [httpx.get(f"{address}/metrics").text for address in addresses]
-    for pattern in (r"^primerisk_accounts\{.*$", r"^primerisk_margin_calls\{.*$", r"^primerisk_shards\{.*$"):
+    for name in ("accounts", "margin_calls", "shards", "loans", "escrows_open", "netting_agreements"):
+        pattern = rf"^primerisk_{name}\{{.*$"
         told = [re.findall(pattern, text, re.MULTILINE) for text in shown]
         assert told[0]
         assert all(one == told[0] for one in told), told

@@ -191,6 +191,11 @@ def gauge(name: str, help_text: str, value: float | Mapping[str, float], label: 
     return family
 
 
+def earliest(moments: Iterable[datetime | None]) -> float | None:
+    """Return the earliest of some moments as Unix time, none where there is none."""
+    return min((moment.timestamp() for moment in moments if moment is not None), default=None)
+
+
 def seconds_since(moment: float | None, now: datetime) -> float:
     """Return the seconds since a moment of Unix time; 0 for none, and for one to come."""
     return 0.0 if moment is None else max(0.0, now.timestamp() - moment)
