@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -136,6 +137,17 @@ async def test_a_kind_at_fault_keeps_no_other_from_being_taken(databases: list[D
     shown = _samples(registry)
     assert (shown["g", ""], shown["primerisk_figure_failures_total", ""]) == (1, 1), "not tried again at once"
     assert shown["primerisk_figures_age_seconds", "counted"] < 60
+
+
+async def test_a_kind_that_another_release_took_otherwise_hides_no_other(databases: list[Database]) -> None:
+    kind, renamed = Counted(), Counted()
+    odd = replace(renamed.figure, name="odd", show=lambda values, _: [gauge("odd", "odd", values["gone"])])
+    keeper, registry = _keeper(databases[0], odd, kind.figure)
+    await keeper.round()
+    shown = _samples(registry)
+    assert shown["g", ""] == 1
+    assert ("primerisk_figures_age_seconds", "odd") not in shown, "it is missing, and that is an alert"
+    assert _samples(registry)["primerisk_figure_failures_total", ""] >= 1
 
 
 # --- what they say

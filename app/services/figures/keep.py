@@ -175,10 +175,21 @@ class Keeper(Collector):
             taken = known.get(kind.name)
             if now is None or taken is None or not taken.values:  # never taken yet
                 continue
-            age.add_metric([kind.name], max(0.0, (now - taken.taken_at).total_seconds()))
-            took.add_metric([kind.name], taken.seconds)
-            yield from kind.show(taken.values, now)
+            shown = self._shown(kind, taken.values, now)
+            if shown:
+                age.add_metric([kind.name], max(0.0, (now - taken.taken_at).total_seconds()))
+                took.add_metric([kind.name], taken.seconds)
+            yield from shown
         yield from (age, took)
+
+    def _shown(self, kind: Figure, values: Values, now: datetime) -> list[Metric]:
+        """Return a kind's series; none where another release took it and means something else: the others are shown."""
+        try:
+            return list(kind.show(values, now))
+        except Exception:
+            self.failures.inc()
+            log.exception("the figures of %s can't be shown", kind.name)
+            return []
 
 
 def gauge(name: str, help_text: str, value: float | Mapping[str, float], label: str | None = None) -> GaugeMetricFamily:
