@@ -103,6 +103,9 @@ class Keeper(Collector):
                 await self.round()
             except (DatabaseUnavailableError, SQLAlchemyError) as error:
                 log.debug("the service's figures can't be read: %s", type(error).__name__)
+            except Exception:  # else this process would show the same ones for ever
+                self.failures.inc()
+                log.exception("the service's figures can't be read")
             await asyncio.sleep(self._poll_seconds)
 
     async def round(self) -> None:
