@@ -212,11 +212,23 @@ async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[
     return list((await tx.connection.execute(query)).scalars())
 
 
-async def standing(tx: Tx) -> dict[State, tuple[int, int]]:
-    """Return by state how many agreements there are, and how many obligations are open."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The agreements of one state: how many, their open obligations, the longest in default, the earliest timer."""
+
+    agreements: int
+    obligations: int
+    defaulted_at: datetime | None
+    next_action_at: datetime | None
+
+
+async def standing(tx: Tx) -> dict[State, Standing]:
+    """Return the agreements that have not ended by state."""
     columns = netting_agreements.c
-    query = select(columns.state, func.count(), func.sum(columns.open_obligations)).group_by(columns.state)
-    return {row[0]: (row[1], row[2]) for row in await tx.connection.execute(query.where(columns.state != "ended"))}
+    sums = func.count(), func.sum(columns.open_obligations)
+    times = func.min(columns.defaulted_at), func.min(columns.next_action_at)
+    query = select(columns.state, *sums, *times).where(columns.state != "ended").group_by(columns.state)
+    return {state: Standing(*of) for state, *of in await tx.connection.execute(query)}
 
 
 # --- what becomes of it, by `netting` under the row's lock

@@ -325,6 +325,14 @@ async def outstanding(tx: Tx) -> list[tuple[State, str, int, Decimal]]:
     return [(row[0], row[1], row[2], row[3]) for row in await tx.connection.execute(query)]
 
 
+async def oldest(tx: Tx) -> tuple[datetime | None, datetime | None]:
+    """Return since when the oldest dispute goes on, and when the earliest timer of all live escrows is due."""
+    columns = escrows.c
+    query = select(func.min(columns.disputed_at).filter(columns.state == "disputed"), func.min(columns.next_action_at))
+    disputed_at, next_action_at = (await tx.connection.execute(query.where(columns.state.in_(LIVE_STATES)))).one()
+    return disputed_at, next_action_at
+
+
 def figures(escrow: Escrow) -> dict[str, Any]:
     """Return an escrow as replies and events show it."""
     row = asdict(escrow)

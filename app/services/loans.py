@@ -478,26 +478,41 @@ _BELOW = text(
 
 @dataclass(frozen=True, slots=True)
 class MarketTotal:
-    """A market, and how many of its loans are active and recalled."""
+    """A market, its live loans counted, and of them the earliest that is due back and the earliest timer."""
 
     market: Market
     active: int
     recalled: int
+    due_at: datetime | None
+    next_action_at: datetime | None
 
 
-async def totals(tx: Tx, limit: int) -> list[MarketTotal]:
-    """Return the markets of which the most loans are live, for who measures them."""
+async def totals(tx: Tx) -> list[MarketTotal]:
+    """Return every market, those first of which the most loans are live."""
     columns = loans.c
     counts = [func.count().filter(columns.status == status).label(status) for status in LIVE]
-    counted = select(columns.asset, *counts).where(columns.status.in_(LIVE)).group_by(columns.asset).subquery()
-    active, recalled = func.coalesce(counted.c.active, 0), func.coalesce(counted.c.recalled, 0)
-    query = select(lending_markets, active.label("active"), recalled.label("recalled"))
-    query = query.outerjoin(counted, counted.c.asset == lending_markets.c.asset)
-    rows = await tx.connection.execute(query.order_by((active + recalled).desc(), lending_markets.c.asset).limit(limit))
+    times = [func.min(column).label(column.name) for column in (columns.due_at, columns.next_action_at)]
+    live = select(columns.asset, *counts, *times).where(columns.status.in_(LIVE)).group_by(columns.asset).subquery()
+    active, recalled = func.coalesce(live.c.active, 0), func.coalesce(live.c.recalled, 0)
+    query = select(
+        lending_markets, active.label("active"), recalled.label("recalled"), live.c.due_at, live.c.next_action_at
+    ).outerjoin(live, live.c.asset == lending_markets.c.asset)
+    rows = await tx.connection.execute(query.order_by((active + recalled).desc(), lending_markets.c.asset))
     names = Market.__slots__
     return [
-        MarketTotal(Market(**{n: row[n] for n in names}), row["active"], row["recalled"]) for row in rows.mappings()
+        MarketTotal(
+            Market(**{n: row[n] for n in names}), row["active"], row["recalled"], row["due_at"], row["next_action_at"]
+        )
+        for row in rows.mappings()
     ]
+
+
+async def losses(tx: Tx) -> dict[str, tuple[int, Decimal]]:
+    """Return by asset for how many loans the house had to make the lender whole, and the units that it advanced."""
+    columns = loans.c
+    query = select(columns.asset, func.count(), func.sum(columns.deficit)).where(columns.deficit > text("0"))
+    rows = await tx.connection.execute(query.group_by(columns.asset))
+    return {asset: (count, amount) for asset, count, amount in rows}
 
 
 @dataclass(frozen=True, slots=True)
