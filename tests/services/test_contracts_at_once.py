@@ -15,9 +15,8 @@ from app.services.agreements import Agreement, NewAgreement
 from tests.database import make_settings
 from tests.services.clearing import Clearing
 from tests.services.desk import ACTOR, Desk
-from tests.services.lenders import PRICES, RULES, Lenders
+from tests.services.lenders import PRICES, RULES, Lenders, check
 from tests.services.test_concurrency import at_once
-from tests.services.test_lending_races import check
 
 WITHIN_THE_RULES = {
     "done",
@@ -63,7 +62,7 @@ async def test_nothing_waits_for_ever(desk: Desk, turn: int) -> None:
     assert set(ended) <= WITHIN_THE_RULES, ended
     assert ended["done"] > len(steps) / 2
     await clearing.check()
-    await check(lenders)
+    await check(desk)
 
 
 async def contracts(clearing: Clearing, group: Agreement, agent_id: str, others: list[str]) -> list[Awaitable[Any]]:
