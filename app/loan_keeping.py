@@ -15,7 +15,7 @@ from app.errors import DatabaseUnavailableError
 from app.services import loan_steps, loans
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
-from app.services.market_cache import MarketCache, MarketView
+from app.services.market_cache import MarketCache
 from app.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -24,9 +24,6 @@ NAMED_AT_ONCE_MAX = 200
 DECISIONS_AT_ONCE = 2
 LOOK_SECONDS = 1.0
 """How often all loans are looked over where no price has changed: interest accrues, and prices go stale."""
-MEASURE_SECONDS = 5.0
-MARKETS_MEASURED_MAX = 20
-"""Assets that label a metric, those with the most loans."""
 AGAIN_SECONDS = 30.0
 """How long a loan is left alone on which deciding has failed."""
 
@@ -52,7 +49,7 @@ class LoanKeeper:
         self._rules = rules
         self._price_age_max = price_age_max
         self._prices = -1
-        self._looked = self._measured = 0.0
+        self._looked = 0.0
         self._again: dict[str, float] = {}
 
     async def round(self, shards: Collection[int]) -> None:
@@ -72,11 +69,9 @@ class LoanKeeper:
             view = await self._market.current(tx)
             below: list[str] = []
             if view.price_version != self._prices or now - self._looked >= LOOK_SECONDS:
-                below = await loan_steps.named_by_prices(tx, view, self._price_age_max, shards, NAMED_AT_ONCE_MAX)
+                age_max, most, but = self._price_age_max, NAMED_AT_ONCE_MAX, tuple(self._again)
+                below = await loan_steps.named_by_prices(tx, view, age_max, shards, most, but)
                 self._prices, self._looked = view.price_version, now
-            if now - self._measured >= MEASURE_SECONDS:
-                self._measure(await loans.totals(tx, MARKETS_MEASURED_MAX), view)
-                self._measured = now
         return list(dict.fromkeys([*below, *due]))
 
     async def _decide(self, loan_id: str) -> None:
@@ -93,7 +88,8 @@ class LoanKeeper:
         else:
             for told in decided.told:
                 self._metrics.loan_events.labels(told).inc()
-            self._metrics.loan_deficits.inc(decided.deficit)
+            if decided.deficit:
+                log.error("the house advanced %.2f USD to make the lender of %s whole", decided.deficit, loan_id)
 
     async def _leave_alone(self, loan_id: str) -> None:
         """Put off a loan, in the database too: its timer would be due for ever."""
@@ -103,17 +99,3 @@ class LoanKeeper:
                 await loans.put_off(tx, loan_id, tx.now + timedelta(seconds=AGAIN_SECONDS))
         except (DatabaseUnavailableError, SQLAlchemyError) as error:
             log.warning("a loan can't be put off: %s", type(error).__name__)
-
-    def _measure(self, totals: Sequence[loans.MarketTotal], view: MarketView) -> None:
-        metrics = self._metrics
-        for state in ("active", "recalled"):
-            metrics.loans.labels(state).set(sum(getattr(total, state) for total in totals))
-        for gauge in (metrics.loans_borrowed, metrics.loans_utilization, metrics.loans_rate):
-            gauge.clear()
-        for total in totals:
-            market, price = total.market, view.prices.get(total.market.asset)
-            metrics.loans_utilization.labels(market.asset).set(float(market.utilization))
-            metrics.loans_rate.labels(market.asset).set(float(market.rate))
-            if price is not None or view.parameters.asset(market.asset).kind == "stable":
-                worth = float(market.borrowed) * (1.0 if price is None else price.value)
-                metrics.loans_borrowed.labels(market.asset).set(worth)

@@ -27,9 +27,14 @@ concerned: ContextVar[Mapping[str, str]] = ContextVar("concerned", default=_NOBO
 """Whom the work under way concerns, by name: `agent_id`, `margin_call_id`. Every line of the log carries it."""
 
 _FAST_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+"""Fewer, since each route has them all: they are most of a scrape."""
 _CALL_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _ORDER_RESULTS = ("filled", "pending", "refused")
 _ATTEMPT_RESULTS = ("delivered", "refused", "timeout", "unreachable", "blocked")
+_LOAN_EVENTS = ("loan.collateral_low", "loan.recalled", "loan.liquidated")
+_ESCROW_EVENTS = ("funded", "accepted", "disputed", "released", "refunded", "cancelled", "resolved")
+_RUN_OUTCOMES = ("settled", "defaulted")
 _POSITIONS = (0, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 5_000)
 
 
@@ -67,8 +72,7 @@ class Metrics:
         self._of_quotes()
         self._of_books()
         self._of_webhooks()
-        self._of_loans()
-        self._of_clearing()
+        self._of_contracts()
         self._of_the_process()
         Info("primerisk_build", "Version of the service.", registry=self.registry).info({"version": package_version()})
 
@@ -115,7 +119,7 @@ class Metrics:
             "primerisk_http_request_duration_seconds",
             "Time from the first byte in to the last byte out, by route template.",
             ("route",),
-            buckets=_FAST_SECONDS,
+            buckets=_REQUEST_SECONDS,
             registry=self.registry,
         )
         self.requests_under_way = Gauge(
@@ -207,49 +211,18 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _of_loans(self) -> None:
+    def _of_contracts(self) -> None:
+        """Count what becomes of loans, escrows and agreements; what is open of them is in `services/figures`."""
         self.loan_events = Counter(
             "primerisk_loan_events_total",
             "What became of loans by themselves, by event.",
             ("event",),
             registry=self.registry,
         )
-        self.loan_deficits = Counter(
-            "primerisk_loan_deficits_usd_total",
-            "What the house advanced to make lenders whole, USD.",
-            registry=self.registry,
-        )
-        self.loans = Gauge("primerisk_loans", "Live loans by state.", ("state",), registry=self.registry)
-        self.loans_borrowed = Gauge(
-            "primerisk_loans_borrowed_usd", "What is borrowed, by asset, USD.", ("asset",), registry=self.registry
-        )
-        self.loans_utilization = Gauge(
-            "primerisk_loans_utilization",
-            "Share of what is lent or on offer that is borrowed, by asset.",
-            ("asset",),
-            registry=self.registry,
-        )
-        self.loans_rate = Gauge(
-            "primerisk_loans_rate", "Annual borrow rate of the curve, by asset.", ("asset",), registry=self.registry
-        )
-
-    def _of_clearing(self) -> None:
         self.escrow_events = Counter(
             "primerisk_escrow_events_total",
             "Escrows by what became of them: funded, accepted, disputed, released, refunded, cancelled, resolved.",
             ("event",),
-            registry=self.registry,
-        )
-        self.escrows_open = Gauge(
-            "primerisk_escrows_open",
-            "Escrows that are not over, by state: funded, accepted, disputed.",
-            ("state",),
-            registry=self.registry,
-        )
-        self.escrow_usd = Gauge(
-            "primerisk_escrow_outstanding_usd",
-            "What payers have set aside in open escrows, USD at stored prices, by kind of asset: stable, coin.",
-            ("kind",),
             registry=self.registry,
         )
         self.netting_runs = Counter(
@@ -279,20 +252,14 @@ class Metrics:
             "Members in breach that their fleet stood by with more of their delegation.",
             registry=self.registry,
         )
-        self.netting_agreements = Gauge(
-            "primerisk_netting_agreements",
-            "Netting agreements by state: proposed, active, defaulted.",
-            ("state",),
-            registry=self.registry,
-        )
-        self.netting_obligations_open = Gauge(
-            "primerisk_netting_obligations_open", "Obligations that wait for a run.", registry=self.registry
-        )
         self.clearing_failures = Counter(
             "primerisk_clearing_failures_total",
             "Time-outs and cut-offs that a fault of ours prevented; they are tried again, and the log says why.",
             registry=self.registry,
         )
+        _begin(self.loan_events, _LOAN_EVENTS)
+        _begin(self.escrow_events, _ESCROW_EVENTS)
+        _begin(self.netting_runs, _RUN_OUTCOMES)
 
     def _of_webhooks(self) -> None:
         self.webhook_attempts = Counter(

@@ -145,7 +145,6 @@ class Worker:
                 asyncio.create_task(self._forever(self._watch)),
                 asyncio.create_task(self._forever(self._fire_timers)),
                 asyncio.create_task(self._forever(self._clear)),
-                asyncio.create_task(self._forever(self._measure)),
                 asyncio.create_task(self._forever(self._beat)),
                 asyncio.create_task(self._forever(self._take_snapshots)),
                 asyncio.create_task(self._forever(self._keep_loans)),
@@ -213,12 +212,6 @@ class Worker:
             if self._shards and self._market.view.read_at is not None:
                 await self._fleets.look(self._shards)
             await asyncio.sleep(fleet_watch.EVERY_SECONDS)
-
-    async def _measure(self) -> None:
-        """Tell how much of clearing is open."""
-        while True:
-            await self._clearing.measure(self._market.view)
-            await asyncio.sleep(clearing.GAUGES_EVERY_SECONDS)
 
     async def _take_snapshots(self) -> None:
         """Write down what each account of this worker's shards is worth, once a UTC day."""

@@ -31,6 +31,7 @@ from benchmarks.timing import best_seconds
 
 ACCOUNTS, POSITIONS = 100_000, 10
 CALLS, ENTRIES, DAYS, PENDING = 5_000, 500_000, 8, 20_000
+LOANS, ESCROWS = 50_000, 20_000
 SCRAPE_TARGET_MS = 20.0
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         asyncio.run(store(server.url, fleet(ACCOUNTS, 1, prices), prices))
         asyncio.run(_fill(server.url))
         rows = uvloop.run(_measured(server.url, count()))
-    table = Table("work", "ms", "target, ms", title=f"{ACCOUNTS:,} accounts, {CALLS:,} live calls, {ENTRIES:,} entries")
+    table = Table("work", "ms", "target, ms", title=f"{ACCOUNTS:,} accounts, {CALLS:,} live calls, {LOANS:,} loans")
     table.add_row("a worker counts the accounts on its screen", f"{counted * 1e3:,.1f}", "")
     for name, milliseconds, target in rows:
         table.add_row(name, f"{milliseconds:,.1f}", target)
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 async def _fill(url: str) -> None:
-    """Write live calls, ledger entries, snapshots and webhooks that wait, as many of each as a bad day has."""
+    """Write live calls, ledger entries, snapshots, loans and webhooks that wait, as many of each as a bad day has."""
     connection = await asyncpg.connect(url)
     try:
         for statement in (
@@ -81,6 +82,22 @@ async def _fill(url: str) -> None:
                 FROM generate_series(1, {PENDING}) n""",
             """INSERT INTO webhook_deliveries (endpoint_id, event, created_at, next_attempt_at)
                SELECT 'hook', id, now(), now() FROM events""",
+            "INSERT INTO lending_markets SELECT 'USDC', 1000000, 500000, 0.05, now()",
+            """INSERT INTO loan_offers
+                   (id, lender_id, asset, amount, remaining, minimum_rate, notice_seconds, created_at)
+               SELECT 'offer', min(agent_id), 'USDC', 1000000, 0, 0, 0, now() FROM accounts""",
+            f"""INSERT INTO loans (id, offer_id, lender_id, borrower_id, asset, amount, principal, rate_kind, rate,
+                                   notice_seconds, collateral_asset, collateral, accrued, accrued_to, interest_paid,
+                                   interest_booked, next_interest_at, recalled, status, deficit, opened_at,
+                                   next_action_at)
+                SELECT 'loan_' || agent_id, o.id, o.lender_id, a.agent_id, 'USDC', 10, 10, 'floating', 0, 0, 'BTC', 1,
+                       0, now(), 0, 0, now(), 0, 'active', 0, now(), now()
+                FROM loan_offers o JOIN accounts a ON a.agent_id <> o.lender_id LIMIT {LOANS}""",
+            f"""INSERT INTO escrows (id, payer, payee, asset, amount, fee_rate, referral_share, fee_payer, on_timeout,
+                                     state, funded_at, deadline_at, next_action_at)
+                SELECT 'esc_' || a.agent_id, a.agent_id, o.lender_id, 'USDC', 10, 0, 0, 'payer', 'refund', 'funded',
+                       now(), now(), now()
+                FROM loan_offers o JOIN accounts a ON a.agent_id <> o.lender_id LIMIT {ESCROWS}""",
             "ANALYZE",
         ):
             await connection.execute(statement)

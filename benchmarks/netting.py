@@ -24,7 +24,7 @@ from app.db import embedded, migrate
 from app.db.clearing_tables import netting_obligations
 from app.db.session import Database, Tx, parse_database_url
 from app.domain.moves import Move, agent
-from app.services import accounts, agreements, book, ledger, netting, wallet
+from app.services import accounts, agreements, book, ledger, netting, statements, wallet
 from app.services.agreements import NewAgreement
 from app.services.ledger import Occasion
 from app.services.margin import Scenes
@@ -71,8 +71,8 @@ class Group:
             values = {"id": self.agreement_id, "after": agreement.settled_through, "count": OBLIGATIONS}
             await tx.connection.execute(_SUMS, values)
             await tx.connection.execute(_COUNT, values)
-            now = await netting.stated(tx, self.members[0], self.agreement_id, limit=1)
-            for position in netting.worked_out(now).positions:
+            now = await statements.stated(tx, self.members[0], self.agreement_id, limit=1)
+            for position in statements.worked_out(now).positions:
                 cover = agreement.terms.cover(position.asset, position.net)
                 asked = NewReservation("netting", position.asset, cover, reducible=False, bound_to=agreement.id)
                 await wallet.fit_bound(tx, await book.lock(tx, position.agent_id), asked, Names())

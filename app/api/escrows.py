@@ -79,7 +79,7 @@ async def fund(request: Request, owner: BookOwner) -> Response:
     counter = asked.counter_leg
     new = NewEscrow(
         payee=asked.payee,
-        leg=Leg(asked.asset or SETTLEMENT_ASSET, wire.exact(asked.amount, "/amount")),
+        leg=Leg(SETTLEMENT_ASSET if asked.asset is None else asked.asset, wire.exact(asked.amount, "/amount")),
         timeout_seconds=asked.timeout_seconds,
         on_timeout=asked.on_timeout,
         fee_payer=asked.fee_payer or "payer",

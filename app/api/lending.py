@@ -158,7 +158,7 @@ async def list_active(
             taken = await loans.list_borrowed(tx, owner.agent_id, limit, before)
             more = next_cursor([loan.seq for loan in taken], limit)
             return wire.JsonResponse({"loans": await _borrowed(tx, taken, scene), "next_cursor": more})
-        offers = await loans.list_offers(tx, owner.agent_id, limit, before)
+        offers, below = await loans.list_offers(tx, owner.agent_id, limit, before)
         shown = await _offered(tx, offers, scene)
         held = await book.load(tx, owner.agent_id)
         chosen = await holdings.of_agent(tx, owner.agent_id)
@@ -167,7 +167,7 @@ async def list_active(
         {
             "loans": shown,
             "advisories": replies.lent_advisories(held, chosen, ceiling),
-            "next_cursor": next_cursor([offer.seq for offer in offers], limit),
+            "next_cursor": None if below is None else str(below),
         }
     )
 
@@ -307,11 +307,13 @@ async def list_rates(
 ) -> Response:
     """Show the curve of each asset that is lent or on offer, where it stands, and both sides' rate of the next loan."""
     parts = parts_of(request)
+    if asset is not None:
+        market_rules.check_symbol("/asset", asset)
     async with parts.database.transaction(caller.key_id) as tx:
         found = await loans.list_markets(tx, limit, asset, cursor)
-        cheapest = {m.asset: await loans.cheapest(tx, m.asset) for m in found}
+        cheapest = await loans.cheapest(tx, [m.asset for m in found])
         parameters = (await parts.market.current(tx)).parameters
-    rows = [replies.market_reply(m, parameters.loans_of(m.asset), cheapest[m.asset]) for m in found]
+    rows = [replies.market_reply(m, parameters.loans_of(m.asset), cheapest.get(m.asset)) for m in found]
     more = found[-1].asset if len(found) == limit else None
     return wire.JsonResponse({"rates": rows, "next_cursor": more})
 
@@ -369,8 +371,8 @@ async def list_holdings(request: Request, owner: BookOwner) -> Response:
 async def put_holding(request: Request, owner: BookOwner, asset: str) -> Response:
     """Mark a holding as long-term, so that all of it may be lent, or set the ceiling of its own."""
     asked = await body_of(request, _HOLDING)
-    share = wire.exact_or_none(asked.lent_share_max, "/lent_share_max")
-    chosen = HoldingSettings(bool(asked.long_term), None if share is None else plain(share))
+    share = _fraction(asked.lent_share_max, "/lent_share_max", 1, "a share is between 0 and 1")
+    chosen = HoldingSettings(bool(asked.long_term), share)
 
     async def effect(tx: Tx, held: Book, scene: Scene) -> Reply:
         await holdings.put(tx, held.agent_id, asset, chosen)
@@ -434,12 +436,16 @@ async def _borrowed(tx: Tx, found: Sequence[Loan], scene: Scene) -> list[dict[st
 
 def _rate(number: wire.Number | None, pointer: str) -> Decimal | None:
     """Return an annual rate as a fraction, None where none is given. Raises InvalidError."""
-    rate = wire.exact_or_none(number, pointer)
-    if rate is None:
+    return _fraction(number, pointer, 10, "an annual rate is a fraction between 0 and 10: 0.05 is 5 %")
+
+
+def _fraction(number: wire.Number | None, pointer: str, most: int, detail: str) -> Decimal | None:
+    fraction = wire.exact_or_none(number, pointer)
+    if fraction is None:
         return None
-    if not 0 <= rate <= 10:
-        raise invalid(pointer, "out_of_range", "an annual rate is a fraction between 0 and 10: 0.05 is 5 %")
-    return plain(rate) if rate == 0 else checked_amount(pointer, rate, RATE_DECIMALS)
+    if not 0 <= fraction <= most:
+        raise invalid(pointer, "out_of_range", detail)
+    return Decimal(0) if fraction == 0 else checked_amount(pointer, fraction, RATE_DECIMALS)
 
 
 def _notice(hours: float | None, usual: timedelta) -> timedelta:

@@ -128,8 +128,8 @@ def lent_advisories(held: Book, chosen: Mapping[str, HoldingSettings], ceiling: 
     for asset, holding in sorted(held.holdings.items()):
         out = holding.lent + holding.offered
         limit = chosen.get(asset, HoldingSettings()).ceiling(ceiling)
-        if out > 0 and out > limit * holding.held:
-            share = to_float(out / holding.held)
+        if out > 0 and out > limit * holding.own:
+            share = to_float(out / max(holding.own, out))
             detail = f"{share:.0%} of {asset} is lent out or on offer"
             found.append(Advisory("lent_share_high", detail, share, to_float(limit)))
     return found

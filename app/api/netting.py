@@ -19,12 +19,14 @@ from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
 from app.domain.money import plain
 from app.errors import ForbiddenError, invalid
-from app.services import agreements, clearing, netting
+from app.services import agreements, clearing, netting, statements
 from app.services.agreements import Agreement, NewAgreement
-from app.services.netting import NewObligation, Obligation, Run, Stated, Statement
+from app.services.netting import NewObligation
+from app.services.statements import Obligation, Run, Stated, Statement
 
 router = APIRouter(prefix="/api/netting/agreements", tags=["netting"])
 
+RunId = Annotated[str | None, Query(description="what a run settled, or could not", pattern="^[A-Za-z0-9_]{1,64}$")]
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
 
 
@@ -93,7 +95,7 @@ async def get_agreement(request: Request, owner: BookOwner, agreement_id: str) -
     """Show an agreement, its members and its latest runs."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
         found = await agreements.get(tx, owner.agent_id, agreement_id)
-        runs = await netting.last_runs(tx, agreement_id)
+        runs = await statements.last_runs(tx, found, found.left_at(owner.agent_id))
     return wire.JsonResponse({**_agreement(found), "runs": [_run(run) for run in runs]})
 
 
@@ -152,9 +154,9 @@ async def list_obligations(
 ) -> Response:
     """List what was booked against an agreement, settled or open, newest first."""
     async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
-        await agreements.get(tx, owner.agent_id, agreement_id)
-        window = await netting.all_of(tx, agreement_id)
-        found = await netting.list_obligations(tx, window, limit, number_cursor(cursor))
+        agreement = await agreements.get(tx, owner.agent_id, agreement_id)
+        window = await statements.all_of(tx, agreement, agreement.left_at(owner.agent_id))
+        found = await statements.list_obligations(tx, window, limit, number_cursor(cursor))
     more = next_cursor([item.seq for item in found], limit)
     return wire.JsonResponse({"obligations": [_obligation(o) for o in found], "next_cursor": more})
 
@@ -184,7 +186,7 @@ async def get_statement(
     owner: BookOwner,
     agreement_id: str,
     as_of: Annotated[str | None, Query(description="a moment: what was open then", max_length=40)] = None,
-    run_id: Annotated[str | None, Query(description="what a run settled, or could not", max_length=64)] = None,
+    run_id: RunId = None,
     limit: Limit = PAGE_MAX,
     cursor: Cursor = "",
 ) -> Response:
@@ -194,11 +196,11 @@ async def get_statement(
     moment: datetime | None = None if as_of is None else wire.moment(as_of, "/as_of")
     parts = parts_of(request)
     async with parts.database.transaction(owner.caller.key_id) as tx:
-        said = await netting.stated(
+        said = await statements.stated(
             tx, owner.agent_id, agreement_id, run_id=run_id, as_of=moment, limit=limit, before=number_cursor(cursor)
         )
     more = next_cursor([item.seq for item in said.page], limit)
-    found = await parts.workshop.run(netting.worked_out, said)
+    found = await parts.workshop.run(statements.worked_out, said)
     return wire.JsonResponse({**_statement(said, found), "next_cursor": more})
 
 

@@ -116,7 +116,7 @@ netting_agreements = Table(
     check("ended", "(state = 'ended') = (ended_at IS NOT NULL)"),
     check("open", "open_obligations >= 0 AND (open_obligations = 0 OR state IN ('active', 'defaulted'))"),
     Index("netting_agreements_due_idx", "next_action_at", postgresql_where=text("next_action_at IS NOT NULL")),
-    info={"owner": "netting"},
+    info={"owner": "agreements"},
 )
 
 netting_members = Table(
@@ -127,7 +127,7 @@ netting_members = Table(
     moment("accepted_at", nullable=True),
     moment("left_at", nullable=True),
     Index("netting_members_agent_id_idx", "agent_id"),
-    info={"owner": "netting"},
+    info={"owner": "agreements"},
 )
 
 # A member's running sums of what is open, by asset; gone once they are settled.

@@ -169,6 +169,7 @@ loans = Table(
     Index("loans_lent_idx", "lender_id", "notice_seconds", "seq", postgresql_where=text(LIVE)),
     Index("loans_borrower_id_idx", "borrower_id", "seq"),
     Index("loans_offer_id_idx", "offer_id", "seq"),
+    Index("loans_lost_idx", "asset", "deficit", postgresql_where=text("deficit > 0")),
     info={"owner": "loans"},
 )
 

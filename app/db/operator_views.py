@@ -37,7 +37,42 @@ WHERE w.seen_at > now() - interval '3 s'
 """
 """The accounts in the greatest danger, as the live workers' screens last assessed them: a hundred of each worker's."""
 
-VIEWS = ("operator_calls", "operator_accounts")
+LOANS = """
+CREATE VIEW operator_loans AS
+SELECT l.id AS loan_id, lender.name AS lender, borrower.name AS borrower, l.asset, l.principal, l.interest_booked,
+       l.collateral_asset, l.collateral, l.is_low, l.status, l.recalled, l.due_at, l.next_action_at, l.opened_at,
+       l.lender_id, l.borrower_id
+FROM loans l
+JOIN agents lender ON lender.id = l.lender_id
+JOIN agents borrower ON borrower.id = l.borrower_id
+WHERE l.status IN ('active', 'recalled')
+"""
+"""The live loans with both parties."""
+
+ESCROWS = """
+CREATE VIEW operator_escrows AS
+SELECT e.id AS escrow_id, payer.name AS payer, payee.name AS payee, arbiter.name AS arbiter, e.asset, e.amount, e.state,
+       e.funded_at, e.deadline_at, e.disputed_at, e.dispute_reason, e.next_action_at, e.payer AS payer_id,
+       e.payee AS payee_id, e.arbiter AS arbiter_id
+FROM escrows e
+JOIN agents payer ON payer.id = e.payer
+JOIN agents payee ON payee.id = e.payee
+LEFT JOIN agents arbiter ON arbiter.id = e.arbiter
+WHERE e.state IN ('funded', 'accepted', 'disputed')
+"""
+"""The escrows that are not over."""
+
+AGREEMENTS = """
+CREATE VIEW operator_agreements AS
+SELECT a.id AS agreement_id, a.name, proposer.name AS proposer, a.state, a.open_obligations, a.defaulted_at,
+       a.next_action_at, a.activated_at, a.proposer AS proposer_id
+FROM netting_agreements a
+JOIN agents proposer ON proposer.id = a.proposer
+WHERE a.state <> 'ended'
+"""
+"""The netting agreements that have not ended."""
+
+VIEWS = ("operator_calls", "operator_accounts", "operator_loans", "operator_escrows", "operator_agreements")
 
 _ROLE = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
@@ -52,5 +87,5 @@ async def grant(tx: Tx, role: str) -> None:
     await tx.connection.execute(text(f"GRANT SELECT ON {', '.join(VIEWS)} TO {role}"))
 
 
-for _statement in (CALLS, ACCOUNTS):
+for _statement in (CALLS, ACCOUNTS, LOANS, ESCROWS, AGREEMENTS):
     event.listen(metadata, "after_create", DDL(_statement))  # type: ignore[no-untyped-call]

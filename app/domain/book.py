@@ -95,6 +95,11 @@ class Holding:
         """All units owed, to the house and to lenders."""
         return self.owed + self.borrowed
 
+    @property
+    def own(self) -> Decimal:
+        """Units held less those owed; below zero where more is owed."""
+        return self.held - self.debt
+
 
 @dataclass(frozen=True, slots=True)
 class OpenPosition:
@@ -151,7 +156,7 @@ class PendingOrder:
 class LentLoan:
     """A loan to another agent that can be had back within a day: units, notice in seconds.
 
-    `asked_back`: it is recalled, or about to be.
+    `asked_back`: all of it is recalled, or about to be.
     """
 
     id: str

@@ -200,13 +200,12 @@ def recalls_for(loans: Sequence[LentLoan], prices: Mapping[str, float], shortfal
 class Situation:
     """What the next step hangs on. `ratio` is None where a price is missing or stale: nothing is sold then."""
 
-    status: LoanStatus
     ratio: Decimal | None
     is_low: bool
     due_at: datetime | None
     next_interest_at: datetime
     is_wanted_back: bool = False
-    """Whether a margin call of the lender wants it back, and it is not recalled yet."""
+    """Whether a margin call of the lender wants it back, and not all of it is recalled yet."""
 
 
 Step = Literal["liquidate", "buy in", "recall", "pay interest", "warn", "note well"]
@@ -220,7 +219,7 @@ def next_step(loan: Situation, terms: LendingParameters, now: datetime) -> Step 
             return "liquidate" if loan.is_low else "warn"  # both in one decision, where the price leaves no time
         if loan.due_at is not None and loan.due_at <= now:
             return "buy in"
-    if loan.is_wanted_back and loan.status == "active":
+    if loan.is_wanted_back:
         return "recall"
     if loan.next_interest_at <= now:
         return "pay interest"

@@ -83,11 +83,34 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
+class Debt:
+    """What one debtor pays of one asset: to whom, and its fee."""
+
+    payer: str
+    asset: str
+    movements: Sequence[Movement]
+    fee: Decimal
+
+    @property
+    def due(self) -> Decimal:
+        """All that it pays."""
+        return sum((movement.amount for movement in self.movements), self.fee)
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
     """What a cut-off moves and charges."""
 
     movements: Sequence[Movement]
     charges: Sequence[Charge]
+
+    def debts(self) -> list[Debt]:
+        """Return what each debtor pays of each asset, in the order of their ids."""
+        moved: dict[tuple[str, str], list[Movement]] = {}
+        for movement in self.movements:
+            moved.setdefault((movement.payer, movement.asset), []).append(movement)
+        fees = {(charge.payer, charge.asset): charge.amount for charge in self.charges}
+        return [Debt(*debtor, moved[debtor], fees.get(debtor, ZERO)) for debtor in sorted(moved)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +140,25 @@ def positions(obligations: Iterable[Owed]) -> list[Gross]:
 
 def savings(obligations: Sequence[Owed], done: Settlement, terms: Terms) -> list[Saving]:
     """Return what each asset's obligations would have taken one by one, and what they take net, by asset."""
-    found = []
-    for asset in sorted({owed.asset for owed in obligations}):
-        amounts = [owed.amount for owed in obligations if owed.asset == asset]
-        moved = [movement.amount for movement in done.movements if movement.asset == asset]
-        found.append(
-            Saving(
-                asset=asset,
-                gross_movements=len(amounts),
-                gross_amount=sum(amounts, ZERO),
-                gross_fees=sum((terms.fee(asset, amount) for amount in amounts), ZERO),
-                movements=len(moved),
-                amount=sum(moved, ZERO),
-                fees=sum((charge.amount for charge in done.charges if charge.asset == asset), ZERO),
-            )
+    gross, moved, charged = (_by_asset(items) for items in (obligations, done.movements, done.charges))
+    return [
+        Saving(
+            asset=asset,
+            gross_movements=len(gross[asset]),
+            gross_amount=sum(gross[asset], ZERO),
+            gross_fees=sum((terms.fee(asset, amount) for amount in gross[asset]), ZERO),
+            movements=len(moved.get(asset, ())),
+            amount=sum(moved.get(asset, ()), ZERO),
+            fees=sum(charged.get(asset, ()), ZERO),
         )
+        for asset in sorted(gross)
+    ]
+
+
+def _by_asset(items: Iterable[Owed | Movement | Charge]) -> dict[str, list[Decimal]]:
+    found: dict[str, list[Decimal]] = {}
+    for item in items:
+        found.setdefault(item.asset, []).append(item.amount)
     return found
 
 

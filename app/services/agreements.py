@@ -1,6 +1,8 @@
 """Netting agreements: proposed by one member, bound once all have accepted, left when nothing is open.
 
 Whoever changes an agreement, books against it or settles it locks its row; see `netting` for the accounts before it.
+Also who only tells the members holds their accounts first: events of one agent wait for each other, and two that told
+the same agents in two orders would wait for ever.
 """
 
 from __future__ import annotations
@@ -84,6 +86,10 @@ class Agreement:
         """Who has not left, in the order of their ids."""
         return [m.agent_id for m in self.members if m.left_at is None]
 
+    def left_at(self, agent_id: str) -> datetime | None:
+        """Return when a member has left."""
+        return next(m.left_at for m in self.members if m.agent_id == agent_id)
+
     @property
     def terms(self) -> Terms:
         """What was agreed on."""
@@ -96,14 +102,15 @@ async def propose(tx: Tx, scene: Scene, proposer: str, asked: NewAgreement) -> A
     Raises InvalidError, ConflictError past the limit of what waits for answers.
     """
     members = await _checked_members(tx, proposer, asked)
+    if not 1 <= len(asked.services) <= SERVICES_MAX:
+        raise invalid("/services", "too_many_items", f"an agreement is about 1 to {SERVICES_MAX} services")
     for service in asked.services:
         wallet.check_service("/services", service)
-    if not 1 <= len(set(asked.services)) <= SERVICES_MAX:
-        raise invalid("/services", "too_many_items", f"an agreement is about 1 to {SERVICES_MAX} services")
     if asked.interval_seconds is not None and not 1 <= asked.interval_seconds <= INTERVAL_SECONDS_MAX:
         raise invalid("/interval_seconds", "number_out_of_range", f"it is 1 to {INTERVAL_SECONDS_MAX}")
     threshold = None if asked.threshold is None else checked_amount("/threshold", asked.threshold)
     await _check_waiting(tx, proposer)
+    await _hold(tx, members)
     clearing = scene.market.parameters.clearing
     agreement_id = f"net_{secrets.token_hex(10)}"
     row = {
@@ -132,7 +139,7 @@ async def propose(tx: Tx, scene: Scene, proposer: str, asked: NewAgreement) -> A
 
 async def accept(tx: Tx, agent_id: str, agreement_id: str) -> Agreement:
     """Accept an agreement; the last to do so makes it active. Again: nothing. Raises ConflictError, NotFoundError."""
-    agreement = await lock(tx, agent_id, agreement_id)
+    agreement = await _held(tx, agent_id, agreement_id)
     if agreement.state == "ended":
         raise conflict("/state", "agreement_ended", "the agreement has ended")
     mine = next(m for m in agreement.members if m.agent_id == agent_id)
@@ -141,7 +148,7 @@ async def accept(tx: Tx, agent_id: str, agreement_id: str) -> Agreement:
     await _set_member(tx, agreement_id, agent_id, {"accepted_at": tx.now})
     await audit.record(tx, "netting.accepted", agreement_id, agent_id)
     if all(m.accepted_at is not None for m in agreement.members if m.agent_id != agent_id):
-        await _set(tx, agreement_id, {"state": "active", "activated_at": tx.now, **_armed(agreement, tx.now)})
+        await _set(tx, agreement_id, {"state": "active", "activated_at": tx.now})
         agreement = await _get(tx, agreement_id)
         await _tell(tx, agreement, "netting.activated")
         return agreement
@@ -153,14 +160,14 @@ async def leave(tx: Tx, agent_id: str, agreement_id: str) -> Agreement:
 
     Raises ConflictError, NotFoundError.
     """
-    agreement = await lock(tx, agent_id, agreement_id)
+    agreement = await _held(tx, agent_id, agreement_id)
     mine = next(m for m in agreement.members if m.agent_id == agent_id)
     if agreement.state == "ended" or mine.left_at is not None:
         return agreement
     if agreement.open_obligations:
         detail = f"{agreement.open_obligations} obligations are open: settle them first"
         raise conflict("/open_obligations", "obligations_open", detail)
-    await _set_member(tx, agreement_id, agent_id, {"left_at": tx.now})
+    await _set_member(tx, agreement_id, agent_id, {"left_at": func.clock_timestamp()})
     await audit.record(tx, "netting.left", agreement_id, agent_id)
     if agreement.state == "proposed" or len(agreement.present) <= 2:
         await _set(tx, agreement_id, {"state": "ended", "ended_at": tx.now, "next_action_at": None})
@@ -200,33 +207,47 @@ async def list_agreements(tx: Tx, agent_id: str, limit: int, before: int | None 
 async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
     """Return the agreements of proposers in these shards that are due for a run, the longest due first."""
     columns = netting_agreements.c
-    query = select(columns.id).where(columns.next_action_at <= func.clock_timestamp())
+    query = select(columns.id).where(columns.next_action_at <= func.clock_timestamp(), columns.open_obligations > 0)
     query = query.where(shards.within(columns.proposer, within)).order_by(columns.next_action_at).limit(limit)
     return list((await tx.connection.execute(query)).scalars())
 
 
-async def standing(tx: Tx) -> dict[State, tuple[int, int]]:
-    """Return by state how many agreements there are, and how many obligations are open."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The agreements of one state: how many, their open obligations, the longest in default, the earliest timer."""
+
+    agreements: int
+    obligations: int
+    defaulted_at: datetime | None
+    next_action_at: datetime | None
+
+
+async def standing(tx: Tx) -> dict[State, Standing]:
+    """Return the agreements that have not ended by state."""
     columns = netting_agreements.c
-    query = select(columns.state, func.count(), func.sum(columns.open_obligations)).group_by(columns.state)
-    return {row[0]: (row[1], row[2]) for row in await tx.connection.execute(query.where(columns.state != "ended"))}
+    sums = func.count(), func.sum(columns.open_obligations)
+    times = func.min(columns.defaulted_at), func.min(columns.next_action_at)
+    query = select(columns.state, *sums, *times).where(columns.state != "ended").group_by(columns.state)
+    return {state: Standing(*of) for state, *of in await tx.connection.execute(query)}
 
 
 # --- what becomes of it, by `netting` under the row's lock
 
 
-async def booked(tx: Tx, agreement: Agreement, *, is_due: bool) -> None:
-    """Count an obligation; where it is due the agreement is settled by whoever fires timers next."""
+async def booked(tx: Tx, agreement: Agreement, now: datetime, *, is_due: bool) -> None:
+    """Count an obligation. The first sets the timer to the next cut-off; where it is due, to now."""
     change: dict[str, Any] = {"open_obligations": agreement.open_obligations + 1}
+    if agreement.open_obligations == 0:
+        change["next_action_at"] = _cut_off(agreement, now)
     if is_due:
         change["next_action_at"] = func.clock_timestamp()
     await _set(tx, agreement.id, change)
 
 
-async def settled(tx: Tx, agreement: Agreement, last_seq: int, now: datetime) -> None:
-    """Write that all is settled up to a number."""
+async def settled(tx: Tx, agreement: Agreement, last_seq: int) -> None:
+    """Write that all is settled up to a number: until something is booked there is nothing to time."""
     done = {"state": "active", "defaulted_at": None, "open_obligations": 0, "settled_through": last_seq}
-    await _set(tx, agreement.id, {**done, **_armed(agreement, now)})
+    await _set(tx, agreement.id, {**done, "next_action_at": None})
 
 
 async def defaulted(tx: Tx, agreement: Agreement, now: datetime) -> None:
@@ -237,11 +258,6 @@ async def defaulted(tx: Tx, agreement: Agreement, now: datetime) -> None:
     await _set(tx, agreement.id, change)
 
 
-async def rearm(tx: Tx, agreement: Agreement, now: datetime) -> None:
-    """Set the timer to the next cut-off: there was nothing to settle."""
-    await _set(tx, agreement.id, _armed(agreement, now))
-
-
 async def put_off(tx: Tx, agreement_id: str) -> None:
     """Leave an agreement alone for a while whose run has failed."""
     columns = netting_agreements.c
@@ -249,12 +265,24 @@ async def put_off(tx: Tx, agreement_id: str) -> None:
     await tx.connection.execute(change.values(next_action_at=func.clock_timestamp() + PUT_OFF))
 
 
-def _armed(agreement: Agreement, now: datetime) -> dict[str, datetime | None]:
+def _cut_off(agreement: Agreement, now: datetime) -> datetime | None:
     """Return the next cut-off: whole intervals after the activation, so that a late run moves none of the others."""
     if agreement.interval_seconds is None:
-        return {"next_action_at": None}
+        return None
     interval, begun = timedelta(seconds=agreement.interval_seconds), agreement.activated_at or now
-    return {"next_action_at": begun + ((now - begun) // interval + 1) * interval}
+    return begun + ((now - begun) // interval + 1) * interval
+
+
+async def _hold(tx: Tx, members: Collection[str]) -> None:
+    for agent_id in sorted(members):
+        await accounts.hold_account(tx, agent_id)
+
+
+async def _held(tx: Tx, agent_id: str, agreement_id: str) -> Agreement:
+    """Lock an agreement for one who will tell its members: nobody joins, so that they may be read before."""
+    seen = await get(tx, agent_id, agreement_id)
+    await _hold(tx, [m.agent_id for m in seen.members])
+    return await lock(tx, agent_id, agreement_id)
 
 
 async def _checked_members(tx: Tx, proposer: str, asked: NewAgreement) -> list[str]:

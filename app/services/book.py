@@ -70,7 +70,7 @@ _BOOK_OF = f"""
         'loans', coalesce((
             SELECT json_agg(json_build_object(
                 'id', id, 'asset', asset, 'principal', principal, 'notice_seconds', notice_seconds,
-                'asked_back', status = 'recalled' OR wanted_by IS NOT NULL) ORDER BY seq)
+                'asked_back', recalled = principal OR wanted_by IS NOT NULL) ORDER BY seq)
             FROM (SELECT * FROM loans l
                 WHERE l.lender_id = a.agent_id AND status IN ('active', 'recalled') AND notice_seconds <= 86400
                 ORDER BY notice_seconds, seq LIMIT {LOANS_RECALLED_MAX}) AS soonest), '[]'),

@@ -10,23 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import get_args
 
 from app.db.session import Database, Tx
-from app.domain.escrow import LIVE_STATES
-from app.domain.money import to_float
-from app.domain.prices import PriceFinder
 from app.errors import DatabaseUnavailableError
 from app.services import agreements, escrows, netting
 from app.services.margin import Scenes
-from app.services.market_cache import MarketView
 from app.services.netting import Ran
 from app.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
 DUE_AT_ONCE_MAX = 50
-GAUGES_EVERY_SECONDS = 2.0
 
 PutOff = Callable[[Tx, str], Awaitable[None]]
 
@@ -76,26 +70,6 @@ class Timers:
         async with self.database.transaction(self.worker_id) as tx:
             ran = await netting.run(tx, self.scenes, agreement_id)
         count_run(self.metrics, ran)
-
-    async def measure(self, view: MarketView) -> None:
-        """Set the gauges of what is open. Raises DatabaseUnavailableError."""
-        async with self.database.transaction(self.worker_id) as tx:
-            outstanding = await escrows.outstanding(tx)
-            standing = await agreements.standing(tx)
-        counts = dict.fromkeys(LIVE_STATES, 0)
-        worth = {"stable": 0.0, "coin": 0.0}
-        prices = PriceFinder(view.parameters, {}, view.prices)
-        for state, asset, count, amount in outstanding:
-            counts[state] += count
-            worth[view.parameters.asset(asset).kind] += to_float(amount) * (prices.known(asset) or 0.0)
-        for state, count in counts.items():
-            self.metrics.escrows_open.labels(state).set(count)
-        for kind, usd in worth.items():
-            self.metrics.escrow_usd.labels(kind).set(usd)
-        for name in get_args(agreements.State):
-            if name != "ended":
-                self.metrics.netting_agreements.labels(name).set(standing.get(name, (0, 0))[0])
-        self.metrics.netting_obligations_open.set(sum(count for _, count in standing.values()))
 
 
 def count_escrow(metrics: Metrics, told: str | None) -> None:

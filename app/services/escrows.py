@@ -282,18 +282,22 @@ _OPEN_LEGS = text(
     """
     SELECT asset, sum(amount) AS amount FROM (
         SELECT asset, CASE payer WHEN :agent_id THEN -amount ELSE amount END AS amount
-        FROM escrows WHERE (payer = :agent_id OR payee = :agent_id) AND ended_at IS NULL
+        FROM escrows WHERE (payer = :agent_id OR payee = :agent_id AND payee_confirmed) AND ended_at IS NULL
         UNION ALL
         SELECT counter_asset, CASE payer WHEN :agent_id THEN counter_amount ELSE -counter_amount END
         FROM escrows
-        WHERE (payer = :agent_id OR payee = :agent_id) AND ended_at IS NULL AND counter_asset IS NOT NULL
+        WHERE (payer = :agent_id OR payee = :agent_id) AND payee_confirmed
+            AND ended_at IS NULL AND counter_asset IS NOT NULL
     ) AS legs GROUP BY asset HAVING sum(amount) <> 0
     """
 )
 
 
 async def open_legs(tx: Tx, agent_id: str) -> dict[str, Decimal]:
-    """Return, by asset, what an agent's open escrows are to bring it (above zero) or to take from it, on balance."""
+    """Return, by asset, what an agent's open escrows are to bring it (above zero) or to take from it, on balance.
+
+    What the payee has not accepted is no more than the payer's own leg: else any stranger could swell an agent's risk.
+    """
     rows = await tx.connection.execute(_OPEN_LEGS, {"agent_id": agent_id})
     return {row.asset: row.amount for row in rows}
 
@@ -319,6 +323,14 @@ async def outstanding(tx: Tx) -> list[tuple[State, str, int, Decimal]]:
     query = select(columns.state, columns.asset, func.count(), func.sum(columns.amount))
     query = query.where(columns.state.in_(LIVE_STATES)).group_by(columns.state, columns.asset)
     return [(row[0], row[1], row[2], row[3]) for row in await tx.connection.execute(query)]
+
+
+async def oldest(tx: Tx) -> tuple[datetime | None, datetime | None]:
+    """Return since when the oldest dispute goes on, and when the earliest timer of all live escrows is due."""
+    columns = escrows.c
+    query = select(func.min(columns.disputed_at).filter(columns.state == "disputed"), func.min(columns.next_action_at))
+    disputed_at, next_action_at = (await tx.connection.execute(query.where(columns.state.in_(LIVE_STATES)))).one()
+    return disputed_at, next_action_at
 
 
 def figures(escrow: Escrow) -> dict[str, Any]:
@@ -466,8 +478,12 @@ async def _find(tx: Tx, escrow_id: str) -> Escrow | None:
     return None if row is None else Escrow(**row)
 
 
+def _fee_alone(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data[name] for name in ("escrow_id", "state", "asset", "fee", "referral", "referrer", "ended_at")}
+
+
 async def _told(tx: Tx, escrow: Escrow, event: str) -> Done:
-    """Tell payer and payee; of a dispute and its end the arbiter too, of its fee the referrer."""
+    """Tell payer and payee; of a dispute and its end the arbiter too; of its fee the referrer, who is no party."""
     told = {escrow.payer, escrow.payee}
     if escrow.arbiter is not None and escrow.disputed_at is not None:
         told.add(escrow.arbiter)
@@ -476,5 +492,6 @@ async def _told(tx: Tx, escrow: Escrow, event: str) -> Done:
     shown = figures(escrow)
     data = {"escrow_id": shown.pop("id"), **shown}
     for agent_id in sorted(told):
-        await events.emit(tx, event, agent_id, data)
+        is_party = agent_id in (escrow.payer, escrow.payee, escrow.arbiter)
+        await events.emit(tx, event, agent_id, data if is_party else _fee_alone(data))
     return Done(escrow, event)

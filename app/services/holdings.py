@@ -36,8 +36,6 @@ async def put(tx: Tx, agent_id: str, asset: str, chosen: HoldingSettings) -> Non
     """Set what holds for an agent's units of an asset; its account is locked. Raises InvalidError."""
     market_rules.check_symbol("/asset", asset)
     share = chosen.lent_share_max
-    if share is not None and not 0 <= share <= 1:
-        raise invalid("/lent_share_max", "out_of_range", "a share is between 0 and 1")
     known = await of_agent(tx, agent_id)
     if asset not in known and len(known) >= HOLDINGS_MAX:
         raise invalid("/asset", "too_many", f"settings are kept of {HOLDINGS_MAX} assets at most")

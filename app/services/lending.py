@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from app.db.session import Tx
@@ -31,10 +33,10 @@ from app.domain.lending_moves import Parties, pledged
 from app.domain.money import checked_amount, plain, to_decimal
 from app.domain.moves import Move, agent, pay_in
 from app.domain.parameters import LendingParameters
-from app.errors import ConflictError, PrimeriskError, conflict, invalid
+from app.errors import PrimeriskError, conflict, invalid
 from app.services import accounts, book, events, holdings, ledger, loans, market_rules
 from app.services.holdings import HoldingSettings
-from app.services.loans import Loan, Market, Offer
+from app.services.loans import Loan, Market, Offer, Sought
 from app.services.margin import Scene, Scenes
 from app.services.wallet import Names, require_delegated
 
@@ -44,6 +46,8 @@ SERVICE = "lending"
 OFFERS_A_BORROW_MAX = 50
 TRIES_MAX = 5
 """How often locks are taken anew because somebody else turned out to be concerned."""
+UNWILLING_MAX = 50
+"""How often they are because a lender's own gates do not let it lend: each time it is passed over."""
 
 T = TypeVar("T")
 
@@ -92,14 +96,23 @@ class OthersError(Exception):
     """Accounts are concerned that are not locked."""
 
 
+class UnwillingError(OthersError):
+    """Lenders that were found do not lend now, and are passed over from now on."""
+
+
 async def in_tries(tx: Tx, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Return what an attempt gives; where it meets accounts that it has not locked, it is made anew."""
-    for _ in range(TRIES_MAX):
+    """Return what an attempt gives; where it meets accounts that it has not locked, it is made anew.
+
+    Unwilling lenders cost other tries than accounts that change meanwhile: a few of them do not close the market.
+    """
+    left = {UnwillingError: UNWILLING_MAX, OthersError: TRIES_MAX}
+    while min(left.values()) > 0:
         savepoint = await tx.connection.begin_nested()
         try:
             found = await attempt()
-        except OthersError:
+        except OthersError as error:
             await savepoint.rollback()  # gives back the locks too
+            left[type(error)] -= 1
             continue
         await savepoint.commit()
         return found
@@ -133,8 +146,7 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
     if (await loans.count_open(tx, lender_id))[0] >= OFFERS_MAX:
         raise conflict("", "account_full", f"an agent has at most {OFFERS_MAX} open offers")
     units = agent(lender_id, "free")
-    lent = held.after_moves([Move(asset, amount, units, agent(lender_id, "lent"))])
-    on.scene.require_margin(held, lent, "/amount")  # as if all of it were lent
+    on.scene.require_margin(held, _all_lent(held, asset, amount), "/amount")
     stored = await loans.insert_offer(
         tx,
         {
@@ -154,6 +166,13 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
     return stored, await on.move_market(amount, ZERO)
 
 
+def _all_lent(held: Book, asset: str, amount: Decimal) -> Book:
+    """Return the book with an amount lent out of what is free, and with it all that is on offer."""
+    offered, lent = agent(held.agent_id, "offered"), agent(held.agent_id, "lent")
+    before = [Move(name, h.offered, offered, lent) for name, h in held.holdings.items() if h.offered > 0]
+    return held.after_moves([*before, Move(asset, amount, agent(held.agent_id, "free"), lent)])
+
+
 async def _ceiling(on: Stage, lender_id: str) -> Decimal:
     own = (await holdings.of_agent(on.tx, lender_id)).get(on.asset, HoldingSettings())
     return own.ceiling(on.scene.market.parameters.policy.lent_share_max)
@@ -162,7 +181,7 @@ async def _ceiling(on: Stage, lender_id: str) -> Decimal:
 def _check_ceiling(held: Book, asset: str, amount: Decimal, ceiling: Decimal) -> None:
     """Refuse to offer more than the ceiling leaves of a holding. Raises ConflictError `lent_share_above_ceiling`."""
     holding = held.holding(asset)
-    room = holding.held * ceiling - holding.lent - holding.offered
+    room = holding.own * ceiling - holding.lent - holding.offered
     if amount > room:
         detail = f"at most {plain(ceiling):f} of a holding may be lent: {plain(max(ZERO, room)):f} {asset} more"
         raise conflict("/amount", "lent_share_above_ceiling", detail, available=plain(max(ZERO, room)))
@@ -204,16 +223,17 @@ def _given_back(held: Book, asset: str, amount: Decimal) -> list[Move]:
 async def cancel_all(tx: Tx, scene: Scene, held: Book, named: Names) -> tuple[Book, list[str]]:
     """Withdraw every open offer of an account that is locked, and return its book and their ids.
 
-    The markets are locked one after the other, by name.
+    The markets are locked one after the other, by name; each is left after a handful of statements.
     """
     found = await loans.own_offers(tx, held.agent_id)
-    for one in found:
-        terms = scene.market.parameters.loans_of(one.asset)
-        market = await loans.lock_market(tx, one.asset) or await loans.open_market(tx, one.asset, terms, scene.now)
-        await loans.shrink_offer(tx, one.id, one.remaining, scene.now)
-        moves = _given_back(held, one.asset, one.remaining)
-        await ledger.post(tx, named.occasion(held.agent_id, SERVICE, "offer_cancelled", one.id), moves)
-        await loans.change_market(tx, market, terms, -one.remaining, ZERO, scene.now)
+    for asset, group in groupby(found, attrgetter("asset")):
+        total = sum((one.remaining for one in group), ZERO)
+        terms = scene.market.parameters.loans_of(asset)
+        market = await loans.lock_market(tx, asset) or await loans.open_market(tx, asset, terms, scene.now)
+        await loans.withdraw_offers(tx, held.agent_id, asset, scene.now)
+        moves = _given_back(held, asset, total)
+        await ledger.post(tx, named.occasion(held.agent_id, SERVICE, "offer_cancelled"), moves)
+        await loans.change_market(tx, market, terms, -total, ZERO, scene.now)
         held = held.after_moves(moves)
     return held, [one.id for one in found]
 
@@ -243,6 +263,13 @@ class Priced:
     rates: Sequence[Decimal]
     collateral: Decimal
     prices: Prices
+
+    def by_lender(self) -> dict[str, Decimal]:
+        """Return what is taken of each lender, of all its offers together."""
+        parts: dict[str, Decimal] = {}
+        for m in self.matches:
+            parts[m.offer.lender_id] = parts.get(m.offer.lender_id, ZERO) + m.amount
+        return parts
 
     @property
     def rate(self) -> Decimal:
@@ -316,7 +343,7 @@ async def quote(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted) -> tup
     wanted = replace(wanted, amount=checked_amount("/amount", wanted.amount, terms.decimals))
     found = await loans.markets_of(tx, [wanted.asset])
     market = found[0] if found else Market(wanted.asset, ZERO, ZERO, ZERO, scene.now)
-    return scene, price_loan(scene, market, wanted, await _open_offers(tx, wanted, [borrower_id]))
+    return scene, price_loan(scene, market, wanted, await _open_offers(tx, borrower_id, wanted))
 
 
 async def reprice(tx: Tx, scenes: Scenes, asset: str, terms: LendingParameters) -> None:
@@ -333,24 +360,23 @@ async def borrow(tx: Tx, scenes: Scenes, borrower_id: str, wanted: Wanted, named
     """
     for pointer, name in (("/asset", wanted.asset), ("/collateral/asset", wanted.collateral_asset)):
         market_rules.check_symbol(pointer, name)
-    passed_over = {borrower_id}
+    checked_amount("/amount", wanted.amount)  # offers are matched before the asset's own decimals are known
+    passed_over: set[str] = set()
 
     async def attempt() -> list[Loan]:
-        offers = await _open_offers(tx, wanted, passed_over)
+        offers = await _open_offers(tx, borrower_id, wanted, passed_over)
         lenders = {m.offer.lender_id for m in match(offers, wanted.amount)}
         on = await stage(tx, scenes, {borrower_id, *lenders}, wanted.asset)
         asked = _checked(on, wanted)
-        offers = [o for o in await _open_offers(tx, asked, passed_over) if o.lender_id in on.books]
-        try:
-            priced = price_loan(on.scene, on.market, asked, offers)
-        except ConflictError as error:
-            if error.code == "not_enough_offered" and await _is_there_more(tx, asked, passed_over, on.books):
-                raise OthersError from error
-            raise
-        unwilling = {m.offer.lender_id for m in priced.matches if not _may_lend(on, m)}
+        offers = await _open_offers(tx, borrower_id, asked, passed_over)
+        locked = [o for o in offers if o.lender_id in on.books]
+        if _is_enough(offers, asked) and not _is_enough(locked, asked):
+            raise OthersError
+        priced = price_loan(on.scene, on.market, asked, locked)
+        unwilling = [lender for lender, part in priced.by_lender().items() if not _may_lend(on, lender, part)]
         if unwilling:
             passed_over.update(unwilling)
-            raise OthersError
+            raise UnwillingError
         return await _take(on, borrower_id, asked, priced, named)
 
     return await in_tries(tx, attempt)
@@ -362,23 +388,31 @@ def _checked(on: Stage, wanted: Wanted) -> Wanted:
     return replace(wanted, amount=amount, collateral=given)
 
 
-async def _open_offers(tx: Tx, wanted: Wanted, not_of: Collection[str]) -> list[OpenOffer]:
-    notice = int(wanted.notice_min.total_seconds())
-    return await loans.open_offers(tx, wanted.asset, not_of, notice, OFFERS_A_BORROW_MAX)
+async def _open_offers(tx: Tx, borrower_id: str, wanted: Wanted, not_of: Collection[str] = ()) -> list[OpenOffer]:
+    """Return the offers that a loan may be made of: the cheapest, unless as many as that are too little.
+
+    Then those too small for their number are left out, and if that is too little as well, the largest are taken:
+    cheap dust hides no offer.
+    """
+    most = OFFERS_A_BORROW_MAX
+    sought = Sought(borrower_id, wanted.asset, int(wanted.notice_min.total_seconds()), not_of)
+    found = await loans.open_offers(tx, sought, most)
+    if len(found) < most or _is_enough(found, wanted):
+        return found
+    found = await loans.open_offers(tx, sought, most, least=wanted.amount / most)
+    return found if _is_enough(found, wanted) else await loans.largest_offers(tx, sought, most)
 
 
-async def _is_there_more(tx: Tx, wanted: Wanted, not_of: Collection[str], locked: Collection[str]) -> bool:
-    offers = await _open_offers(tx, wanted, not_of)
-    enough = sum((o.remaining for o in offers), ZERO) >= wanted.amount
-    return enough and any(o.lender_id not in locked for o in offers)
+def _is_enough(offers: Sequence[OpenOffer], wanted: Wanted) -> bool:
+    return sum((o.remaining for o in offers), ZERO) >= wanted.amount
 
 
-def _may_lend(on: Stage, found: Match) -> bool:
-    """Whether the lender's own gates let its units go."""
-    held = on.books[found.offer.lender_id]
+def _may_lend(on: Stage, lender_id: str, amount: Decimal) -> bool:
+    """Whether the lender's own gates let so many of its units go."""
+    held = on.books[lender_id]
     if held.opens_nothing is not None:
         return False
-    moves = [Move(on.asset, found.amount, agent(held.agent_id, "offered"), agent(held.agent_id, "lent"))]
+    moves = [Move(on.asset, amount, agent(held.agent_id, "offered"), agent(held.agent_id, "lent"))]
     try:
         on.scene.require_margin(held, held.after_moves(moves), "/amount")
     except PrimeriskError:

@@ -60,9 +60,8 @@ async def decide(tx: Tx, scenes: Scenes, loan_id: str, rules: Rules) -> Decided:
         prices = _prices(on.scene, loan)
         debt = loan.principal + loan.interest(on.terms.decimals)
         ratio = None if prices is None else prices.ratio(loan.collateral, debt)
-        judged = Situation(
-            loan.status, ratio, loan.is_low, loan.due_at, loan.next_interest_at, loan.wanted_by is not None
-        )
+        is_wanted = loan.wanted_by is not None and loan.recalled < loan.principal
+        judged = Situation(ratio, loan.is_low, loan.due_at, loan.next_interest_at, is_wanted)
         step = next_step(judged, on.terms, on.scene.now)
         if step is None:
             await loans.store(tx, replace(loan, next_action_at=next_look(judged, on.scene.now)))
@@ -126,11 +125,11 @@ async def _note(on: Stage, loan: Loan, prices: Prices, *, is_low: bool) -> Decid
     if not is_low:
         return Decided()
     debt = loan.principal + loan.interest(on.terms.decimals)
-    wanted = prices.needed(debt, to_decimal(on.terms.collateral_ratio))
+    wanted = prices.needed(debt, to_decimal(on.terms.collateral_ratio)) if prices.kept > 0 else None
     told = {
         "ratio": to_float(prices.ratio(loan.collateral, debt)),
         "liquidation_ratio": on.terms.liquidation_ratio,
-        "top_up": plain(max(ZERO, wanted - loan.collateral)),
+        "top_up": None if wanted is None else plain(max(ZERO, wanted - loan.collateral)),
     }
     await lending.tell(on.tx, "loan.collateral_low", after, **told)
     return Decided(("loan.collateral_low",))
@@ -148,8 +147,9 @@ async def _sell(on: Stage, loan: Loan, part: Decimal, cause: str, prices: Prices
     free = on.books[loan.borrower_id].holding(loan.asset).free
     deficit = done.missing - min(free, done.missing)
     moves = bought_in(loan.borrower_id, loan.asset, loan.collateral_asset, done, free)
-    occasion = OF_THE_SERVICE.occasion(loan.borrower_id, "lending", "loan_liquidated", loan.id)
-    await ledger.post(on.tx, occasion, moves)
+    if moves:  # none where there is no collateral, and the borrower has enough free
+        occasion = OF_THE_SERVICE.occasion(loan.borrower_id, "lending", "loan_liquidated", loan.id)
+        await ledger.post(on.tx, occasion, moves)
     left = replace(loan, collateral=loan.collateral - done.sold, deficit=loan.deficit + deficit)
     after = await pay(on, left, interest, part, OF_THE_SERVICE)
     given_back = after.collateral if after.principal == 0 else ZERO
@@ -171,9 +171,12 @@ async def _sell(on: Stage, loan: Loan, part: Decimal, cause: str, prices: Prices
 
 
 async def named_by_prices(
-    tx: Tx, view: MarketView, price_age_max: timedelta, within: Collection[int], limit: int
+    tx: Tx, view: MarketView, price_age_max: timedelta, within: Collection[int], limit: int, but: Collection[str] = ()
 ) -> list[str]:
-    """Return the loans that may be past a level at these prices; none of a pair with a price missing or stale."""
+    """Return the loans that may be past a level at these prices; none of a pair with a price missing or stale.
+
+    None of those in `but`.
+    """
     scene = Scene(view, tx.now, price_age_max, 0)
     levels = []
     for asset, collateral_asset in await loans.pairs(tx):
@@ -186,4 +189,4 @@ async def named_by_prices(
         terms = view.parameters.loans_of(asset)
         worth = to_float(prices.ratio(Decimal(1), Decimal(1)))
         levels.append(Levels(asset, collateral_asset, worth, terms.liquidation_ratio + SLACK, terms.low_ratio + SLACK))
-    return await loans.below(tx, levels, tx.now, within, limit)
+    return await loans.below(tx, levels, tx.now, within, limit, but)

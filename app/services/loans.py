@@ -12,7 +12,22 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ARRAY, DateTime, Double, Integer, Text, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    DateTime,
+    Double,
+    Integer,
+    ScalarSelect,
+    Select,
+    Text,
+    bindparam,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.db.lending_tables import lending_markets, lending_rates, loan_offers, loans
@@ -37,6 +52,10 @@ from app.services import shards
 LOANS_A_PAGE_MAX = 200
 LOANS_AN_OFFER_MAX = 100
 """Live loans of one offer: all of them are recalled in one transaction."""
+LOANS_OF_OFFERS_MAX = 500
+"""Live loans of the offers on one page, more than one offer has: a page is made in a moment."""
+LOANS_OF_ONE_MAX = 20
+"""Those of them that one borrower has: nobody closes an offer to others by many loans of a trifle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +240,13 @@ async def shrink_offer(tx: Tx, offer_id: str, amount: Decimal, withdrawn_at: dat
     await tx.connection.execute(update(loan_offers).where(columns.id == offer_id).values(left))
 
 
+async def withdraw_offers(tx: Tx, lender_id: str, asset: str, now: datetime) -> None:
+    """Withdraw what remains of all offers of an asset of a lender, whose account is locked."""
+    columns = loan_offers.c
+    open_ones = (columns.lender_id == lender_id, columns.asset == asset, columns.remaining > 0)
+    await tx.connection.execute(update(loan_offers).where(*open_ones).values(remaining=ZERO, withdrawn_at=now))
+
+
 async def find_offer(tx: Tx, lender_id: str, offer_id: str) -> Offer | None:
     """Return an offer of a lender, None where there is none of that id."""
     columns = loan_offers.c
@@ -229,33 +255,51 @@ async def find_offer(tx: Tx, lender_id: str, offer_id: str) -> Offer | None:
     return None if row is None else Offer(**row)
 
 
-_LIVE_LOANS = (
-    select(func.count()).where(loans.c.offer_id == loan_offers.c.id, loans.c.status.in_(LIVE)).scalar_subquery()
-)
+def _live_loans(*which: ColumnElement[bool]) -> ScalarSelect[int]:
+    of_the_offer = loans.c.offer_id == loan_offers.c.id
+    return select(func.count()).where(of_the_offer, loans.c.status.in_(LIVE), *which).scalar_subquery()
 
 
-async def open_offers(
-    tx: Tx, asset: str, not_of: Collection[str], notice_seconds_min: int, limit: int
-) -> list[OpenOffer]:
-    """Return what is on offer of an asset, cheapest first, but for the offers of some lenders."""
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """The offers that a borrower may take: of an asset, with no less notice, and not of some lenders."""
+
+    borrower_id: str
+    asset: str
+    notice_seconds_min: int
+    not_of: Collection[str]
+
+
+async def open_offers(tx: Tx, sought: Sought, limit: int, least: Decimal = ZERO) -> list[OpenOffer]:
+    """Return what is on offer, at least so much each, cheapest first."""
     columns = loan_offers.c
-    names = [columns[name] for name in OpenOffer.__slots__]
-    query = (
-        select(*names)
-        .where(columns.asset == asset, columns.remaining > 0, columns.notice_seconds >= notice_seconds_min)
-        .where(columns.lender_id.not_in(not_of), _LIVE_LOANS < LOANS_AN_OFFER_MAX)
-        .order_by(columns.minimum_rate, columns.seq)
-        .limit(limit)
+    query = _open(sought).where(columns.remaining >= least).order_by(columns.minimum_rate, columns.seq)
+    return [OpenOffer(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
+
+
+async def largest_offers(tx: Tx, sought: Sought, limit: int) -> list[OpenOffer]:
+    """Return what is on offer, the largest first."""
+    query = _open(sought).order_by(loan_offers.c.remaining.desc(), loan_offers.c.seq)
+    return [OpenOffer(**row) for row in (await tx.connection.execute(query.limit(limit))).mappings()]
+
+
+def _open(sought: Sought) -> Select[Any]:
+    columns = loan_offers.c
+    its_own = _live_loans(loans.c.borrower_id == sought.borrower_id)
+    return (
+        select(*(columns[name] for name in OpenOffer.__slots__))
+        .where(columns.asset == sought.asset, columns.remaining > 0, columns.lender_id.not_in(sought.not_of))
+        .where(columns.lender_id != sought.borrower_id, columns.notice_seconds >= sought.notice_seconds_min)
+        .where(_live_loans() < LOANS_AN_OFFER_MAX, its_own < LOANS_OF_ONE_MAX)
     )
-    return [OpenOffer(**row) for row in (await tx.connection.execute(query)).mappings()]
 
 
-async def cheapest(tx: Tx, asset: str) -> Decimal | None:
-    """Return the lowest rate at which an asset is on offer, None where it is not."""
+async def cheapest(tx: Tx, assets: Collection[str]) -> dict[str, Decimal]:
+    """Return the lowest rates at which assets are on offer, of those that are."""
     columns = loan_offers.c
-    query = select(func.min(columns.minimum_rate)).where(columns.asset == asset, columns.remaining > 0)
-    found: Decimal | None = (await tx.connection.execute(query)).scalar_one()
-    return found
+    query = select(columns.asset, func.min(columns.minimum_rate)).where(columns.asset.in_(assets))
+    rows = await tx.connection.execute(query.where(columns.remaining > 0).group_by(columns.asset))
+    return {row[0]: row[1] for row in rows}
 
 
 async def own_offers(tx: Tx, lender_id: str) -> list[Offer]:
@@ -266,14 +310,26 @@ async def own_offers(tx: Tx, lender_id: str) -> list[Offer]:
     return [Offer(**row) for row in rows.mappings()]
 
 
-async def list_offers(tx: Tx, lender_id: str, limit: int, before: int | None = None) -> list[Offer]:
-    """Return a lender's offers that are open or have a live loan, newest first, from below the number `before`."""
-    columns = loan_offers.c
-    lives = (columns.remaining > 0) | (_LIVE_LOANS > 0)
-    query = select(loan_offers).where(columns.lender_id == lender_id, lives).order_by(columns.seq.desc())
+async def list_offers(tx: Tx, lender_id: str, limit: int, before: int | None = None) -> tuple[list[Offer], int | None]:
+    """Return a lender's offers that are open or have a live loan, newest first, from below the number `before`.
+
+    Less than `limit` of them where they have more than LOANS_OF_OFFERS_MAX live loans. The number is that below which
+    there may be more.
+    """
+    columns, live = loan_offers.c, _live_loans()
+    query = select(loan_offers, live.label("live")).where(
+        columns.lender_id == lender_id, (columns.remaining > 0) | (live > 0)
+    )
     query = query if before is None else query.where(columns.seq < before)
-    rows = await tx.connection.execute(query.limit(min(limit, LOANS_A_PAGE_MAX)))
-    return [Offer(**row) for row in rows.mappings()]
+    rows = await tx.connection.execute(query.order_by(columns.seq.desc()).limit(min(limit, LOANS_A_PAGE_MAX)))
+    found: list[Offer] = []
+    shown = 0
+    for row in rows.mappings():
+        shown += row["live"]
+        if shown > LOANS_OF_OFFERS_MAX:
+            return found, found[-1].seq
+        found.append(Offer(**{name: row[name] for name in Offer.__slots__}))
+    return found, found[-1].seq if len(found) == limit else None
 
 
 # --- loans
@@ -343,22 +399,23 @@ async def count_open(tx: Tx, agent_id: str) -> tuple[int, int]:
     return row[0], row[1]
 
 
+_NOT_ALL_RECALLED = loans.c.status.in_(LIVE) & (loans.c.recalled < loans.c.principal)
+
+
 async def want_back(tx: Tx, lender_id: str, loan_ids: Collection[str], call_id: str, now: datetime) -> None:
     """Note which loans a margin call of their lender wants back: each is due at once, and recalled when it is its turn.
 
     The lender's account is locked, the borrowers' are not: events to them are for whoever locks both.
     """
     columns = loans.c
-    chosen = (columns.lender_id == lender_id, columns.id.in_(loan_ids), columns.status == "active")
+    chosen = (columns.lender_id == lender_id, columns.id.in_(loan_ids), _NOT_ALL_RECALLED)
     await tx.connection.execute(update(loans).where(*chosen).values(wanted_by=call_id, next_action_at=now))
 
 
 async def any_wanted(tx: Tx, lender_id: str) -> bool:
     """Whether a loan is still to be recalled for a margin call of its lender."""
     columns = loans.c
-    query = select(columns.id).where(
-        columns.lender_id == lender_id, columns.status == "active", columns.wanted_by.is_not(None)
-    )
+    query = select(columns.id).where(columns.lender_id == lender_id, _NOT_ALL_RECALLED, columns.wanted_by.is_not(None))
     return (await tx.connection.execute(query.limit(1))).first() is not None
 
 
@@ -391,7 +448,7 @@ async def pairs(tx: Tx) -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in await tx.connection.execute(query)]
 
 
-# In floats, and with interest since the last payment at the market's rate of now: this names loans and decides nothing.
+# In floats, and with interest since it was last accrued at the market's rate of now: this names loans, decides nothing.
 _BELOW = text(
     """
     SELECT l.id FROM loans l
@@ -399,15 +456,17 @@ _BELOW = text(
         AS t (asset, collateral, worth, liquidated, low) ON (l.asset, l.collateral_asset) = (t.asset, t.collateral)
     JOIN lending_markets m ON m.asset = l.asset
     CROSS JOIN LATERAL (
-        SELECT l.collateral::float8 * t.worth / (l.principal::float8 + l.interest_booked::float8
+        SELECT l.collateral::float8 * t.worth / (l.principal::float8
+            + greatest(l.interest_booked::float8, l.accrued::float8 / 31536000e6 - l.interest_paid::float8)
             + l.principal::float8 * greatest(l.rate, CASE l.rate_kind WHEN 'floating' THEN m.rate ELSE 0 END)::float8
             * greatest(0, extract(epoch FROM :now - l.accrued_to)::float8) / 31536000) AS ratio) AS r
-    WHERE l.status IN ('active', 'recalled') AND (hashtextextended(l.borrower_id, 0) & :mask) = ANY (:shards)
+    WHERE l.status IN ('active', 'recalled') AND l.id <> ALL (:but)
+      AND (hashtextextended(l.borrower_id, 0) & :mask) = ANY (:shards)
       AND (r.ratio < t.liquidated OR (NOT l.is_low AND r.ratio < t.low) OR (l.is_low AND r.ratio >= t.low + :cleared))
     ORDER BY r.ratio - t.liquidated LIMIT :most
     """
 ).bindparams(
-    *(bindparam(name, type_=ARRAY(Text)) for name in ("assets", "collaterals")),
+    *(bindparam(name, type_=ARRAY(Text)) for name in ("assets", "collaterals", "but")),
     *(bindparam(name, type_=ARRAY(Double)) for name in ("worth", "liquidated", "low")),
     bindparam("now", type_=DateTime(timezone=True)),
     bindparam("mask", type_=Integer),
@@ -419,26 +478,41 @@ _BELOW = text(
 
 @dataclass(frozen=True, slots=True)
 class MarketTotal:
-    """A market, and how many of its loans are active and recalled."""
+    """A market, its live loans counted, and of them the earliest that is due back and the earliest timer."""
 
     market: Market
     active: int
     recalled: int
+    due_at: datetime | None
+    next_action_at: datetime | None
 
 
-async def totals(tx: Tx, limit: int) -> list[MarketTotal]:
-    """Return the markets of which the most loans are live, for who measures them."""
+async def totals(tx: Tx) -> list[MarketTotal]:
+    """Return every market, those first of which the most loans are live."""
     columns = loans.c
     counts = [func.count().filter(columns.status == status).label(status) for status in LIVE]
-    counted = select(columns.asset, *counts).where(columns.status.in_(LIVE)).group_by(columns.asset).subquery()
-    active, recalled = func.coalesce(counted.c.active, 0), func.coalesce(counted.c.recalled, 0)
-    query = select(lending_markets, active.label("active"), recalled.label("recalled"))
-    query = query.outerjoin(counted, counted.c.asset == lending_markets.c.asset)
-    rows = await tx.connection.execute(query.order_by((active + recalled).desc(), lending_markets.c.asset).limit(limit))
+    times = [func.min(column).label(column.name) for column in (columns.due_at, columns.next_action_at)]
+    live = select(columns.asset, *counts, *times).where(columns.status.in_(LIVE)).group_by(columns.asset).subquery()
+    active, recalled = func.coalesce(live.c.active, 0), func.coalesce(live.c.recalled, 0)
+    query = select(
+        lending_markets, active.label("active"), recalled.label("recalled"), live.c.due_at, live.c.next_action_at
+    ).outerjoin(live, live.c.asset == lending_markets.c.asset)
+    rows = await tx.connection.execute(query.order_by((active + recalled).desc(), lending_markets.c.asset))
     names = Market.__slots__
     return [
-        MarketTotal(Market(**{n: row[n] for n in names}), row["active"], row["recalled"]) for row in rows.mappings()
+        MarketTotal(
+            Market(**{n: row[n] for n in names}), row["active"], row["recalled"], row["due_at"], row["next_action_at"]
+        )
+        for row in rows.mappings()
     ]
+
+
+async def losses(tx: Tx) -> dict[str, tuple[int, Decimal]]:
+    """Return by asset for how many loans the house had to make the lender whole, and the units that it advanced."""
+    columns = loans.c
+    query = select(columns.asset, func.count(), func.sum(columns.deficit)).where(columns.deficit > text("0"))
+    rows = await tx.connection.execute(query.group_by(columns.asset))
+    return {asset: (count, amount) for asset, count, amount in rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,8 +526,13 @@ class Levels:
     low: float
 
 
-async def below(tx: Tx, levels: Sequence[Levels], now: datetime, within: Collection[int], limit: int) -> list[str]:
-    """Return loans of borrowers in these shards that are past a level that they were not told of, the worst first."""
+async def below(
+    tx: Tx, levels: Sequence[Levels], now: datetime, within: Collection[int], limit: int, but: Collection[str] = ()
+) -> list[str]:
+    """Return loans of borrowers in these shards that are past a level that they were not told of, the worst first.
+
+    Those in `but` are left out: what can't be decided on does not hide the others.
+    """
     if not levels:
         return []
     given = {
@@ -462,6 +541,7 @@ async def below(tx: Tx, levels: Sequence[Levels], now: datetime, within: Collect
         "worth": [level.worth for level in levels],
         "liquidated": [level.liquidated for level in levels],
         "low": [level.low for level in levels],
+        "but": list(but),
     }
     more = {"now": now, "mask": shards.SHARDS - 1, "shards": sorted(within), "most": limit}
     more["cleared"] = float(LOW_CLEARED)

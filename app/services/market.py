@@ -200,6 +200,15 @@ async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[Asse
     return Versioned(_asset(row), row["version"])
 
 
+async def stablecoins(tx: Tx, assets: Iterable[str]) -> set[str]:
+    """Return which of some assets are stablecoins; of those that are not listed, all or none, as the default is."""
+    columns, named = asset_parameters.c, set(assets)
+    query = select(columns.asset, columns.kind).ext(distinct_on(columns.asset))
+    query = query.where(columns.asset.in_({*named, DEFAULT_ASSET})).order_by(columns.asset, columns.version.desc())
+    kinds: dict[str, AssetKind] = {row.asset: row.kind for row in await tx.connection.execute(query)}
+    return {asset for asset in named if kinds.get(asset, kinds[DEFAULT_ASSET]) == "stable"}
+
+
 async def get_instrument(tx: Tx, symbol: str, at: int | None = None) -> Versioned[InstrumentParameters]:
     """Return a listed instrument, current or as of a version; NotFoundError when it is not listed."""
     row = await _row_at(tx, instrument_parameters, instrument_parameters.c.symbol == symbol, at)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.dialects import postgresql
 
 from app.db.clearing_tables import netting_obligations, netting_positions, netting_runs
@@ -26,22 +25,22 @@ from app.domain.book import Book
 from app.domain.fees import decimals_of
 from app.domain.money import checked_amount, plain, to_float
 from app.domain.moves import Move, agent, house, pay_in
-from app.domain.netting import Gross, Owed, Saving, Settlement
-from app.errors import ConflictError, InvalidError, NotFoundError, conflict, invalid
-from app.services import agreements, audit, book, events, ledger, market_rules, wallet
+from app.domain.netting import Debt, Gross, Owed, Saving, Settlement
+from app.errors import ConflictError, InvalidError, conflict, invalid
+from app.services import agreements, audit, book, events, ledger, market_rules, statements, wallet
 from app.services.agreements import Agreement
 from app.services.ledger import Occasion
 from app.services.margin import Scene, Scenes
+from app.services.statements import Cause, Obligation, Run, Window
 from app.services.wallet import Names, NewReservation
 
 SERVICE = "netting"
 OPEN_OBLIGATIONS_MAX = 10_000
 """Obligations of one agreement that wait for a run."""
-OBLIGATIONS_A_PAGE_MAX = 200
-RUNS_SHOWN_MAX = 20
+ASSETS_MAX = 16
+"""Assets that are open under one agreement: a run holds all members' accounts while it pays each debtor and asset."""
 
 ZERO = Decimal(0)
-Cause = Literal["interval", "threshold", "demand"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,49 +53,6 @@ class NewObligation:
     amount: Decimal
     reference: str
     fact: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Obligation:
-    """A stored obligation; `run_id` is the run that settled it."""
-
-    agreement_id: str
-    seq: int
-    id: str
-    payer: str
-    payee: str
-    service: str
-    asset: str
-    amount: Decimal
-    reference: str
-    booked_by: str
-    booked_at: datetime
-    run_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A cut-off: what it settled, or that it could not."""
-
-    agreement_id: str
-    seq: int
-    id: str
-    cause: Cause
-    outcome: Literal["settled", "defaulted"]
-    ran_at: datetime
-    after_seq: int
-    last_seq: int
-    obligations: int
-    figures: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Obligations of an agreement after one number, up to another."""
-
-    agreement_id: str
-    after_seq: int
-    last_seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +83,28 @@ async def book_obligation(
     """Book what a payer owes and have its running net reserved; return it, and whether it is new.
 
     The payer covers its new net, fee and buffer, out of what is free and within its gates; of a fact as much as is
-    free is reserved. The payee's reservation shrinks with its net. Raises ConflictError, InvalidError, NotFoundError.
+    free is reserved. The payee's reservation shrinks with its net. After a default only what a creditor waives to
+    a debtor is booked: it brings both nearer to zero. Raises ConflictError, InvalidError, NotFoundError.
     """
     seen = await agreements.get(tx, payer, agreement_id)
-    if asked.payee == payer or asked.payee not in seen.present:
-        raise invalid("/payee", "not_a_member", "the payee is another member of the agreement")
+    if asked.payee == payer or asked.payee not in [m.agent_id for m in seen.members]:
+        raise _not_a_member()
     amount = checked_amount("/amount", asked.amount, decimals_of(asked.asset))
     books = await book.lock_all(tx, [payer, asked.payee])
     agreement = await agreements.lock(tx, payer, agreement_id)
-    known = await _by_reference(tx, agreement_id, payer, asked.reference)
+    known = await statements.by_reference(tx, agreement_id, payer, asked.reference)
     if known is not None:
         return _same(known, asked, amount), False
     scene = await scenes.at(tx)
     _check_bookable(agreement, payer, asked)
     market_rules.check_symbol("/asset", asked.asset)
     scene.require_price("/asset", asked.asset)
+    await _check_assets(tx, agreement, asked.asset)
     owed = Owed(payer, asked.payee, asked.asset, amount)
     nets = {gross.agent_id: gross.net for gross in await _add(tx, agreement, owed)}
+    if agreement.state == "defaulted" and not nets[payer] <= 0 <= nets[asked.payee]:
+        detail = "a cut-off could not be settled: until one is, only what a creditor waives to a debtor is booked"
+        raise conflict("/state", "agreement_defaulted", detail)
     await _cover(tx, scene, books[payer], agreement, owed.asset, nets[payer], fact=asked.fact)
     await _uncover(tx, books[asked.payee], agreement, owed.asset, nets[asked.payee])
     row = {
@@ -161,7 +122,7 @@ async def book_obligation(
     stored = (await tx.connection.execute(insert(netting_obligations).values(row).returning(netting_obligations))).one()
     booked = Obligation(**stored._mapping, run_id=None)  # noqa: SLF001  the public name of a row's columns
     is_due = await _is_past_threshold(tx, scene, agreement)
-    await agreements.booked(tx, agreement, is_due=is_due)
+    await agreements.booked(tx, agreement, scene.now, is_due=is_due)
     data = {"agreement_id": agreement_id, "obligation_id": booked.id, "payer": payer, "payee": booked.payee}
     told = {"service": booked.service, "asset": booked.asset, "amount": plain(amount), "reference": booked.reference}
     await events.emit(tx, "netting.booked", booked.payee, data | told)
@@ -177,17 +138,29 @@ def _same(known: Obligation, asked: NewObligation, amount: Decimal) -> Obligatio
 
 
 def _check_bookable(agreement: Agreement, payer: str, asked: NewObligation) -> None:
-    if agreement.state == "defaulted":
-        detail = "a cut-off could not be settled: nothing is booked until one is"
-        raise conflict("/state", "agreement_defaulted", detail)
-    if agreement.state != "active" or payer not in agreement.present or asked.payee not in agreement.present:
-        raise conflict("/state", "agreement_not_active", f"the agreement is {agreement.state}, or one has left it")
+    if asked.payee not in agreement.present:
+        raise _not_a_member()
+    if agreement.state not in ("active", "defaulted") or payer not in agreement.present:
+        raise conflict("/state", "agreement_not_active", f"the agreement is {agreement.state}, or the payer left it")
     if asked.service not in agreement.services:
         detail = f"the agreement is about {', '.join(agreement.services)}"
         raise invalid("/service", "service_not_agreed", detail)
     if agreement.open_obligations >= OPEN_OBLIGATIONS_MAX:
         detail = f"{OPEN_OBLIGATIONS_MAX} obligations are open: settle them first"
         raise conflict("/open_obligations", "agreement_full", detail)
+
+
+async def _check_assets(tx: Tx, agreement: Agreement, asset: str) -> None:
+    columns = netting_positions.c
+    query = select(columns.asset).where(columns.agreement_id == agreement.id).distinct()
+    open_now = set((await tx.connection.execute(query)).scalars())
+    if len(open_now | {asset}) > ASSETS_MAX:
+        detail = f"{ASSETS_MAX} assets are open: settle them first"
+        raise conflict("/asset", "agreement_full", detail)
+
+
+def _not_a_member() -> InvalidError:
+    return invalid("/payee", "not_a_member", "the payee is another member of the agreement")
 
 
 async def _add(tx: Tx, agreement: Agreement, owed: Owed) -> list[Gross]:
@@ -246,7 +219,7 @@ async def _is_past_threshold(tx: Tx, scene: Scene, agreement: Agreement) -> bool
     if agreement.threshold is None:
         return False
     gross: dict[str, Decimal] = {}
-    for position in await _positions(tx, agreement):
+    for position in await statements.positions(tx, agreement):
         gross[position.asset] = gross.get(position.asset, ZERO) + position.pays
     worth = sum(to_float(amount) * scene.price(asset) for asset, amount in gross.items())
     return worth >= to_float(agreement.threshold)
@@ -273,17 +246,17 @@ async def run(tx: Tx, scenes: Scenes, agreement_id: str, agent_id: str | None = 
     if agreement.open_obligations == 0:
         if agent_id is not None:
             raise conflict("/open_obligations", "nothing_to_settle", "no obligation of the agreement is open")
-        await agreements.rearm(tx, agreement, scene.now)
         return None
     cause: Cause = "demand" if agent_id is not None else await _why(tx, scene, agreement)
-    window = await _open_window(tx, agreement)
-    owed = await _owed(tx, window)
+    window = await statements.open_window(tx, agreement)
+    owed = await statements.owed(tx, window)
     sums = netting.positions(owed)
-    if sums != await _positions(tx, agreement):
+    if sums != await statements.positions(tx, agreement):
         raise RuntimeError(f"the running sums of {agreement_id} are not those of its obligations")
     done = netting.settlement(sums, agreement.terms)
-    short = _shortfalls(scene, books, agreement, done)
-    case = _Case(agreement, scene, books, window, cause, owed, done)
+    debts = done.debts()
+    short = _shortfalls(scene, books, agreement, debts)
+    case = _Case(agreement, scene, books, window, cause, owed, done, debts)
     return await _default(tx, case, short) if short else await _settle(tx, case)
 
 
@@ -298,39 +271,27 @@ class _Case:
     cause: Cause
     owed: Sequence[Owed]
     done: Settlement
-
-    def due_of(self, agent_id: str, asset: str) -> Decimal:
-        """Return what a debtor pays of an asset, its fee included."""
-        moved = (m.amount for m in self.done.movements if (m.payer, m.asset) == (agent_id, asset))
-        charged = (c.amount for c in self.done.charges if (c.payer, c.asset) == (agent_id, asset))
-        return sum(moved, ZERO) + sum(charged, ZERO)
+    debts: Sequence[Debt]
 
 
 async def _why(tx: Tx, scene: Scene, agreement: Agreement) -> Cause:
     return "threshold" if await _is_past_threshold(tx, scene, agreement) else "interval"
 
 
-def _debts(done: Settlement) -> list[tuple[str, str]]:
-    """Return who pays of which asset, in the order of their ids."""
-    return sorted({(movement.payer, movement.asset) for movement in done.movements})
-
-
-def _shortfalls(scene: Scene, books: Mapping[str, Book], agreement: Agreement, done: Settlement) -> list[Short]:
+def _shortfalls(scene: Scene, books: Mapping[str, Book], agreement: Agreement, debts: Sequence[Debt]) -> list[Short]:
     """Return who lacks what: beyond what is reserved for it, a debt is paid of what is free and may be withdrawn."""
     found = []
     left = dict(books)
-    for agent_id, asset in _debts(done):
-        held = left[agent_id]
-        net = sum((m.amount for m in done.movements if (m.payer, m.asset) == (agent_id, asset)), ZERO)
-        due = agreement.terms.due(asset, net)
-        extra = due - _reserved(held, agreement, asset)
+    for debt in debts:
+        held = left[debt.payer]
+        extra = debt.due - _reserved(held, agreement, debt.asset)
         if extra <= 0:
             continue
-        after = _paid(held, agreement, asset, extra)
-        if extra > held.holding(asset).free or not _may_go(scene, held, after):
-            found.append(Short(agent_id, asset, due, extra))
+        after = _paid(held, agreement, debt.asset, extra)
+        if extra > held.holding(debt.asset).free or not _may_go(scene, held, after):
+            found.append(Short(debt.payer, debt.asset, debt.due, extra))
         else:
-            left[agent_id] = after
+            left[debt.payer] = after
     return found
 
 
@@ -383,13 +344,13 @@ async def _default(tx: Tx, case: _Case, short: Sequence[Short]) -> Ran | None:
 
 async def _settle(tx: Tx, case: _Case) -> Ran:
     """Move every net and charge every fee; one batch of the ledger for each debtor and asset."""
-    for agent_id, asset in _debts(case.done):
-        await _pay(tx, case, agent_id, asset)
+    for debt in case.debts:
+        await _pay(tx, case, debt)
     saved = netting.savings(case.owed, case.done, case.agreement.terms)
     written = await _write(tx, case, "settled", _settled_figures(case.done, saved))
     columns = netting_positions.c
     await tx.connection.execute(delete(netting_positions).where(columns.agreement_id == case.agreement.id))
-    await agreements.settled(tx, case.agreement, case.window.last_seq, case.scene.now)
+    await agreements.settled(tx, case.agreement, case.window.last_seq)
     sums = netting.positions(case.owed)
     for member in case.agreement.present:
         nets = {g.asset: plain(g.net) for g in sums if g.agent_id == member}
@@ -400,26 +361,25 @@ async def _settle(tx: Tx, case: _Case) -> Ran:
     return Ran(written, movements, fees_saved)
 
 
-async def _pay(tx: Tx, case: _Case, agent_id: str, asset: str) -> None:
+async def _pay(tx: Tx, case: _Case, debt: Debt) -> None:
     """Pay a debtor's net and fee, of what is reserved for it first, and give back what is left of that."""
-    held, due = case.books[agent_id], case.due_of(agent_id, asset)
-    own, reservation = agent(agent_id, "reserved"), case.books[agent_id].bound(case.agreement.id, asset)
+    agent_id, asset, due = debt.payer, debt.asset, debt.due
+    held, own = case.books[agent_id], agent(agent_id, "reserved")
+    reservation = held.bound(case.agreement.id, asset)
     there = ZERO if reservation is None else reservation.remaining
     moves = [Move(asset, due - there, agent(agent_id, "free"), own)] if due > there else []
-    for movement in case.done.movements:
-        if (movement.payer, movement.asset) == (agent_id, asset):
-            owed = case.books[movement.payee].holding(asset).owed
-            moves += pay_in(movement.payee, asset, movement.amount, own, owed)
-    moves += [
-        Move(asset, c.amount, own, house("fees")) for c in case.done.charges if (c.payer, c.asset) == (agent_id, asset)
-    ]
+    for movement in debt.movements:
+        owed = case.books[movement.payee].holding(asset).owed
+        moves += pay_in(movement.payee, asset, movement.amount, own, owed)
+    if debt.fee > 0:
+        moves.append(Move(asset, debt.fee, own, house("fees")))
     if there > due:
         moves += pay_in(agent_id, asset, there - due, own, held.holding(asset).owed)
     if reservation is not None:
         case.books[agent_id] = await wallet.take_bound(tx, held, reservation, min(due, there))
     await ledger.post(tx, Occasion(agent_id, SERVICE, "netting", case.agreement.id), moves)
-    for member, left in case.books.items():
-        case.books[member] = left.after_moves(moves)
+    for member in (agent_id, *(movement.payee for movement in debt.movements)):
+        case.books[member] = case.books[member].after_moves(moves)
 
 
 async def _write(tx: Tx, case: _Case, outcome: str, figures: Mapping[str, Any]) -> Run:
@@ -461,140 +421,3 @@ def _told_of(written: Run) -> dict[str, Any]:
 
 def _shown(amount: Decimal) -> str:
     return f"{plain(amount):f}"
-
-
-# --- reading
-
-
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """What a statement is worked out from: what was owed in its window, and a page of the obligations."""
-
-    agreement: Agreement
-    run: Run | None
-    as_of: datetime
-    owed: Sequence[Owed]
-    page: Sequence[Obligation]
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """Each member's sums, and what settling them moves, charges and saves."""
-
-    positions: Sequence[Gross]
-    settlement: Settlement
-    savings: Sequence[Saving]
-
-
-async def stated(
-    tx: Tx,
-    agent_id: str,
-    agreement_id: str,
-    *,
-    run_id: str | None = None,
-    as_of: datetime | None = None,
-    limit: int = OBLIGATIONS_A_PAGE_MAX,
-    before: int | None = None,
-) -> Stated:
-    """Return what a run settled, or what was open at a moment, now where left out. Raises NotFoundError."""
-    agreement = await agreements.get(tx, agent_id, agreement_id)
-    ran = None if run_id is None else await get_run(tx, agreement_id, run_id)
-    if ran is not None:
-        window, moment = Window(agreement_id, ran.after_seq, ran.last_seq), ran.ran_at
-    else:
-        moment = as_of or tx.now
-        window = await _window_at(tx, agreement, moment)
-    page = await list_obligations(tx, window, limit, before)
-    return Stated(agreement, ran, moment, await _owed(tx, window), page)
-
-
-def worked_out(said: Stated) -> Statement:
-    """Return the nets, and what settling them takes and saves: some ten milliseconds for a thousand obligations."""
-    terms, sums = said.agreement.terms, netting.positions(said.owed)
-    done = netting.settlement(sums, terms)
-    return Statement(sums, done, netting.savings(said.owed, done, terms))
-
-
-async def list_obligations(tx: Tx, window: Window, limit: int, before: int | None = None) -> list[Obligation]:
-    """Return obligations of a window, newest first, from below the number `before`, with the runs that settled them."""
-    columns, runs = netting_obligations.c, netting_runs.c
-    settled = (runs.agreement_id == columns.agreement_id, runs.outcome == "settled", runs.last_seq >= columns.seq)
-    run_id = select(runs.id).where(*settled).order_by(runs.last_seq).limit(1).scalar_subquery()
-    query = select(netting_obligations, run_id.label("run_id")).where(*_within(window))
-    if before is not None:
-        query = query.where(columns.seq < before)
-    rows = await tx.connection.execute(query.order_by(columns.seq.desc()).limit(min(limit, OBLIGATIONS_A_PAGE_MAX)))
-    return [Obligation(**row) for row in rows.mappings()]
-
-
-async def all_of(tx: Tx, agreement_id: str) -> Window:
-    """Return the window of all that was ever booked against an agreement."""
-    columns = netting_obligations.c
-    query = select(func.max(columns.seq)).where(columns.agreement_id == agreement_id)
-    return Window(agreement_id, 0, (await tx.connection.execute(query)).scalar_one() or 0)
-
-
-async def get_run(tx: Tx, agreement_id: str, run_id: str) -> Run:
-    """Return a run of an agreement. Raises NotFoundError."""
-    columns = netting_runs.c
-    query = select(netting_runs).where(columns.agreement_id == agreement_id, columns.id == run_id)
-    row = (await tx.connection.execute(query)).mappings().first()
-    if row is None:
-        raise NotFoundError("There is no such run of the agreement.", code="run_not_found")
-    return Run(**row)
-
-
-async def last_runs(tx: Tx, agreement_id: str) -> list[Run]:
-    """Return the latest runs of an agreement, newest first."""
-    columns = netting_runs.c
-    query = select(netting_runs).where(columns.agreement_id == agreement_id)
-    rows = await tx.connection.execute(query.order_by(columns.seq.desc()).limit(RUNS_SHOWN_MAX))
-    return [Run(**row) for row in rows.mappings()]
-
-
-async def _open_window(tx: Tx, agreement: Agreement) -> Window:
-    return replace(await all_of(tx, agreement.id), after_seq=agreement.settled_through)
-
-
-async def _window_at(tx: Tx, agreement: Agreement, moment: datetime) -> Window:
-    """Return what was open at a moment: booked by then, and settled by no run until then."""
-    runs, columns = netting_runs.c, netting_obligations.c
-    settled = select(func.max(runs.last_seq)).where(
-        runs.agreement_id == agreement.id, runs.outcome == "settled", runs.ran_at <= moment
-    )
-    booked = select(func.max(columns.seq)).where(columns.agreement_id == agreement.id, columns.booked_at <= moment)
-    after, last = [(await tx.connection.execute(query)).scalar_one() or 0 for query in (settled, booked)]
-    return Window(agreement.id, after, last)
-
-
-def _within(window: Window) -> tuple[ColumnElement[bool], ...]:
-    columns = netting_obligations.c
-    return (
-        columns.agreement_id == window.agreement_id,
-        columns.seq > window.after_seq,
-        columns.seq <= window.last_seq,
-    )
-
-
-async def _owed(tx: Tx, window: Window) -> list[Owed]:
-    columns = netting_obligations.c
-    query = select(columns.payer, columns.payee, columns.asset, columns.amount).where(*_within(window))
-    return [Owed(*row) for row in await tx.connection.execute(query)]
-
-
-async def _positions(tx: Tx, agreement: Agreement) -> list[Gross]:
-    columns = netting_positions.c
-    query = select(columns.agent_id, columns.asset, columns.pays, columns.receives)
-    rows = await tx.connection.execute(query.where(columns.agreement_id == agreement.id))
-    return sorted((Gross(*row) for row in rows), key=lambda g: (g.asset, g.agent_id))
-
-
-async def _by_reference(tx: Tx, agreement_id: str, payer: str, reference: str) -> Obligation | None:
-    columns = netting_obligations.c
-    query = select(netting_obligations).where(
-        columns.agreement_id == agreement_id, columns.payer == payer, columns.reference == reference
-    )
-    row = (await tx.connection.execute(query)).mappings().first()
-    if row is None:
-        return None
-    return next(iter(await list_obligations(tx, Window(agreement_id, row["seq"] - 1, row["seq"]), 1)))

@@ -15,7 +15,7 @@ from app.domain.prices import StoredPrice
 from app.errors import NotFoundError, invalid
 from app.services import market_rules as rules
 from app.services import price_history
-from app.services.market import bump_version
+from app.services.market import bump_version, stablecoins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,6 +59,14 @@ async def moments(tx: Tx, symbols: Sequence[str]) -> dict[str, datetime]:
     query = select(columns.symbol, columns.as_of).where(columns.symbol == any_(bindparam("symbols", type_=ARRAY(Text))))
     rows = await tx.connection.execute(query, {"symbols": list(symbols)})
     return {row.symbol: row.as_of for row in rows}
+
+
+async def worth(tx: Tx, assets: Sequence[str]) -> dict[str, float]:
+    """Return the USD a unit of these assets by their stored prices, however old; without one a stablecoin is 1."""
+    columns = market_prices.c
+    query = select(columns.symbol, columns.price).where(columns.symbol == any_(bindparam("symbols", type_=ARRAY(Text))))
+    rows = await tx.connection.execute(query, {"symbols": list(assets)})
+    return dict.fromkeys(await stablecoins(tx, assets), 1.0) | {symbol: to_float(price) for symbol, price in rows}
 
 
 async def last_received(tx: Tx, symbols: Sequence[str]) -> datetime | None:

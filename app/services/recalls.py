@@ -54,6 +54,6 @@ async def withdraw_offers(tx: Tx, scene: Scene, held: Book, call_id: str, cause:
 
 async def are_awaited(tx: Tx, held: Book, expired_at: datetime | None, now: datetime) -> bool:
     """Whether loans are still to be recalled before a position is touched."""
-    if not any(loan.asked_back for loan in held.loans) or expired_at is None or now - expired_at >= PATIENCE:
+    if not held.loans or expired_at is None or now - expired_at >= PATIENCE:
         return False
     return await loans.any_wanted(tx, held.agent_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import op
 
 revision = "20261127_0800"
-down_revision: str | None = "20261127_0710"
+down_revision: str | None = "20261127_0720"
 
 FLEETS = """
 CREATE TABLE fleets (

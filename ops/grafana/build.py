@@ -8,10 +8,15 @@ from pathlib import Path
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from ops.grafana import margins, service
+from ops.grafana import clearing, lending, margins, service
 from ops.grafana.panels import plain
 
-DASHBOARDS: Mapping[str, Callable[[], Dashboard]] = {"service": service.dashboard, "margins": margins.dashboard}
+DASHBOARDS: Mapping[str, Callable[[], Dashboard]] = {
+    "service": service.dashboard,
+    "margins": margins.dashboard,
+    "lending": lending.dashboard,
+    "clearing": clearing.dashboard,
+}
 PLACE = Path(__file__).parent / "dashboards"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from ops.grafana.panels import board, figure, graph, quantiles, row, rows, stacked
+from ops.grafana.panels import board, figure, graph, quantiles, row, rows, sql, stacked
 
 OVERDUE = "max(primerisk_margin_call_overdue_seconds)"
 LOST = "max(primerisk_margin_call_deficit_usd_total)"
@@ -71,8 +71,8 @@ def _accounts(made: Dashboard) -> Dashboard:
                 {"{{band}}": "max by (band) (primerisk_accounts_by_margin_ratio)"},
             )
         )
-        .with_panel(rows("In the greatest danger", "As the workers' screens see them.", _sql(worst)))
-        .with_panel(rows("Live margin calls", "Figures of the last decision on each.", _sql(calls)))
+        .with_panel(rows("In the greatest danger", "As the workers' screens see them.", sql(worst)))
+        .with_panel(rows("Live margin calls", "Figures of the last decision on each.", sql(calls)))
     )
 
 
@@ -222,7 +222,3 @@ def _risk(made: Dashboard) -> Dashboard:
             )
         )
     )
-
-
-def _sql(text: str) -> str:
-    return " ".join(text.split())

@@ -123,17 +123,22 @@ def figure(
     )
 
 
-def rows(title: str, description: str, sql: str) -> table.Panel:
+def rows(title: str, description: str, statement: str, span: int = HALF) -> table.Panel:
     """Return a table of what an operator's view holds."""
     return (
         table.Panel()
         .title(title)
         .description(description)
         .datasource(DATABASE)
-        .span(HALF)
+        .span(span)
         .height(10)
-        .with_target(_SqlBuilder(sql))
+        .with_target(_SqlBuilder(statement))
     )
+
+
+def sql(text: str) -> str:
+    """Return a statement on one line."""
+    return " ".join(text.split())
 
 
 def row(title: str) -> dashboards.Row:

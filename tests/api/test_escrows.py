@@ -170,6 +170,7 @@ async def test_what_is_refused_says_where(service: Service) -> None:
         ({"amount": 20_000}, 409, "insufficient_funds", "/amount"),
         ({"asset": "no price"}, 422, "invalid_symbol", "/asset"),
         ({"asset": "NOPE"}, 422, "missing_price", "/asset"),
+        ({"asset": ""}, 422, "invalid_symbol", "/asset"),
         ({"timeout_seconds": 0}, 422, "number_out_of_range", "/timeout_seconds"),
         ({"timeout_seconds": 10**9}, 422, "number_out_of_range", "/timeout_seconds"),
         ({"on_timeout": "keep"}, 422, "invalid_value", "/on_timeout"),

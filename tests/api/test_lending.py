@@ -174,6 +174,16 @@ async def test_what_is_no_offer(lender: Agent, body: dict[str, Any], pointer: st
     problem(await lender.ask("/lending/create", OFFER | body), 422, code, pointer)
 
 
+async def test_numbers_and_names_that_no_book_holds(lender: Agent, borrower: Agent) -> None:
+    await lender.post("/lending/create", OFFER)
+    huge, tiny = {"content": '{"lent_share_max": 1e999999999}'}, {"content": '{"lent_share_max": 1e-999999999}'}
+    problem(await lender.send("PUT", "/wallet/holdings/USDC", **huge), 422, "out_of_range")
+    problem(await lender.send("PUT", "/wallet/holdings/USDC", **tiny), 422, "too_many_decimals")
+    wanted = '{"asset": "USDC", "amount": 1e999999999, "collateral": {"asset": "BTC"}}'
+    problem(await borrower.send("POST", "/lending/borrow", content=wanted), 422, "number_out_of_range", "/amount")
+    problem(await borrower.send("GET", "/lending/rates?asset=%00"), 422, "invalid_symbol", "/asset")
+
+
 async def test_what_is_no_loan(lender: Agent, borrower: Agent) -> None:
     await lender.post("/lending/create", OFFER)
     for body, status, code, *figures in (

@@ -110,7 +110,7 @@ async def test_a_fact_is_an_admins_to_book_and_may_default(service: Service) -> 
     )
     assert (await bob.get(path))["state"] == "defaulted"
     assert counted(service, "netting_runs_total", outcome="defaulted") == 1
-    problem(await bob.ask(f"{path}/obligations", owes(alice, 1, "x")), 409, "agreement_defaulted", "/state")
+    problem(await bob.ask(f"{path}/obligations", owes(alice, 101, "x")), 409, "agreement_defaulted", "/state")
     await alice.deposit(USDC=61)
     assert (await bob.post(f"{path}/settle"))["outcome"] == "settled"
     assert (await bob.get("/wallet/balance"))["free"] == 140
@@ -160,6 +160,7 @@ async def test_what_is_refused_says_where(service: Service) -> None:
         ({"members": [f"agent_{k}" for k in range(51)]}, "too_many_items", "/members"),
         ({"services": []}, "too_many_items", "/services"),
         ({"services": ["Data"]}, "invalid_service", "/services"),
+        ({"services": ["data"] * 33}, "too_many_items", "/services"),
         ({"interval_seconds": 0}, "number_out_of_range", "/interval_seconds"),
         ({"threshold": 0}, "not_positive", "/threshold"),
         ({"name": ""}, "invalid_value", "/name"),
@@ -185,3 +186,10 @@ async def test_what_is_refused_says_where(service: Service) -> None:
     for query, code in (("as_of=yesterday", "invalid_value"), ("run_id=r&as_of=2026-01-01T00:00:00Z", "not_allowed")):
         problem(await alice.send("GET", f"{path}/statement?{query}"), 422, code, "/as_of")
     problem(await alice.send("GET", f"{path}/statement?run_id=run_0"), 404, "run_not_found")
+    problem(await alice.send("GET", f"{path}/statement?run_id=%00"), 422, "invalid_parameter")
+    await alice.post(f"{path}/obligations", owes(bob, 1, "r"))
+    life = [(await alice.get(path))["created_at"], (await alice.get(f"{path}/statement"))["as_of"]]
+    for moment, count in (("0001-01-01T00:00:00%2B14:00", 0), ("9999-12-31T23:59:59-14:00", 1)):  # in UTC, no years
+        said = await alice.get(f"{path}/statement?as_of={moment}")
+        assert said["count"] == count
+        assert said["as_of"] >= life[count]

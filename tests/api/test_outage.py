@@ -46,6 +46,36 @@ async def _until(status: int, client: httpx.AsyncClient) -> None:
     raise AssertionError(f"/readyz is not {status} within 5 s")
 
 
+async def test_what_is_shown_of_the_service_stands_through_an_outage_and_tells_its_age(database_url: URL) -> None:
+    def shown(text: str) -> dict[str, float]:
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return {f"{s.name}{''.join(s.labels.values())}": s.value for s in samples if s.name.startswith("primerisk_")}
+
+    assert database_url.host
+    assert database_url.port
+    async with relay(database_url.host, database_url.port) as wire:
+        settings = {"database_connect_seconds": 1, "figures_seconds": 0.1}
+        async with running(database_url.set(port=wire.port), **settings) as service:
+
+            async def until(name: str, low: float, high: float) -> dict[str, float]:
+                async with asyncio.timeout(30):
+                    while True:
+                        found = shown((await service.get("/metrics", key="")).text)
+                        if low <= found.get(name, -1.0) <= high:
+                            return found
+                        await asyncio.sleep(0.05)
+
+            fresh = await until("primerisk_figures_age_secondscalls", 0.0, 1.0)
+            await wire.cut()
+            old = await until("primerisk_figures_age_secondscalls", 2.0, 60.0)
+            assert old["primerisk_database_up"] == 0
+            assert old["primerisk_margin_callsopen"] == fresh["primerisk_margin_callsopen"] == 0
+            assert old["primerisk_escrows_openfunded"] == 0
+            await wire.restore()
+            again = await until("primerisk_figures_age_secondscalls", 0.0, 1.5)
+            assert again["primerisk_figure_failures_total"] == 0, "an outage is no fault of ours"
+
+
 async def test_away_and_back(database_url: URL) -> None:
     assert database_url.host
     assert database_url.port

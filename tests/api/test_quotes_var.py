@@ -385,7 +385,11 @@ async def test_open_escrows_are_a_service_of_the_account(service: Service) -> No
     body = {"book": "account", "covariance": "given", "confidence": 0.99}
     assert "services" not in await alice.post("/quotes/var", body)
     terms = {"timeout_seconds": 3_600, "on_timeout": "refund", "fee_payer": "payee"}
-    await bob.post("/escrows", terms | {"payee": alice.id, "asset": "BTC", "amount": "0.5"})
+    paid = await bob.post("/escrows", terms | {"payee": alice.id, "asset": "BTC", "amount": "0.5"})
+    big = {"payee": alice.id, "amount": "0.01", "asset": "BTC", "counter_leg": {"asset": "ETH", "amount": 10**9}}
+    await bob.post("/escrows", terms | big)
+    assert "services" not in await alice.post("/quotes/var", body)  # whatever a stranger offers, until it is accepted
+    await alice.post(f"/escrows/{paid['id']}/confirm", {})
     swap = {"payee": bob.id, "asset": "ETH", "amount": 4, "counter_leg": {"asset": "USDC", "amount": 12_000}}
     await alice.post("/escrows", terms | swap)
     (found,) = (await alice.post("/quotes/var", body))["services"]

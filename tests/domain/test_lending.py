@@ -273,14 +273,13 @@ def test_what_is_due_next(
     step: Step | None,
 ) -> None:
     value = None if ratio is None else Decimal(ratio)
-    status = "active" if due_at is None else "recalled"
-    loan = Situation(status, value, is_low, due_at, interest_at, is_wanted)  # type: ignore[arg-type]
+    loan = Situation(value, is_low, due_at, interest_at, is_wanted)
     assert next_step(loan, TERMS, NOW) == step
 
 
 def test_when_a_loan_is_looked_at_again() -> None:
     def at(due_at: datetime | None) -> datetime:
-        return next_look(Situation("active", None, False, due_at, NOW + DAY), NOW)
+        return next_look(Situation(None, False, due_at, NOW + DAY), NOW)
 
     assert at(None) == NOW + DAY
     assert at(LATER) == LATER

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain.book import Book
+from app.domain.book import Book, Holding
 from app.domain.book_columns import book_columns
 from app.domain.screen import Screen
 from app.domain.tally import BANDS, tally
@@ -54,7 +54,7 @@ def test_accounts_are_counted_as_each_is_assessed(data: st.DataObject) -> None:
     assert told == sorted(told, reverse=True)
     assert {row.agent_id for row in found.worst} == {agent for agent, ratio in known.items() if ratio > 0.0}
     np.testing.assert_allclose(told, [known[row.agent_id] for row in found.worst], rtol=1e-9)
-    held = {a for book in fleet for a, h in book.holdings.items() if h.free or h.reserved or h.allocated or h.owed}
+    held = {a for book in fleet for a, h in book.holdings.items() if h != Holding()}
     used = held | {p.symbol for book in fleet for p in book.positions}
     under = {PARAMETERS.underlying_of(p.symbol) for b in fleet for p in b.positions if p.symbol not in PRICES}
     assert found.prices.keys() == {name for name in used | under if name in PRICES}

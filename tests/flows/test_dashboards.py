@@ -116,7 +116,7 @@ async def test_the_demonstration_fills_every_panel(database: Database) -> None:
             _check_panels(asked, started, ended)
             _check_rules(asked)
             _check_agreement(stack)
-            await _check_survivors(stack)
+            await _check_survivors(stack, database)
         async with database.transaction("test") as tx:
             assert await ledger.imbalances(tx) == {}
             for statement in _tables():
@@ -137,21 +137,27 @@ def _check_rules(asked: Prometheus) -> None:
     rules = [rule for group in groups for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}
     firing = {rule["name"] for rule in rules if rule.get("state") == "firing"}
-    assert firing <= {"PrimeriskDeficit", "PrimeriskAgentsOwe", "PrimeriskCallsSlow"}, "whatever a crash may bring"
+    assert firing <= {"PrimeriskDeficit", "PrimeriskLoanDeficit", "PrimeriskAgentsOwe", "PrimeriskCallsSlow"}, (
+        "whatever a crash may bring"
+    )
 
 
 def _check_agreement(stack: Stack) -> None:
     """Check that both API processes and both workers say the same of the service."""
     addresses = [*stack.apis, *(f"http://{worker}" for worker in stack.workers)]
     shown = [httpx.get(f"{address}/metrics").text for address in addresses]
-    for pattern in (r"^primerisk_accounts\{.*$", r"^primerisk_margin_calls\{.*$", r"^primerisk_shards\{.*$"):
+    for name in ("accounts", "margin_calls", "shards", "loans", "escrows_open", "netting_agreements"):
+        pattern = rf"^primerisk_{name}\{{.*$"
         told = [re.findall(pattern, text, re.MULTILINE) for text in shown]
         assert told[0]
         assert all(one == told[0] for one in told), told
 
 
-async def _check_survivors(stack: Stack) -> None:
+async def _check_survivors(stack: Stack, database: Database) -> None:
     """Kill an API process and a worker: what the others say of the service is right again within seconds."""
+    async with database.transaction("test") as tx:
+        everybody = (await tx.connection.execute(text("SELECT count(*) FROM accounts"))).scalar_one()
+    assert everybody > len(FLEET), "those who lend and pay too"
     for process in stack.doomed:
         process.kill()
     wanted = {'primerisk_shards{state="held"} 64.0', "primerisk_workers 1.0"}
@@ -159,7 +165,7 @@ async def _check_survivors(stack: Stack) -> None:
         while True:
             shown = (await client.get(f"{stack.apis[0]}/metrics")).text
             accounts = re.findall(r"^primerisk_accounts\{.*\} (\S+)$", shown, re.MULTILINE)
-            if wanted <= set(shown.splitlines()) and sum(map(float, accounts)) == len(FLEET):
+            if wanted <= set(shown.splitlines()) and sum(map(float, accounts)) == everybody:
                 return
             await asyncio.sleep(0.2)
 

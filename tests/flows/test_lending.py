@@ -17,8 +17,7 @@ from tests.api.service import make_agent
 from tests.flows.process import ROOT, Home, home, running, serving
 from tests.flows.trader import ADMIN_KEY, Trader, settings_of
 from tests.services.desk import Desk
-from tests.services.lenders import Lenders
-from tests.services.test_lending_races import check
+from tests.services.lenders import check
 
 BORROWERS, KILLS = 30, 4
 SECONDS_MAX = 60
@@ -78,7 +77,7 @@ async def test_workers_that_are_killed_bring_every_default_to_its_end_once(place
         wallet = await lender.call("GET", "/wallet/balance")
         assert Decimal(str(wallet["usdc_balance"])) == 100_000 + paid
         assert wallet["lent"] == 0
-        await check(Lenders(Desk(database)))
+        await check(Desk(database))
 
 
 async def test_a_recall_without_notice_is_bought_in_by_the_worker(place: Home, database: Database) -> None:

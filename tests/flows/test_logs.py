@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -61,7 +64,7 @@ async def test_a_flow_is_told_with_its_ids_and_without_secrets(
                 await trader.prices(BREACH)
                 await wait_for(receiver, "liquidation.completed")
                 [call] = (await trader.call("GET", "/margin-calls"))["margin_calls"]
-        logged = (place.path / "serve.log").read_text()
+                logged = await asyncio.to_thread(_logged, place.path / "serve.log", "GET /api/margin-calls 200 ")
     secrets = [ADMIN_KEY, PASSWORD, trader.key, trader.key.rpartition("_")[2]]
     secrets += [whole.removeprefix("whsec_") for whole in (secret, rotated)]
     assert [found for found in secrets if found in logged] == []
@@ -77,6 +80,15 @@ async def test_a_flow_is_told_with_its_ids_and_without_secrets(
     assert asked
     assert asked[0]["agent_id"] == trader.agent_id
     assert re.fullmatch(r"[0-9a-f]{16}", asked[0]["request_id"])
+
+
+def _logged(log: Path, last: str) -> str:
+    """Return what is in the log once the last request is: its line comes after its answer."""
+    deadline = time.monotonic() + 10.0
+    while last not in (said := log.read_text()):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.02)
+    return said
 
 
 async def _stumble(address: str, key: str, database: Database) -> None:

@@ -9,11 +9,12 @@ from itertools import count
 from typing import Any
 
 from app.domain.escrow import Kind, Leg
-from app.services import agreements, escrows, netting
+from app.services import agreements, escrows, netting, statements
 from app.services.agreements import Agreement, NewAgreement
 from app.services.escrows import Done, Escrow, NewEscrow, Share
 from app.services.margin import Scenes
-from app.services.netting import NewObligation, Obligation, Ran, Stated, Statement
+from app.services.netting import NewObligation, Ran
+from app.services.statements import Obligation, Stated, Statement
 from app.services.wallet import Names
 from tests.services.desk import ACTOR, ITEMS_MAX, PURSES, Amount, Desk
 
@@ -115,8 +116,8 @@ class Clearing:
 
     async def statement(self, agent_id: str, agreement: Agreement, **more: Any) -> tuple[Stated, Statement]:
         async with self.desk.database.transaction(ACTOR) as tx:
-            said = await netting.stated(tx, agent_id, agreement.id, **more)
-        return said, netting.worked_out(said)
+            said = await statements.stated(tx, agent_id, agreement.id, **more)
+        return said, statements.worked_out(said)
 
     async def make_due(self, agreement: Agreement) -> None:
         statement = "UPDATE netting_agreements SET next_action_at = now() WHERE id = :id RETURNING id"

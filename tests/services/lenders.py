@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from app.db.session import Tx
+from sqlalchemy import URL
+
+from app.db.session import Database, Tx
 from app.domain.lending import RateKind
 from app.services import lending, loan_steps, loans, running_loans
 from app.services.lending import NewOffer, Wanted
@@ -18,11 +22,27 @@ from app.services.margin import Scene, Scenes
 from app.services.market_cache import MarketCache
 from app.services.running_loans import Recall
 from app.services.wallet import Names
+from tests.database import make_settings
 from tests.services.desk import ACTOR, ITEMS_MAX, Amount, Desk
 
 RULES = Rules("smallest_first", Decimal("0.005"))
 PRICES = {"BTC": "60000", "ETH": "3000", "USDC": "1"}
 NOBODY = Names()
+CONNECTIONS = make_settings(database_pool_size=20, database_connect_seconds=20)
+BOOKS = """
+    SELECT asset,
+        (SELECT coalesce(sum(amount), 0) FROM balances WHERE bucket = 'lent' AND asset = a.asset),
+        (SELECT coalesce(sum(amount), 0) FROM balances WHERE bucket = 'borrowed' AND asset = a.asset),
+        (SELECT coalesce(sum(principal + interest_booked), 0) FROM loans WHERE asset = a.asset),
+        (SELECT coalesce(sum(amount), 0) FROM balances WHERE bucket = 'offered' AND asset = a.asset),
+        (SELECT coalesce(sum(remaining), 0) FROM loan_offers WHERE asset = a.asset),
+        (SELECT coalesce(sum(amount), 0) FROM balances WHERE bucket = 'pledged' AND asset = a.asset),
+        (SELECT coalesce(sum(collateral), 0) FROM loans WHERE collateral_asset = a.asset),
+        (SELECT coalesce(sum(supplied), 0) FROM lending_markets WHERE asset = a.asset),
+        (SELECT coalesce(sum(borrowed), 0) FROM lending_markets WHERE asset = a.asset),
+        (SELECT coalesce(sum(principal), 0) FROM loans WHERE asset = a.asset)
+    FROM (SELECT DISTINCT asset FROM balances) AS a
+"""
 
 
 class ShiftedScenes(Scenes):
@@ -124,3 +144,26 @@ class Lenders:
     async def events(self, agent_id: str) -> list[str]:
         query = "SELECT type FROM events WHERE agent_id = :agent_id AND type LIKE 'loan.%' ORDER BY sequence"
         return [row[0] for row in await self.desk.rows(query, agent_id=agent_id)]
+
+
+@asynccontextmanager
+async def lenders_on(url: URL) -> AsyncIterator[Lenders]:
+    """Yield a desk with prices on a database, whose books of lending have to agree afterwards."""
+    database = Database(url, CONNECTIONS)
+    desk = Desk(database)
+    await desk.prices(PRICES)
+    await desk.market.refresh()
+    yield Lenders(desk)
+    await check(desk)
+    await database.close()
+
+
+async def check(desk: Desk) -> None:
+    """Check that all books of lending agree with each other."""
+    assert await desk.imbalances() == {}
+    for asset, lent, borrowed, owed, offered, remaining, pledged, secured, *market in await desk.rows(BOOKS):
+        supplied, used, principal = market
+        assert lent == borrowed == owed, asset
+        assert offered == remaining, asset
+        assert pledged == secured, asset
+        assert (supplied, used) == (remaining + principal, principal), asset

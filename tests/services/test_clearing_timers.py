@@ -89,24 +89,3 @@ async def test_an_account_that_somebody_holds_is_waited_for_alone(clearing: Clea
         assert (await clearing.get(other)).state == "refunded"
     assert (await clearing.get(held)).state == "funded"
     assert counted(worker, "clearing_failures_total") == 0
-
-
-async def test_what_is_open_is_measured(clearing: Clearing) -> None:
-    desk = clearing.desk
-    await desk.prices({"BTC": "60000"})
-    view = await desk.market.refresh()
-    payer, payee = await desk.agent("5000"), await desk.agent("5000")
-    await desk.deposit(payer, "BTC", 1)
-    await clearing.fund(payer, payee, 100)
-    disputed = await clearing.fund(payer, payee, "0.5", "BTC", fee_payer="payee")
-    await clearing.confirm(payee, disputed)
-    await clearing.act(payer, disputed, "dispute")
-    made = await clearing.agree(payer, payee)
-    await clearing.owe(made, payer, payee, 5)
-    worker = timers(clearing)
-    await worker.measure(view)
-    assert [counted(worker, "escrows_open", state=s) for s in ("funded", "accepted", "disputed")] == [1, 0, 1]
-    assert counted(worker, "escrow_outstanding_usd", kind="coin") == 30_000
-    assert counted(worker, "escrow_outstanding_usd", kind="stable") == 100
-    assert counted(worker, "netting_agreements", state="active") == 1
-    assert counted(worker, "netting_obligations_open") == 1

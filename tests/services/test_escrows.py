@@ -66,6 +66,11 @@ async def test_ten_thousand_through_escrow(clearing: Clearing) -> None:
     for party in (payer, payee):
         assert await clearing.events(party) == ["escrow.funded", "escrow.accepted", "escrow.released"]
     assert await clearing.events(referrer) == ["escrow.released"]
+    # who is no party hears of its share, and not who paid whom for what
+    [(data,)] = await desk.rows("SELECT data::text FROM events WHERE agent_id = :id AND type ~ '^escrow'", id=referrer)
+    assert '"referral": 15' in data
+    assert payer not in data
+    assert payee not in data
 
 
 async def test_fee_and_share_are_parameters_and_those_of_the_funding(clearing: Clearing) -> None:
@@ -348,6 +353,11 @@ async def test_lists_are_by_party_role_and_state(clearing: Clearing) -> None:
         assert await ids(alice, 2) == [third.id, second.id]
         assert await ids(alice, 2, before=second.seq) == [first.id]
         assert await ids(carol, 10, state="released") == []
+        assert [await escrows.open_legs(tx, agent_id) for agent_id in (bob, carol)] == [{"USDC": -100}, {}]
+    # what is to come counts once it is accepted
+    await clearing.confirm(bob, first)
+    await clearing.confirm(carol, third)
+    async with desk.database.transaction(ACTOR) as tx:
         assert await escrows.open_legs(tx, bob) == {}  # 100 to come, 100 to go
         assert await escrows.open_legs(tx, carol) == {"USDC": 100}
 

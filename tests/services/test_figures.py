@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,16 +14,19 @@ import pytest
 from prometheus_client import CollectorRegistry
 from sqlalchemy import URL, text
 
+from app.db import operator_views
 from app.db.session import Database
 from app.domain.tally import BANDS, Endangered, Tally
 from app.services import heartbeat
-from app.services.figures import accounts, backtest, books, calls, every, webhooks
+from app.services.figures import accounts, backtest, books, calls, clearing, every, lending, webhooks
 from app.services.figures.accounts import Endangered as Shown
 from app.services.figures.keep import Figure, Keeper, Values, gauge
 from app.settings import Settings
 from tests.services.calls import BREACH, PRICES, Calls
+from tests.services.clearing import Clearing
 from tests.services.desk import Desk
 from tests.services.hooks import Hooks, hooks_on
+from tests.services.lenders import Lenders
 
 Samples = Mapping[tuple[str, str], float]
 
@@ -133,6 +137,17 @@ async def test_a_kind_at_fault_keeps_no_other_from_being_taken(databases: list[D
     shown = _samples(registry)
     assert (shown["g", ""], shown["primerisk_figure_failures_total", ""]) == (1, 1), "not tried again at once"
     assert shown["primerisk_figures_age_seconds", "counted"] < 60
+
+
+async def test_a_kind_that_another_release_took_otherwise_hides_no_other(databases: list[Database]) -> None:
+    kind, renamed = Counted(), Counted()
+    odd = replace(renamed.figure, name="odd", show=lambda values, _: [gauge("odd", "odd", values["gone"])])
+    keeper, registry = _keeper(databases[0], odd, kind.figure)
+    await keeper.round()
+    shown = _samples(registry)
+    assert shown["g", ""] == 1
+    assert ("primerisk_figures_age_seconds", "odd") not in shown, "it is missing, and that is an alert"
+    assert _samples(registry)["primerisk_figure_failures_total", ""] >= 1
 
 
 # --- what they say
@@ -277,6 +292,125 @@ async def test_var_is_held_to_what_happened(database: Database) -> None:
     assert shown["primerisk_var_exceptions_expected", "0.95"] == pytest.approx(0.2)
 
 
+async def test_loans_from_the_offer_to_the_loss(database: Database) -> None:
+    desk, lenders = Desk(database), Lenders(Desk(database))
+    await desk.prices({"BTC": "60000", "USDC": "1.01"})
+    lender, borrower = await desk.agent("100000"), await desk.agent()
+    await desk.deposit(borrower, "BTC", "0.5")
+    await lenders.offer(lender, 8_000, hours=1)
+    shown = await _shown(database, lending.FIGURE)
+    assert (shown["primerisk_loans_utilization", "USDC"], shown["primerisk_loans", "active"]) == (0, 0)
+    [loan] = await lenders.borrow(borrower, 6_000, "0.15")
+    await lenders.borrow(borrower, 2_000, "0.06")
+    shown = await _shown(database, lending.FIGURE)
+    assert shown["primerisk_loans_utilization", "USDC"] == 1
+    assert shown["primerisk_loans_borrowed_usd", "USDC"] == 8_080
+    assert shown["primerisk_loans_rate", "USDC"] == float((await lenders.market()).rate) > 0
+    await lenders.recall(lender, loan.id)
+    shown = await _shown(database, lending.FIGURE)
+    assert (shown["primerisk_loans", "active"], shown["primerisk_loans", "recalled"]) == (1, 1)
+    assert shown["primerisk_loan_recall_overdue_seconds", ""] == 0
+    await _run(
+        database,
+        """UPDATE loans SET recalled_at = now() - interval '2 h', due_at = now() - interval '90 s',
+                             next_action_at = now() - interval '40 s' WHERE status = 'recalled'""",
+    )
+    shown = await _shown(database, lending.FIGURE)
+    assert shown["primerisk_loan_recall_overdue_seconds", ""] == pytest.approx(90, abs=5)
+    assert shown["primerisk_loan_action_late_seconds", ""] == pytest.approx(40, abs=5)
+    assert shown["primerisk_loan_deficit_total", "USDC"] == shown["primerisk_loans_with_deficit_total", ""] == 0
+    await _run(database, "UPDATE loans SET deficit = 12.5 WHERE id = :id", id=loan.id)
+    shown = await _shown(database, lending.FIGURE)
+    assert shown["primerisk_loan_deficit_total", "USDC"] == 12.5
+    assert shown["primerisk_loans_with_deficit_total", ""] == 1
+
+
+async def test_of_many_assets_that_are_lent_those_with_the_most_loans_are_named(database: Database) -> None:
+    agents = [await Desk(database).agent() for _ in range(2)]
+    await _run(
+        database,
+        """INSERT INTO lending_markets SELECT 'A' || n, 1000, n, 0.01, now() FROM generate_series(1, 130) n""",
+    )
+    await _run(
+        database,
+        """
+        WITH offers AS (
+            INSERT INTO loan_offers (id, lender_id, asset, amount, remaining, minimum_rate, notice_seconds, created_at)
+            SELECT 'o' || n, :lender, 'A' || n, 1000, 0, 0, 0, now() FROM generate_series(1, 130) n RETURNING *)
+        INSERT INTO loans (id, offer_id, lender_id, borrower_id, asset, amount, principal, rate_kind, rate,
+                           notice_seconds, collateral_asset, collateral, accrued, accrued_to, interest_paid,
+                           interest_booked, next_interest_at, recalled, status, deficit, opened_at, next_action_at)
+        SELECT id || '.' || k, id, lender_id, :borrower, asset, 10, 1, 'floating', 0, 0, 'BTC', 1, 0, now(), 0, 0,
+               now(), 0, 'active', substr(asset, 2)::int, now(), now()
+        FROM offers, generate_series(1, CASE WHEN asset = 'A130' THEN 3 ELSE 1 END) k
+        """,
+        lender=agents[0],
+        borrower=agents[1],
+    )
+    shown = await _shown(database, lending.FIGURE)
+    used = {asset: value for (name, asset), value in shown.items() if name == "primerisk_loans_utilization"}
+    assert len(used) == lending.MARKETS_MAX
+    assert used["A130"] == 0.13
+    assert not [key for key in shown if key[0] == "primerisk_loans_borrowed_usd"], "without a price nothing is said"
+    lost = {asset: value for (name, asset), value in shown.items() if name == "primerisk_loan_deficit_total"}
+    assert len(lost) == 100
+    assert (lost["A130"], lost["A129"], min(lost.values())) == (390, 129, 31)
+    assert shown["primerisk_loans", "active"] == shown["primerisk_loans_with_deficit_total", ""] == 132
+
+
+async def test_escrows_and_agreements_and_what_goes_wrong_with_them(database: Database) -> None:
+    desk = Desk(database)
+    contracts = Clearing(desk)
+    await desk.prices({"BTC": "60000", "NEW": "2"})
+    payer, payee = await desk.agent("5000"), await desk.agent("5000")
+    for asset in ("BTC", "NEW"):
+        await desk.deposit(payer, asset, 10)
+    await contracts.fund(payer, payee, 100)
+    await contracts.fund(payer, payee, 3, "NEW", fee_payer="payee")  # not listed: a coin, as the default is
+    disputed = await contracts.fund(payer, payee, "0.5", "BTC", fee_payer="payee")
+    await contracts.confirm(payee, disputed)
+    await contracts.act(payer, disputed, "dispute")
+    made = await contracts.agree(payer, payee)
+    await contracts.owe(made, payer, payee, 5)
+    shown = await _shown(database, clearing.FIGURE)
+    assert [shown["primerisk_escrows_open", state] for state in ("funded", "accepted", "disputed")] == [2, 0, 1]
+    assert shown["primerisk_escrow_outstanding_usd", "coin"] == 30_006
+    assert shown["primerisk_escrow_outstanding_usd", "stable"] == 100, "at par, without a price"
+    assert [shown["primerisk_netting_agreements", s] for s in ("proposed", "active", "defaulted")] == [0, 1, 0]
+    assert shown["primerisk_netting_obligations_open", ""] == 1
+    calm = ("primerisk_clearing_action_late_seconds", "primerisk_netting_default_seconds")
+    assert [shown[name, ""] for name in calm] == [0, 0]
+    await _run(database, "UPDATE escrows SET disputed_at = now() - interval '2 d' WHERE state = 'disputed'")
+    await _run(
+        database,
+        """UPDATE netting_agreements SET state = 'defaulted', defaulted_at = now() - interval '1 h',
+                                         next_action_at = now() - interval '50 s'""",
+    )
+    shown = await _shown(database, clearing.FIGURE)
+    assert shown["primerisk_escrow_dispute_seconds", ""] == pytest.approx(172_800, abs=5)
+    assert shown["primerisk_netting_default_seconds", ""] == pytest.approx(3_600, abs=5)
+    assert shown["primerisk_clearing_action_late_seconds", ""] == pytest.approx(50, abs=5)
+    assert shown["primerisk_netting_agreements", "defaulted"] == 1
+
+
+async def test_the_views_name_the_parties_of_what_is_open(database: Database) -> None:
+    desk = Desk(database)
+    lenders, contracts = Lenders(desk), Clearing(desk)
+    await desk.prices({"BTC": "60000"})
+    lender, borrower = await desk.agent("100000"), await desk.agent("1000")
+    await desk.deposit(borrower, "BTC", "0.5")
+    await lenders.offer(lender, 8_000)
+    [loan] = await lenders.borrow(borrower, 6_000, "0.15")
+    held = await contracts.fund(lender, borrower, 100)
+    made = await contracts.agree(lender, borrower)
+    [lent] = await desk.rows("SELECT loan_id, lender_id, borrower_id, principal FROM operator_loans")
+    assert lent == (loan.id, lender, borrower, 6_000)
+    [escrow] = await desk.rows("SELECT escrow_id, payer_id, payee_id, arbiter, amount FROM operator_escrows")
+    assert escrow == (held.id, lender, borrower, None, 100)
+    [agreement] = await desk.rows("SELECT agreement_id, proposer_id, state, open_obligations FROM operator_agreements")
+    assert agreement == (made.id, lender, "active", 0)
+
+
 async def test_the_views_show_who_is_in_danger(database: Database) -> None:
     desk = Calls(Desk(database))
     await desk.desk.prices(PRICES)
@@ -298,16 +432,20 @@ async def test_the_views_show_who_is_in_danger(database: Database) -> None:
 async def test_a_reader_of_the_views_reads_nothing_else(database: Database, database_url: URL) -> None:
     role = f"reader_{database_url.database}"
     await _run(database, f"CREATE ROLE {role} LOGIN PASSWORD 'a password'")
-    await _run(database, f"GRANT SELECT ON operator_calls, operator_accounts TO {role}")
+    async with database.transaction("test") as tx:
+        await operator_views.grant(tx, role)
     try:
         given = database_url.set(drivername="postgresql", username=role, password="a password")
         reader = await asyncpg.connect(given.render_as_string(hide_password=False))
         try:
-            assert await reader.fetch("SELECT * FROM operator_calls") == []
+            for view in operator_views.VIEWS:
+                assert await reader.fetch(f"SELECT * FROM {view}") == []
             for statement in (
                 "SELECT * FROM api_keys",
                 "SELECT * FROM webhook_endpoints",
                 "SELECT * FROM margin_calls",
+                "SELECT * FROM loans",
+                "SELECT * FROM escrows",
             ):
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     await reader.execute(statement)

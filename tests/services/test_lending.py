@@ -10,29 +10,19 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import URL
 
-from app.db.session import Database
 from app.errors import ConflictError, NotFoundError, PrimeriskError
-from app.services import holdings
+from app.services import holdings, market
 from app.services.holdings import HoldingSettings
-from tests.database import make_settings
-from tests.services.desk import Desk
-from tests.services.lenders import PRICES, Lenders
+from tests.services.lenders import Lenders, lenders_on
 
 D = Decimal
-CONNECTIONS = make_settings(database_pool_size=20, database_connect_seconds=20)
 
 
 @pytest.fixture
 async def lenders(database_url: URL) -> AsyncIterator[Lenders]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    made = Lenders(desk)
-    await made.stop_clock()
-    yield made
-    assert await desk.imbalances() == {}
-    await database.close()
+    async with lenders_on(database_url) as made:
+        await made.stop_clock()
+        yield made
 
 
 async def borrower_of(lenders: Lenders, btc: str = "1") -> str:
@@ -380,6 +370,36 @@ async def test_a_gap_that_collateral_does_not_cover_is_the_borrowers_debt_and_no
     assert done.deficit == pytest.approx(float(missing))
     await lenders.desk.deposit(bob, "USDC", missing)
     assert await lenders.money(bob) == {}
+
+
+async def test_collateral_that_counts_for_nothing_any_more_is_sold(lenders: Lenders) -> None:
+    alice, bob = await lenders.desk.agent("1000"), await borrower_of(lenders)
+    await lenders.offer(alice, 400)
+    [loan] = await lenders.borrow(bob, 200, "0.01")
+    async with lenders.desk.database.transaction("admin") as tx:
+        await market.put_asset(tx, "BTC", {"haircut": 1.0})
+    assert (await lenders.decide(loan.id)).told == ("loan.collateral_low", "loan.liquidated")
+    assert await lenders.desk.rows("SELECT DISTINCT data->'top_up' FROM events WHERE type = 'loan.collateral_low'") == [
+        (None,)
+    ]
+    assert (await lenders.money(alice))["free"] == 800
+
+
+async def test_a_loan_without_collateral_ends_out_of_what_the_borrower_has(lenders: Lenders) -> None:
+    """What is lent may be worth less than the last digit of its collateral: one of two such loans has none."""
+    alice, bob = [await lenders.desk.agent() for _ in range(2)]
+    for who, asset in ((alice, "ETH"), (bob, "BTC")):
+        await lenders.desk.deposit(who, asset, 1)
+    digit = D(1).scaleb(-18)
+    for _ in range(2):
+        await lenders.offer(alice, digit, "ETH")
+    made = await lenders.borrow(bob, 2 * digit, asset="ETH")
+    assert sorted(loan.collateral for loan in made) == [0, digit]
+    for loan in made:
+        await lenders.decide(loan.id)
+    assert [(await lenders.loan(loan.id)).status for loan in made] == ["liquidated", "active"]
+    assert await lenders.money(alice, "ETH") == {"free": 1 - digit, "lent": digit}
+    assert (await lenders.loan(made[0].id)).deficit == 0
 
 
 async def test_nothing_is_sold_on_a_stale_or_missing_price(lenders: Lenders) -> None:

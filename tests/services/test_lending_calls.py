@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from decimal import Decimal
+from typing import Any
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, event, text
 
-from app.db.session import Database
-from tests.services.calls import CONNECTIONS, RULES, Calls
-from tests.services.desk import Desk
-from tests.services.lenders import PRICES, Lenders
+from tests.services.calls import RULES, Calls
+from tests.services.lenders import Lenders, lenders_on
 
 
 @pytest.fixture
 async def lenders(database_url: URL) -> AsyncIterator[Lenders]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    yield Lenders(desk)
-    assert await desk.imbalances() == {}
-    await database.close()
+    async with lenders_on(database_url) as made:
+        yield made
 
 
 async def _trader(lenders: Lenders, *amounts: tuple[int, float]) -> tuple[str, list[str]]:
@@ -97,3 +91,36 @@ async def test_a_call_that_is_cured_wants_nothing_back(lenders: Lenders) -> None
     assert (await calls.decide(trader)).told == ("margin_call.cured",)
     assert await _recalled(lenders, ids) == []
     assert (await lenders.loan(ids[0])).wanted_by is None
+
+
+async def test_all_offers_are_withdrawn_when_a_call_expires(lenders: Lenders) -> None:
+    trader, _ = await _trader(lenders, (1_000, 24))
+    await lenders.desk.deposit(trader, "ETH", 1)
+    for asset, amount in (("USDC", 200), ("ETH", "0.1"), ("USDC", 300), ("ETH", "0.2")):
+        await lenders.offer(trader, amount, asset)
+    calls = Calls(lenders.desk)
+    await lenders.desk.prices({"BTC": 48_000})
+    await calls.decide(trader)
+    await calls.pass_time(trader, 300)
+    statements = await _statements(lenders, calls.decide(trader))
+    assert (await lenders.money(trader, "ETH")) == {"free": 1}
+    assert "offered" not in await lenders.money(trader)
+    assert await lenders.desk.rows("SELECT count(*) FROM loan_offers WHERE remaining > 0") == [(0,)]
+    assert (await lenders.market("ETH")).supplied == 0
+    changed = [statement for statement in statements if statement.startswith("UPDATE lending_markets")]
+    assert len(changed) == 2  # a market is held for one change, however many the offers
+
+
+async def _statements(lenders: Lenders, step: Awaitable[Any]) -> list[str]:
+    seen: list[str] = []
+    engine = lenders.desk.database.engine.sync_engine
+
+    def before(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    event.listen(engine, "before_cursor_execute", before)
+    try:
+        await step
+    finally:
+        event.remove(engine, "before_cursor_execute", before)
+    return seen

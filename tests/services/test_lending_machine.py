@@ -22,8 +22,7 @@ from app.services.loans import Loan, all_accrued
 from tests.database import make_settings
 from tests.postgres import fresh_database
 from tests.services.desk import ACTOR, Desk
-from tests.services.lenders import PRICES, Lenders
-from tests.services.test_lending_races import check
+from tests.services.lenders import PRICES, Lenders, check
 
 DRAWN = settings(
     max_examples=10,
@@ -184,7 +183,7 @@ class LendingMachine(RuleBasedStateMachine):
             return await all_accrued(tx, found, (await self.lenders.scenes.at(tx)).now)
 
     def check(self) -> None:
-        self.run(check(self.lenders))
+        self.run(check(self.lenders.desk))
         [(least,)] = self.run(self.lenders.desk.rows(BALANCES))
         assert least >= 0
         for loan in self.run(self._accrued()):

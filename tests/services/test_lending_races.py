@@ -14,45 +14,14 @@ from sqlalchemy import URL, event
 from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.services.loans import Loan
-from tests.database import make_settings
-from tests.services.desk import Desk
-from tests.services.lenders import PRICES, Lenders
+from tests.services.lenders import Lenders, lenders_on
 from tests.services.test_concurrency import at_once
-
-CONNECTIONS = make_settings(database_pool_size=20, database_connect_seconds=20)
-INVARIANTS = """
-    SELECT (SELECT sum(amount) FROM balances WHERE bucket = 'lent' AND asset = 'USDC'),
-           (SELECT sum(amount) FROM balances WHERE bucket = 'borrowed' AND asset = 'USDC'),
-           (SELECT sum(principal + interest_booked) FROM loans),
-           (SELECT sum(amount) FROM balances WHERE bucket = 'offered' AND asset = 'USDC'),
-           (SELECT sum(remaining) FROM loan_offers),
-           (SELECT sum(collateral) FROM loans), (SELECT sum(amount) FROM balances WHERE bucket = 'pledged'),
-           (SELECT supplied FROM lending_markets), (SELECT borrowed FROM lending_markets),
-           (SELECT sum(principal) FROM loans)
-"""
 
 
 @pytest.fixture
 async def lenders(database_url: URL) -> AsyncIterator[Lenders]:
-    database = Database(database_url, CONNECTIONS)
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    made = Lenders(desk)
-    yield made
-    await check(made)
-    await database.close()
-
-
-async def check(lenders: Lenders) -> None:
-    """Check that all books of lending agree with each other."""
-    assert await lenders.desk.imbalances() == {}
-    [row] = await lenders.desk.rows(INVARIANTS)
-    lent, borrowed, owed, offered, remaining, secured, pledged, supplied, used, principal = (v or 0 for v in row)
-    assert lent == borrowed == owed
-    assert offered == remaining
-    assert secured == pledged
-    assert (supplied, used) == (remaining + principal, principal)
+    async with lenders_on(database_url) as made:
+        yield made
 
 
 async def parties(lenders: Lenders, borrowers: int = 1, usdc: int = 100_000) -> tuple[str, list[str]]:

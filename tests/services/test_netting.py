@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from app.errors import NotFoundError, PrimeriskError
-from app.services import agreements, netting
+from app.services import agreements, book, events, netting, statements
 from app.services.agreements import Agreement
 from app.services.netting import Ran
 from tests.services.clearing import Clearing
@@ -62,9 +62,10 @@ async def test_it_binds_when_all_have_accepted(clearing: Clearing) -> None:
     active = await clearing.accept(carol, made)
     assert active.state == "active"
     assert active.activated_at is not None
-    assert active.next_action_at == active.activated_at + timedelta(seconds=60)
+    assert active.next_action_at is None  # nothing is open
     await refused(clearing.owe(made, alice, bob, 10, service="casino"), "service_not_agreed")
     await clearing.owe(made, alice, bob, 10)
+    assert (await clearing.agreement(made)).next_action_at == active.activated_at + timedelta(seconds=60)
     for member in (alice, bob, carol):
         assert (await clearing.events(member, "netting"))[:2] == ["netting.proposed", "netting.activated"]
 
@@ -87,6 +88,50 @@ async def test_it_is_declined_or_left_when_nothing_is_open(clearing: Clearing) -
     assert (await clearing.leave(bob, made)).state == "ended"
     await refused(clearing.owe(made, alice, bob, 10), "not_a_member")
     assert (await clearing.events(alice, "netting"))[-2:] == ["netting.left", "netting.ended"]
+
+
+async def test_who_has_left_sees_what_was_and_no_more(clearing: Clearing) -> None:
+    desk = clearing.desk
+    alice, bob, carol = [await desk.agent("1000") for _ in range(3)]
+    made = await clearing.agree(alice, bob, carol)
+    first = await clearing.owe(made, alice, carol, 10)
+    before = await settled(clearing, made, carol)
+    await clearing.leave(carol, made)
+    second = await clearing.owe(made, alice, bob, 10)
+    after = await settled(clearing, made, alice)
+    third = await clearing.owe(made, alice, bob, 20)
+    for more in ({}, {"as_of": third.booked_at}, {"as_of": second.booked_at}):
+        assert (await clearing.statement(carol, made, **more))[0].owed == []
+    assert [o.id for o in (await clearing.statement(carol, made, run_id=before.run.id))[0].page] == [first.id]
+    await refused(clearing.statement(carol, made, run_id=after.run.id), "run_not_found")
+    now = await clearing.agreement(made)
+    async with desk.database.transaction(ACTOR) as tx:
+        left_at = now.left_at(carol)
+        assert [run.id for run in await statements.last_runs(tx, now, left_at)] == [before.run.id]
+        shown = await statements.list_obligations(tx, await statements.all_of(tx, now, left_at), 9)
+        assert [o.id for o in shown] == [first.id]
+        assert [run.id for run in await statements.last_runs(tx, now)] == [after.run.id, before.run.id]
+        assert len(await statements.list_obligations(tx, await statements.all_of(tx, now), 9)) == 3
+    # a booking that is sent again is the one it was, though its payee has left since
+    again = await clearing.owe(made, alice, carol, 10, reference=first.reference)
+    assert (again.id, again.run_id) == (first.id, before.run.id)
+    await clearing.check()
+
+
+async def test_telling_the_members_waits_for_who_tells_them_in_another_order(clearing: Clearing) -> None:
+    """As a loan does: its lender first, whichever of the two comes first by its id."""
+    desk = clearing.desk
+    alice, bob = sorted([await desk.agent("1000"), await desk.agent("1000")])
+    async with desk.database.transaction(ACTOR) as tx:
+        asked = agreements.NewAgreement("data", [bob], ["data"])
+        made = await agreements.propose(tx, await clearing.scenes.at(tx), alice, asked)
+    async with desk.database.transaction(ACTOR) as tx:
+        await book.lock_all(tx, [alice, bob])
+        await events.emit(tx, "loan.opened", bob, {})
+        accepting = asyncio.create_task(clearing.accept(bob, made))
+        await asyncio.sleep(0.3)
+        await events.emit(tx, "loan.opened", alice, {})
+    assert (await accepting).state == "active"
 
 
 async def test_a_stranger_finds_no_agreement(clearing: Clearing) -> None:
@@ -140,6 +185,20 @@ async def test_what_is_not_covered_is_not_booked(clearing: Clearing) -> None:
     await desk.order(bob, "buy", "0.04", leverage=3)
     await refused(clearing.owe(made, bob, alice, 200), "insufficient_margin")
     assert (await clearing.agreement(made)).open_obligations == 2
+    await clearing.check()
+
+
+async def test_no_more_assets_than_a_run_pays_in_a_moment(clearing: Clearing) -> None:
+    desk = clearing.desk
+    alice, bob = await desk.agent("1000"), await desk.agent("1000")
+    names = [f"COIN{k}" for k in range(netting.ASSETS_MAX + 1)]
+    await desk.prices(dict.fromkeys(names, "1"))
+    made = await clearing.agree(alice, bob)
+    for name in names[:-1]:
+        await clearing.owe(made, alice, bob, 1, name, fact=True)
+    await refused(clearing.owe(made, bob, alice, 1, names[-1], fact=True), "agreement_full")
+    await clearing.owe(made, bob, alice, 1, names[0], fact=True)
+    assert (await clearing.agreement(made)).open_obligations == netting.ASSETS_MAX + 1
     await clearing.check()
 
 
@@ -256,7 +315,14 @@ async def test_a_cut_off_comes_with_the_interval(clearing: Clearing) -> None:
     desk = clearing.desk
     alice, bob = await desk.agent("1000"), await desk.agent("1000")
     made = await clearing.agree(alice, bob, interval_seconds=3_600)
+    assert made.activated_at is not None
+    # whole intervals from the activation, which is 2.5 of them ago, not from the booking
+    await desk.rows("UPDATE netting_agreements SET activated_at = activated_at - interval '9000 s' RETURNING 1")
     await clearing.owe(made, alice, bob, 100)
+    cut_off = made.activated_at + timedelta(seconds=3 * 3_600 - 9_000)
+    assert (await clearing.agreement(made)).next_action_at == cut_off
+    await clearing.owe(made, alice, bob, 1)
+    assert (await clearing.agreement(made)).next_action_at == cut_off
     assert await clearing.settle(made) is None  # not due
     await clearing.make_due(made)
     async with desk.database.transaction(ACTOR) as tx:
@@ -264,11 +330,12 @@ async def test_a_cut_off_comes_with_the_interval(clearing: Clearing) -> None:
     ran = await clearing.settle(made)
     assert ran is not None
     assert ran.run.cause == "interval"
-    after = await clearing.agreement(made)
-    assert after.next_action_at == made.next_action_at  # whole intervals from the activation, not from the run
+    # nothing is open, so that nothing is timed: an idle agreement wakes no worker and locks no account
+    assert (await clearing.agreement(made)).next_action_at is None
     await clearing.make_due(made)
-    assert await clearing.settle(made) is None  # nothing is open: no run is written
-    assert (await clearing.agreement(made)).next_action_at == made.next_action_at
+    async with desk.database.transaction(ACTOR) as tx:
+        assert await agreements.due(tx, 10) == []
+    assert await clearing.settle(made) is None
     await refused(clearing.settle(made, alice), "nothing_to_settle")
 
 
@@ -352,6 +419,28 @@ async def test_a_default_leaves_all_open_reserves_what_there_is_and_says_so(clea
     assert await desk.money(carol) == {"free": 1_050}
     assert (await clearing.agreement(made)).state == "active"
     await clearing.owe(made, bob, carol, 1)
+    await clearing.check()
+
+
+async def test_creditors_may_waive_what_is_never_paid(clearing: Clearing) -> None:
+    """Alice owes bob 100 that she has not, and bob carol 50: bob waives it, and carol and he are free again."""
+    desk = clearing.desk
+    alice, bob, carol = await desk.agent(), await desk.agent("1000"), await desk.agent("1000")
+    made = await clearing.agree(alice, bob, carol)
+    await clearing.owe(made, bob, carol, 50)
+    await clearing.owe(made, alice, bob, 100, fact=True)
+    ran = await clearing.settle(made, carol)
+    assert ran is not None
+    assert ran.run.outcome == "defaulted"
+    for payer, payee, amount in ((carol, bob, 51), (bob, alice, "50.000001"), (alice, carol, 1)):
+        await refused(clearing.owe(made, payer, payee, amount, fact=True), "agreement_defaulted")
+    await clearing.owe(made, bob, alice, 50)
+    await clearing.owe(made, carol, alice, 50)
+    await clearing.check()
+    assert (await settled(clearing, made, carol)).run.figures["movements"] == []
+    for member, held in ((alice, {}), (bob, {"free": 1_000}), (carol, {"free": 1_000})):
+        assert await desk.money(member) == held
+    assert (await clearing.leave(carol, made)).state == "active"
     await clearing.check()
 
 

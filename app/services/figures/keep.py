@@ -103,6 +103,9 @@ class Keeper(Collector):
                 await self.round()
             except (DatabaseUnavailableError, SQLAlchemyError) as error:
                 log.debug("the service's figures can't be read: %s", type(error).__name__)
+            except Exception:  # else this process would show the same ones for ever
+                self.failures.inc()
+                log.exception("the service's figures can't be read")
             await asyncio.sleep(self._poll_seconds)
 
     async def round(self) -> None:
@@ -175,10 +178,21 @@ class Keeper(Collector):
             taken = known.get(kind.name)
             if now is None or taken is None or not taken.values:  # never taken yet
                 continue
-            age.add_metric([kind.name], max(0.0, (now - taken.taken_at).total_seconds()))
-            took.add_metric([kind.name], taken.seconds)
-            yield from kind.show(taken.values, now)
+            shown = self._shown(kind, taken.values, now)
+            if shown:
+                age.add_metric([kind.name], max(0.0, (now - taken.taken_at).total_seconds()))
+                took.add_metric([kind.name], taken.seconds)
+            yield from shown
         yield from (age, took)
+
+    def _shown(self, kind: Figure, values: Values, now: datetime) -> list[Metric]:
+        """Return a kind's series; none where another release took it and means something else: the others are shown."""
+        try:
+            return list(kind.show(values, now))
+        except Exception:
+            self.failures.inc()
+            log.exception("the figures of %s can't be shown", kind.name)
+            return []
 
 
 def gauge(name: str, help_text: str, value: float | Mapping[str, float], label: str | None = None) -> GaugeMetricFamily:
@@ -189,6 +203,11 @@ def gauge(name: str, help_text: str, value: float | Mapping[str, float], label: 
     for of in sorted(value):
         family.add_metric([of], value[of])
     return family
+
+
+def earliest(moments: Iterable[datetime | None]) -> float | None:
+    """Return the earliest of some moments as Unix time, none where there is none."""
+    return min((moment.timestamp() for moment in moments if moment is not None), default=None)
 
 
 def seconds_since(moment: float | None, now: datetime) -> float:
