@@ -262,11 +262,12 @@ async def test_an_expired_key_is_refused(database_url: URL) -> None:
     async with running(database_url, key_cache_seconds=60) as service:
         database = service.app.state.parts.database
         async with database.transaction("test") as tx:
-            soon = tx.now + timedelta(seconds=0.5)
+            soon = tx.now + timedelta(seconds=2)
         made = await _key(service, "agent", expires_at=soon.isoformat())
         assert (await service.get(BALANCE, key=made["api_key"])).status_code == 200
         async with database.transaction("test") as tx:
-            await tx.connection.execute(text("SELECT pg_sleep(0.6)"))
+            left = text("SELECT pg_sleep(0.1 + extract(epoch FROM CAST(:soon AS timestamptz) - clock_timestamp()))")
+            await tx.connection.execute(left, {"soon": soon})
         problem(await service.get(BALANCE, key=made["api_key"]), 401, "invalid_key")
 
 
