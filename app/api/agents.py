@@ -85,7 +85,7 @@ async def create_key(request: Request, caller: AgentCaller, agent_id: AgentId = 
         detail = f"a key that expires makes none that lasts longer: at the latest {caller.expires_at.isoformat()}"
         raise invalid("/expires_at", "outlives_its_maker", detail)
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        owner = await owner_of(tx, caller, agent_id)
+        owner = await keeper_of(tx, caller, agent_id)
         made = await accounts.create_key(tx, owner, scopes, asked.name or "", expires_at)
         now = tx.now
     key = Key(made.id, owner, asked.name or "", frozenset(scopes), now, expires_at, None)
@@ -108,7 +108,7 @@ async def delete_key(request: Request, caller: AgentCaller, key_id: str, agent_i
     """Revoke a key: refused here from now on, in other processes once they no longer trust it."""
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
-        await accounts.revoke_key_of(tx, await owner_of(tx, caller, agent_id), key_id)
+        await accounts.revoke_key_of(tx, await keeper_of(tx, caller, agent_id), key_id)
     parts.keys.forget(key_id)
     return Response(status_code=204)
 
@@ -130,6 +130,19 @@ async def owner_of(tx: Tx, caller: Caller, agent_id: str | None) -> str | None:
     if caller.may("coordinator") and await fleets.commands(tx, caller.agent_id, agent_id):
         return agent_id
     raise accounts.no_such_agent()
+
+
+async def keeper_of(tx: Tx, caller: Caller, agent_id: str | None) -> str | None:
+    """Return whose keys and webhooks may be made or taken away: as `owner_of`, but for members that came of themselves.
+
+    These keep their own, so that a fleet that they leave has nothing of theirs. Raises ForbiddenError, NotFoundError.
+    """
+    owner = await owner_of(tx, caller, agent_id)
+    if owner is None or owner == caller.agent_id or caller.may("admin"):
+        return owner
+    if caller.agent_id is not None and await fleets.made(tx, caller.agent_id, owner):
+        return owner
+    raise ForbiddenError("a member that was not made for the fleet keeps its own keys", code="scope_missing")
 
 
 def _agent(agent: accounts.Agent) -> dict[str, Any]:

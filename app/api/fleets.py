@@ -168,15 +168,21 @@ async def add_member(request: Request, led: Leader, fleet_id: str) -> Response:
     fleet = await _fleet(request, led, fleet_id)
 
     async def deed(tx: Tx) -> Reply:
-        if asked.agent_id is not None:
-            known = await fleets.invite(tx, fleet, asked.agent_id, terms, joins=led.caller.may("admin"))
-            return Reply(_member(known), 201)
-        agent_id = await accounts.create_agent(tx, asked.name or "")
-        member = await fleets.invite(tx, fleet, agent_id, terms, joins=True)
-        key = await accounts.create_key(tx, agent_id, {"agent"}, asked.name or "")
-        return Reply({**_member(member), "api_key": key.text, "key_id": key.id}, 201)
+        known = await fleets.invite(tx, fleet, asked.agent_id or "", terms, joins=led.caller.may("admin"))
+        return Reply(_member(known), 201)
 
-    return await once_in(request, led.owner(fleet), deed)
+    if asked.agent_id is not None:
+        return await once_in(request, led.owner(fleet), deed)
+    return await _made(request, led, fleet, asked.name or "", terms)
+
+
+async def _made(request: Request, led: Led, fleet: Fleet, name: str, terms: Terms) -> Response:
+    """Add a new agent. Its key is nowhere but in this reply: an Idempotency-Key would have it stored."""
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        agent_id = await accounts.create_agent(tx, name)
+        member = await fleets.invite(tx, fleet, agent_id, terms, joins=True)
+        key = await accounts.create_key(tx, agent_id, {"agent"}, name)
+    return wire.JsonResponse({**_member(member), "api_key": key.text, "key_id": key.id}, 201)
 
 
 @router.get("/{fleet_id}/members", openapi_extra=document("Members of a fleet", scope="coordinator"))
@@ -229,6 +235,20 @@ async def join(request: Request, owner: BookOwner, fleet_id: str) -> Response:
 
     async def deed(tx: Tx) -> Reply:
         return Reply(_member(await fleets.join(tx, fleet_id, owner.agent_id)))
+
+    return await once_in(request, owner, deed)
+
+
+@router.post("/{fleet_id}/leave", openapi_extra=document("Leave a fleet", request=NothingIn, scope="agent"))
+async def leave(request: Request, owner: BookOwner, fleet_id: str) -> Response:
+    """Decline an invitation, or leave a fleet when all that was drawn is given back."""
+    await body_of(request, _NOTHING, empty=b"{}")
+
+    async def deed(tx: Tx) -> Reply:
+        fleet = await fleets.joinable(tx, fleet_id, owner.agent_id)
+        member = await _recalled(request, tx, fleet, owner.agent_id)
+        await fleets.remove(tx, member)
+        return Reply(_member(member) | {"status": "left"})
 
     return await once_in(request, owner, deed)
 

@@ -176,7 +176,7 @@ async def cancel_order(request: Request, owner: BookOwner, order_id: str) -> Res
         cancelled = (await venue.cancel(tx, held, order_id, asked.reason or ""))[0]
         return Reply(replies.stored_order(cancelled))
 
-    return await once(request, owner, effect)
+    return await once(request, owner, effect, trading.SERVICE)
 
 
 @router.post(

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.agents import AgentId, owner_of
+from app.api.agents import AgentId, keeper_of, owner_of
 from app.api.deps import AgentCaller, body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.errors import NotFoundError
@@ -53,7 +53,7 @@ async def create_webhook(request: Request, caller: AgentCaller, agent_id: AgentI
     parts = parts_of(request)
     allow_private = parts.settings.webhook_allow_private
     async with parts.database.transaction(caller.key_id) as tx:
-        owner = await owner_of(tx, caller, agent_id)
+        owner = await keeper_of(tx, caller, agent_id)
         made, secret = await webhooks.create(tx, owner, asked.url, asked.filters or (), allow_private=allow_private)
     return wire.JsonResponse({**_endpoint(made), "secret": secret}, 201)
 
@@ -78,7 +78,7 @@ async def get_webhook(request: Request, caller: AgentCaller, webhook_id: str, ag
 async def delete_webhook(request: Request, caller: AgentCaller, webhook_id: str, agent_id: AgentId = None) -> Response:
     """Delete a webhook with its secrets; what waits for it is not sent."""
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        await webhooks.delete(tx, await owner_of(tx, caller, agent_id), webhook_id)
+        await webhooks.delete(tx, await keeper_of(tx, caller, agent_id), webhook_id)
     return Response(status_code=204)
 
 
@@ -87,7 +87,7 @@ async def rotate_secret(request: Request, caller: AgentCaller, webhook_id: str, 
     """Make a new secret, shown this once; until `secret_before_until` the one before signs as well."""
     await body_of(request, _NOTHING, empty=b"{}")
     async with parts_of(request).database.transaction(caller.key_id) as tx:
-        found, secret = await webhooks.rotate(tx, await owner_of(tx, caller, agent_id), webhook_id)
+        found, secret = await webhooks.rotate(tx, await keeper_of(tx, caller, agent_id), webhook_id)
     return wire.JsonResponse({**_endpoint(found), "secret": secret})
 
 

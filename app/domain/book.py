@@ -166,6 +166,10 @@ class LentLoan:
     asked_back: bool
 
 
+PAYING_SERVICES = ("escrow", "lending", "netting")
+"""What may end with money in another's hands: a member of a fleet has to be permitted each of them by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delegation:
     """What a member of a fleet may use of its master's wallet, USDC: `drawn` so far, of at most `max_margin`."""
@@ -175,13 +179,18 @@ class Delegation:
     max_margin: Decimal
     drawn: Decimal
     services: Sequence[str]
-    """Those that it may book for; none: every one."""
+    """Those that it may book for; none: every one that pays nobody else."""
     reduce_only: bool
     delegation: Literal["pooled", "isolated"]
 
     def permits(self, service: str) -> bool:
         """Whether the member may book for a service."""
-        return not self.services or service in self.services
+        return permits(self.services, service)
+
+
+def permits(services: Sequence[str], service: str) -> bool:
+    """Whether a list of permitted services has this one; an empty one has all that pay nobody else."""
+    return service in services if services else service not in PAYING_SERVICES
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from sqlalchemy import Numeric, Select, Text, bindparam, delete, func, insert, s
 
 from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
-from app.domain.book import ZERO
+from app.db.tables import agents
+from app.domain.book import PAYING_SERVICES, ZERO, permits
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
 from app.errors import ConflictError, NotFoundError, conflict, invalid
@@ -166,6 +167,14 @@ async def commands(tx: Tx, master_id: str, agent_id: str) -> bool:
     return (await tx.connection.execute(query, {"member": agent_id, "master": master_id})).first() is not None
 
 
+async def made(tx: Tx, master_id: str, agent_id: str) -> bool:
+    """Tell whether a member was made for the fleet that another one leads, and was nobody's before."""
+    made_for = (fleet_members.c.agent_id == agents.c.id) & (fleet_members.c.invited_at == agents.c.created_at)
+    query = select(fleets.c.id).join(fleet_members, fleet_members.c.fleet_id == fleets.c.id).join(agents, made_for)
+    found = await tx.connection.execute(query.where(fleets.c.master_id == master_id, agents.c.id == agent_id))
+    return found.first() is not None
+
+
 # --- members
 
 
@@ -228,13 +237,14 @@ async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bo
 
 async def join(tx: Tx, fleet_id: str, agent_id: str) -> Member:
     """Let an invited agent join; again is the same. Raises NotFoundError for whoever is not invited."""
-    fleet = await _invitation(tx, fleet_id, agent_id)
+    fleet = await joinable(tx, fleet_id, agent_id)
     await accounts.lock_accounts(tx, {fleet.master_id, agent_id})
     member = await get_member(tx, fleet_id, agent_id)
     return member if member.joined_at is not None else await _join(tx, fleet, member)
 
 
-async def _invitation(tx: Tx, fleet_id: str, agent_id: str) -> Fleet:
+async def joinable(tx: Tx, fleet_id: str, agent_id: str) -> Fleet:
+    """Return a fleet to whom it has invited or who is a member. Raises NotFoundError."""
     try:
         await get_member(tx, fleet_id, agent_id)
     except NotFoundError:
@@ -306,7 +316,8 @@ _DRAW = text(
     ), taken AS (
         UPDATE fleets f SET drawn = f.drawn + :amount FROM fleet_members m, money
         WHERE f.id = m.fleet_id AND f.master_id = :master AND m.agent_id = :member AND m.joined_at IS NOT NULL
-          AND NOT m.reduce_only AND (m.services = '{}' OR :service = ANY (m.services))
+          AND NOT m.reduce_only
+          AND (:service = ANY (m.services) OR (m.services = '{}' AND NOT :service = ANY (:paying)))
           AND m.drawn + :amount <= m.max_margin
           AND f.drawn + :amount
               <= (money.held + f.drawn) * (1 - CASE WHEN f.released_at IS NULL THEN f.dry_powder ELSE 0 END)
@@ -336,7 +347,14 @@ async def take(tx: Tx, master_id: str, agent_id: str, service: str, amount: Deci
 
     Return what the member has drawn with it. Raises ConflictError with what could be drawn.
     """
-    values = {"master": master_id, "member": agent_id, "asset": SETTLEMENT_ASSET, "service": service, "amount": amount}
+    values = {
+        "master": master_id,
+        "member": agent_id,
+        "asset": SETTLEMENT_ASSET,
+        "service": service,
+        "paying": list(PAYING_SERVICES),
+        "amount": amount,
+    }
     row = (await tx.connection.execute(_DRAW, values)).first()
     if row is None:
         raise await _refused(tx, master_id, agent_id, service, amount)
@@ -365,7 +383,7 @@ async def _refused(tx: Tx, master_id: str, agent_id: str, service: str, amount: 
     """Return which limit stands against a draw."""
     values = {"master": master_id, "member": agent_id, "asset": SETTLEMENT_ASSET}
     row = (await tx.connection.execute(_STANDING, values)).one()
-    if row.services and service not in row.services:
+    if not permits(row.services, service):
         return wallet.not_delegated(service)
     if row.reduce_only:
         return conflict("/amount", "reduce_only", "the fleet's coordinator has it reduce only")
@@ -385,7 +403,11 @@ def reachable(held: Decimal, drawn: Decimal, dry_powder: Decimal, *, released: b
 
 
 async def tell_capped(tx: Tx, agent_id: str, figures: Mapping[str, Any]) -> bool:
-    """Tell once that a member has come to the end of what it may draw, until it draws or gives back again."""
+    """Tell once that a member has come to the end of what it may draw, until it draws or gives back again.
+
+    Its book is locked first: whoever gives back has told of the member before it comes to the member's row.
+    """
+    await accounts.hold_account(tx, agent_id)
     columns = fleet_members.c
     first = update(fleet_members).where(columns.agent_id == agent_id, columns.capped_at.is_(None))
     row = (await tx.connection.execute(first.values(capped_at=tx.now).returning(fleet_members))).mappings().first()

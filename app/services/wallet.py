@@ -287,11 +287,14 @@ def _check_free(held: Book, asset: str, amount: Decimal) -> None:
 
 
 def _check_own(held: Book, asset: str, amount: Decimal) -> None:
-    """Refuse to take out what a member has drawn of its fleet: it goes back to the master alone."""
-    drawn = ZERO if held.delegation is None or asset != SETTLEMENT_ASSET else held.delegation.drawn
-    own = max(ZERO, held.holding(asset).free - drawn)
-    if drawn > 0 and amount > own:
-        detail = f"{plain(drawn):f} {asset} are drawn of the fleet's, {plain(own):f} may be taken out"
+    """Refuse to take out what a member has drawn of its fleet, or borrows while it has: that may be secured by it."""
+    if held.delegation is None or held.delegation.drawn <= 0:
+        return
+    holding = held.holding(asset)
+    kept = held.delegation.drawn if asset == SETTLEMENT_ASSET else holding.borrowed
+    own = max(ZERO, holding.free - kept)
+    if amount > own:
+        detail = f"{plain(kept):f} {asset} are drawn of the fleet's or borrowed on it, {plain(own):f} may be taken out"
         raise conflict("/amount", "delegated_funds", detail, available=plain(own))
 
 

@@ -142,6 +142,7 @@ NEEDS = {
     "GET /api/fleets/{fleet_id}/margin-calls": COORDINATOR,
     "POST /api/fleets/{fleet_id}/rebalance": COORDINATOR,
     "POST /api/fleets/{fleet_id}/join": AGENT,
+    "POST /api/fleets/{fleet_id}/leave": AGENT,
 }
 SERVICE_KEYS_TOO = ("/api/keys", "/api/audit", "/api/events", "/api/webhooks")
 """Routes for agents that a key of the service may ask for itself; on the others it names an agent."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import select
 
+from app.db.tables import idempotency_keys
 from app.services.accounts import create_key
 from app.services.webhooks import create as create_endpoint
 from tests.api.service import Agent, Service, problem
@@ -94,10 +96,61 @@ async def test_a_request_that_draws_is_done_once(service: Service) -> None:
     assert len({answer.text for answer in said}) == 1
     assert [answer.status_code for answer in said] == [201] * 6
     assert (await fleet.get())["drawn"] == 100
-    first = await fleet.lead.ask(f"/fleets/{fleet.id}/members", {"name": "b", "max_margin": 1}, headers=headers)
-    again = await fleet.lead.ask(f"/fleets/{fleet.id}/members", {"name": "b", "max_margin": 1}, headers=headers)
-    assert first.text == again.text
-    assert len((await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]) == 2
+
+
+async def test_a_new_members_key_is_kept_nowhere(service: Service) -> None:
+    fleet, headers = await led(service), {"Idempotency-Key": "once"}
+    made = await fleet.lead.post(f"/fleets/{fleet.id}/members", {"name": "b", "max_margin": 1}, headers=headers)
+    async with service.app.state.parts.database.transaction("test") as tx:
+        replies = (await tx.connection.execute(select(idempotency_keys))).all()
+    assert made["api_key"] not in str(replies)
+
+
+async def test_who_came_of_itself_keeps_its_keys_and_leaves_when_it_will(service: Service) -> None:
+    fleet, other, agent = await led(service), await led(service), await service.agent("Bob")
+    await fleet.lead.post(f"/fleets/{fleet.id}/members", {"agent_id": agent.id, "max_margin": 100})
+    await agent.post(f"/fleets/{fleet.id}/leave")  # declined: anybody's to invite again
+    problem(await agent.ask(f"/fleets/{fleet.id}/leave"), 404, "fleet_not_found")
+    await other.lead.post(f"/fleets/{other.id}/members", {"agent_id": agent.id, "max_margin": 100})
+    await agent.post(f"/fleets/{other.id}/join")
+    named = f"?agent_id={agent.id}"
+    [key] = (await other.lead.get(f"/keys{named}"))["keys"]
+    problem(await other.lead.ask(f"/keys{named}", {"scopes": ["agent"]}), 403, "scope_missing")
+    problem(await other.lead.send("DELETE", f"/keys/{key['id']}{named}"), 403, "scope_missing")
+    problem(await other.lead.ask(f"/webhooks{named}", {"url": "https://example.com/"}), 403, "scope_missing")
+    held = await agent.post("/reservations", {"service": "casino", "amount": 1})
+    assert code(await agent.ask(f"/fleets/{other.id}/leave")) == "delegation_in_use"
+    await agent.post(f"/reservations/{held['id']}/release")
+    assert (await agent.post(f"/fleets/{other.id}/leave"))["status"] == "left"
+    problem(await other.lead.send("GET", f"/account{named}"), 404, "agent_not_found")
+
+
+async def test_drawn_money_pays_nobody_unless_that_service_is_named(service: Service) -> None:
+    fleet, friend = await led(service), await service.agent("a friend")
+    terms = {"payee": friend.id, "amount": 100, "timeout_seconds": 60, "on_timeout": "release"}
+    member = await fleet.member(1_000)
+    assert code(await member.ask("/escrows", terms)) == "service_not_delegated"
+    assert code(await member.ask("/lending/create", {"asset": "USDC", "amount": 1})) == "service_not_delegated"
+    assert (await fleet.get())["drawn"] == 0
+    trusted = await fleet.member(1_000, services=["escrow"])
+    await trusted.post("/escrows", terms)
+    assert (await fleet.get())["drawn"] >= 100
+
+
+async def test_what_is_borrowed_on_drawn_money_is_not_taken_out(service: Service) -> None:
+    await service.prices(BTC=60_000, ETH=3_000)
+    fleet, lender = await led(service, 100_000), await service.agent("a lender")
+    member = await fleet.member(30_000, services=["trading", "lending"])
+    await lender.deposit(ETH=100)
+    offer = {"asset": "ETH", "amount": 20, "min_borrow_rate_apy": 0.05, "recall_notice_hours": 24}
+    await lender.post("/lending/create", offer)
+    await member.order("BTC-PERP", "buy", "0.5")
+    await service.prices(BTC=120_000, ETH=3_000)
+    wanted = {"asset": "ETH", "amount": 2, "collateral": {"asset": "USDC", "amount": 9_000}}
+    await member.post("/lending/borrow", wanted)
+    assert code(await member.ask("/wallet/withdrawals", {"asset": "ETH", "amount": 2})) == "delegated_funds"
+    await member.deposit(ETH=1)
+    await member.post("/wallet/withdrawals", {"asset": "ETH", "amount": 1})
 
 
 async def test_a_coordinator_acts_for_members_and_they_for_themselves_alone(service: Service) -> None:

@@ -49,6 +49,7 @@ ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls
     "PATCH /api/fleets/{fleet_id}/members/{agent_id}",
     "DELETE /api/fleets/{fleet_id}/members/{agent_id}",
     "POST /api/fleets/{fleet_id}/join",
+    "POST /api/fleets/{fleet_id}/leave",
     "POST /api/fleets/{fleet_id}/dry-powder",
     "GET /api/fleets/{fleet_id}/risk",
     "POST /api/fleets/{fleet_id}/cascade",
