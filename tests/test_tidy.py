@@ -1,4 +1,4 @@
-"""The tree keeps its own rules: sizes, one writer a table, a README that names everything a caller can meet."""
+"""The tree keeps its own rules: sizes, one writer a table, a manual that names everything a caller can meet."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from app.db import clearing_tables, event_tables, fleet_tables, lending_tables, 
 from app.domain.webhooks import EVENT_TYPES
 from app.settings import Settings
 from app.telemetry import Metrics
+from tests.manual import MANUAL, README, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FILE_LINES_MAX = 600
 FUNCTION_LINES_MAX = 70
-README = (ROOT / "README.md").read_text()
 
 SOURCES = sorted((ROOT / "app").rglob("*.py"))
 
@@ -62,22 +61,27 @@ def test_the_readme_names_every_error_code() -> None:
     assert {code for code in codes if f"`{code}`" not in README} == set()
 
 
-def test_the_readme_names_every_metric() -> None:
+def test_the_manual_names_every_metric() -> None:
     collected: list[Metric] = list(Metrics().registry.collect())
     own = {metric.name for metric in collected if metric.name.startswith("primerisk_")}
     for path in (ROOT / "app" / "services" / "figures").glob("*.py"):  # made at each scrape, of what there is then
         own |= set(re.findall(r"\"(primerisk_\w+)\"", path.read_text()))
     assert len(own) > 50
-    told = README + (ROOT / "docs" / "operating.md").read_text()
-    assert {name for name in own if f"`{name}" not in told} == set()
+    assert {name for name in own if f"`{name}" not in MANUAL} == set()
 
 
-def test_the_readme_names_every_event() -> None:
-    assert {name for name in EVENT_TYPES if f"`{name}`" not in README} == set()
+def test_the_manual_names_every_event() -> None:
+    assert {name for name in EVENT_TYPES if f"`{name}`" not in MANUAL} == set()
 
 
-def test_the_readme_names_every_route() -> None:
+def test_the_manual_names_every_route() -> None:
     for path in (ROOT / "app" / "api").glob("*.py"):
         for template in re.findall(r"@router\.\w+\(\s*\"(/[^\"]+)\"", path.read_text()):
             noun = template.split("/")[1].partition("{")[0]
-            assert f"/{noun}" in README, template
+            assert f"/{noun}" in MANUAL, template
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""An account's ratios, scales, bands and advisories. Definitions: README, "Health"."""
+"""An account's ratios, scales, bands and advisories. Definitions: docs/quotes.md, "Health"."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def kept_share(rung: int, policy: HealthPolicy) -> float:
 def plan(book: Book, figures: AccountFigures, policy: HealthPolicy, rung: int, applied: int) -> Plan:
     """Return what a rung asks of a book for which `applied` was the deepest rung acted on in this fall.
 
-    What may be reduced is cut by one share. Source: README, "Drawdown ladder".
+    What may be reduced is cut by one share. Source: docs/margin-calls.md, "Drawdown ladder".
     """
     gross = figures.gross_notional
     target = gross * min(1.0, kept_share(rung, policy) / kept_share(applied, policy))

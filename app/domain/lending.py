@@ -3,7 +3,7 @@
 Rates are simple annual ones on principal, never compounded, accrued by the microsecond on actual/365. What has accrued
 is kept undivided, as principal x rate x microseconds, which is exact; it is divided and rounded up, to the asset's last
 digit, only to be charged, and what was charged before is taken off: any split into steps comes to the same total.
-Amounts and rates are Decimal; source: README, "Lending".
+Amounts and rates are Decimal; source: docs/lending.md, "Lending".
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def situation(
 
     Breach: utilization at the level, or equity below maintenance; never where nothing is `leveraged`, since all that
     is free may then be reserved. Cured and stopped: utilization at their levels or below, maintenance and isolated
-    positions met. Source: README, "Margin calls".
+    positions met. Source: docs/margin-calls.md, "Margin calls".
     """
     at_stake = leveraged and health.required_initial > 0.0
     short = at_stake and (health.insolvent or health.equity < health.required_maintenance)

@@ -107,7 +107,7 @@ class CorrelationTable:
 
 @dataclass(frozen=True, slots=True)
 class ModelParameters:
-    """The factors of the margin models (README, "Margin models"), and what VaR, stress, sizing and plans begin with."""
+    """The factors of the margin models (docs/quotes.md), and what VaR, stress, sizing and plans begin with."""
 
     maintenance_fraction: float = 0.80
     scenario_factor: float = 1.20

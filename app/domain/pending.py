@@ -80,7 +80,7 @@ def exposed(book: Book, parameters: MarketParameters, stored: Prices, now: datet
     """Return the book that the gates judge: with pending orders filled at the mark, as far as that asks for more.
 
     On each underlying none of them, all that buy or all that sell are taken as filled, whichever needs the most
-    collateral: the two sides net, and either may come alone. Reduce-only orders never count. Source: README, section
+    collateral: the two sides net, and either may come alone. Reduce-only orders never count. Source: docs/book.md,
     "Orders at a venue". Raises InvalidError for a missing price.
     """
     opening = [order for order in book.pending if not order.reduce_only]

@@ -92,7 +92,7 @@ def _rows(names: Sequence[str], row: Mapping[str, int], index: Rows) -> Rows:
 def forecast(book: Worth, panel: Panel, parameters: MarketParameters) -> Floats:
     """Return the parametric VaR (A, 2) of the next day at FORECASTS, USD, NaN where an exposure has no volatility.
 
-    Of the sample covariance; what history does not show is the parameters'. Source: README, "Value at risk".
+    Of the sample covariance; what history does not show is the parameters'. Source: docs/value-at-risk.md.
     """
     days = np.isfinite(panel.of(book.names)).sum(axis=0)
     size = np.abs(np.nan_to_num(book.exposures)).sum(axis=0)

@@ -24,7 +24,7 @@ from app.services.liquidation import Rules
 from app.services.margin import Scene
 
 IMPACT = 0.10
-"""Relative move of a price when an average day's volume is sold; √ of the share of it. README, "Stress"."""
+"""Relative move of a price when an average day's volume is sold; √ of the share of it. docs/stress-and-sizing.md."""
 ROUNDS_MAX = 20
 SLICES_MAX = 2_000
 """Slices of one cascade, and of what is listed."""

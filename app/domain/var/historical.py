@@ -82,7 +82,7 @@ def historical(portfolio: Portfolio, history: History, terms: HistoricalTerms) -
     """Return VaR and ES of the book, full revaluation on simple returns of its underlyings, in their order.
 
     Horizons other than a day scale a day's figures by √h. Raises InvalidError `missing_history` below 60 days.
-    Source: README, "Value at risk".
+    Source: docs/value-at-risk.md.
     """
     confidences, horizon = checked_confidences(terms.confidences), checked_horizon(terms.horizon_days)
     if history.assets != portfolio.underlyings.names:

@@ -1,23 +1,21 @@
-"""What the README says that a body looks like, or that a margin does, is so."""
+"""What the manual says that a body looks like, or that a margin does, is so."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.api.bodies import AS_OF, OPTION
+from tests.manual import MANUAL, PAGES
 
 if TYPE_CHECKING:
     from tests.api.service import Service
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-
 
 def example(pattern: str) -> Any:
     """Return the JSON in backticks that follows the pattern."""
-    found = re.search(pattern + r"[^`]*`(\{.*?\})`", README)
+    found = re.search(pattern + r"[^`]*`(\{.*?\})`", MANUAL)
     assert found, pattern
     return json.loads(found[1])
 
@@ -38,7 +36,7 @@ async def test_the_risk_requests_work_as_they_stand(service: Service) -> None:
     await alice.deposit(USDC=20_000)
     await alice.order("BTC-PERP", "buy", 0.5, leverage=3)
     pattern = r"\$API/quotes/(stress|sizing|deleverage|drawdown) -H \"\$KEY\" -d '(\{.*?\})'"
-    found = re.findall(pattern, README, re.DOTALL)
+    found = re.findall(pattern, MANUAL, re.DOTALL)
     assert len(found) == 6
     for route, body in found:
         answer = await alice.ask(f"/quotes/{route}", json.loads(body))
@@ -61,8 +59,9 @@ async def test_a_far_wing_has_a_small_margin_unless_a_minimum_is_set(service: Se
 
 
 async def test_the_lines_of_lending_work_as_they_stand(service: Service) -> None:
-    section = README.partition("\n## Lending\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"curl -sS \"?\$API(/\S+?)\"? -H \"\$(ADMIN|ALICE|BOB)\"(?: -d '(.*)')?$", section, re.MULTILINE)
+    lines = re.findall(
+        r"curl -sS \"?\$API(/\S+?)\"? -H \"\$(ADMIN|ALICE|BOB)\"(?: -d '(.*)')?$", PAGES["lending"], re.MULTILINE
+    )
     keys = {"ADMIN": "admin", "ALICE": (await service.agent("Alice")).key, "BOB": (await service.agent("Bob")).key}
     answers = [
         await service.send("POST" if body else "GET", f"/api{path}", key=keys[who], content=body or None)
