@@ -76,7 +76,7 @@ def _made(parts: Parts, view: MarketView, held: Book, stored: Panel, now: dateti
         terms=held.quote_terms(view.parameters, view.prices),
         stored=view.prices,
         now=now,
-        daily=daily(stored),
+        daily=daily(stored, int(view.parameters.models.var_window_days)),
         seed=seed,
         reserved=reserved_by_asset(held.reservations, view.parameters, view.prices),
     )

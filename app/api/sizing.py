@@ -97,7 +97,8 @@ async def quote_sizing(request: Request, agent_id: AgentId = None) -> Response:
     check_length("/positions", names, ASSETS_MAX)
     history = None
     if asked.body.covariance is not None:
-        history = await history_of(parts, names, asked.body.covariance.window_days, "/covariance/window_days")
+        days = asked.body.covariance.window_days or int(parts.market.view.parameters.models.var_window_days)
+        history = await history_of(parts, names, days, "/covariance/window_days")
     reply = await parts.workshop.run(_answer, parts, asked, holdings, names, history)
     return Response(reply, media_type="application/json")
 

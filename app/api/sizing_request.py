@@ -24,7 +24,7 @@ from app.errors import invalid
 Method = Literal["lp", "risk_parity", "vol_target", "correlation_aware", "vol_adjusted_leverage", "pre_event_buffer"]
 
 ASSETS_MAX = 200
-WINDOW_DAYS, WINDOW_DAYS_MAX = 500, 3_660
+WINDOW_DAYS_MAX = 3_660
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 NoLimit = Literal["none"]
@@ -46,10 +46,10 @@ class SizedAssetIn(wire.Request):
 
 
 class CovarianceIn(wire.Request):
-    """A covariance estimated from the stored closes."""
+    """A covariance estimated from the stored closes, of the parameters' `var_window_days` where nothing is said."""
 
     method: Estimator = "sample"
-    window_days: Annotated[int, Meta(ge=2, le=WINDOW_DAYS_MAX)] = WINDOW_DAYS
+    window_days: Annotated[int, Meta(ge=2, le=WINDOW_DAYS_MAX)] | None = None
 
 
 class EventIn(wire.Request):

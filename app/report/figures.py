@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.panel import HISTORY_DAYS_MIN
 from app.domain.portfolio import Portfolio
 from app.domain.prices import StoredPrice
 from app.domain.quote import MarginQuote, QuoteTerms, margin_quote
@@ -87,7 +88,9 @@ def report_of(subject: Subject) -> Report:
     """Return the figures. Raises InvalidError as `margin_quote` does, for a missing price among others."""
     terms, stored, now = subject.terms, subject.stored, subject.now
     quote = margin_quote(terms, stored, now)
-    whole = risk_taken(terms, stored, now, subject.daily.recent, VarTerms(method="historical"))
+    recent = subject.daily.recent
+    how = VarTerms(method="historical", window_days=max(HISTORY_DAYS_MIN, len(recent.dates)))
+    whole = risk_taken(terms, stored, now, recent, how)
     book = whole.portfolio
     beliefs = believed(book, terms.margin, subject.daily) if len(book) else None
     account = stress_account(terms, stored, now, subject.reserved)

@@ -14,7 +14,7 @@ from app.errors import InvalidError
 
 @dataclass(frozen=True, eq=False)
 class Daily:
-    """Daily returns: `whole` for replays, `recent`, the last 500 days of it, for covariances and VaR."""
+    """Daily returns: `whole` for replays, `recent`, the last days of it, for covariances and VaR."""
 
     whole: Panel
     recent: Panel
@@ -27,14 +27,14 @@ class Daily:
     def window(self, names: Sequence[str]) -> History | None:
         """Return the recent days on which all of these assets have a return, None where they are too few."""
         try:
-            return self.recent.history(names)
+            return self.recent.history(names, len(self.recent.dates))
         except InvalidError:
             return None
 
 
-def daily(panel: Panel) -> Daily:
-    """Return the panel with its last 500 days set apart."""
-    recent = replace(panel, dates=panel.dates[-HISTORY_DAYS:], returns=panel.returns[-HISTORY_DAYS:])
+def daily(panel: Panel, days: int = HISTORY_DAYS) -> Daily:
+    """Return the panel with so many of its last days set apart."""
+    recent = replace(panel, dates=panel.dates[-days:], returns=panel.returns[-days:])
     return Daily(panel, recent)
 
 

@@ -260,6 +260,8 @@ async def test_defaults_are_parameters_under_a_version(service: Service) -> None
     assets = [{"asset": "BTC", "edge": 1}]
     sized = (await service.post("/api/quotes/sizing", json={"method": "lp", "assets": assets})).json()
     assert sized["weights"] == {"BTC": 0.1}
+    weighed = {"method": "risk_parity", "assets": [{"asset": "BTC"}], "covariance": {"method": "sample"}}
+    assert (await service.post("/api/quotes/sizing", json=weighed)).json()["history"]["days"] == 80
     book = {"positions": LONG, "collateral": [{"asset": "USDC", "amount": 30_000}]}
     plan = (await service.post("/api/quotes/deleverage", json=book)).json()
     assert plan["target"] == 0.4

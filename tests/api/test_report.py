@@ -75,6 +75,8 @@ async def test_stored_closes_are_its_history(service: Service) -> None:
         assert amount(row["VaR"]) == pytest.approx(float(result["var"]), abs=0.006)
         assert amount(row["ES"]) == pytest.approx(float(result["es"]), abs=0.006)
     assert len(page.table("The whole account after each shock")) == 10
+    await service.put("/api/market/parameters", json={"parameters": {"var_window_days": 70}})
+    assert "Historical: today's account on each of 70 days" in " ".join((await _page(agent)).text)
 
 
 async def test_a_seed_is_kept_to(service: Service) -> None:
