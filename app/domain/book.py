@@ -182,6 +182,26 @@ class Delegation:
     """Those that it may book for; none: every one that pays nobody else."""
     reduce_only: bool
     delegation: Literal["pooled", "isolated"]
+    fleet_call: str | None = None
+    """The state of the margin call that the fleet as one is under."""
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the member is part of its fleet's pool; else it is contained."""
+        return self.delegation == "pooled"
+
+    @property
+    def waits_for_fleet(self) -> bool:
+        """Whether a call of the fleet's decides what of the member is sold, in place of the member's own.
+
+        One that stays expired has a master that is not liquidated: its members are by themselves.
+        """
+        return self.is_pooled and self.fleet_call in ("noticed", "open", "liquidating")
+
+    @property
+    def opens_nothing(self) -> bool:
+        """Whether the fleet's call has run out: what would be opened now would be sold again."""
+        return self.is_pooled and self.fleet_call in ("expired", "liquidating")
 
     def permits(self, service: str) -> bool:
         """Whether the member may book for a service."""
@@ -213,6 +233,8 @@ class Book:
     """What a margin call would recall first."""
     delegation: Delegation | None = None
     """What the agent has of a fleet, where it is a member of one."""
+    leads: str | None = None
+    """The fleet whose master it is."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -231,6 +253,8 @@ class Book:
             return "equity has fallen too far from its peak: reduce only, on the last rung of the drawdown ladder"
         if self.delegation is not None and self.delegation.reduce_only:
             return "the fleet's coordinator has it reduce only: more is drawn than is delegated"
+        if self.delegation is not None and self.delegation.opens_nothing:
+            return "the fleet's margin call has expired: reduce only until it is cured"
         return None
 
     @property

@@ -40,6 +40,7 @@ class _Row(msgspec.Struct):
     pending: list[PendingOrder]
     loans: list[LentLoan]
     delegation: Delegation | None
+    leads: str | None
 
 
 LOANS_RECALLED_MAX = 200
@@ -77,9 +78,12 @@ _BOOK_OF = f"""
         'delegation', (
             SELECT json_build_object(
                 'fleet_id', m.fleet_id, 'master_id', f.master_id, 'max_margin', m.max_margin, 'drawn', m.drawn,
-                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation)
+                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation, 'fleet_call', (
+                    SELECT state FROM margin_calls c WHERE c.agent_id = f.master_id AND c.cause = 'fleet'
+                    AND state IN ('noticed', 'open', 'expired', 'liquidating')))
             FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
-            WHERE m.agent_id = a.agent_id AND m.joined_at IS NOT NULL)
+            WHERE m.agent_id = a.agent_id AND m.joined_at IS NOT NULL),
+        'leads', (SELECT id FROM fleets f WHERE f.master_id = a.agent_id)
     )::text"""  # noqa: S608  no value from outside
 BOOK_QUERY = f"SELECT {_BOOK_OF} FROM accounts a WHERE a.agent_id = $1"  # noqa: S608  nor here
 
@@ -126,6 +130,13 @@ async def hold(tx: Tx, agent_id: str) -> Book:
     return await load(tx, agent_id)
 
 
+async def hold_all(tx: Tx, agent_ids: Collection[str]) -> dict[str, Book]:
+    """Lock several books as `hold` does, in the order of their ids, and return them by id. Raises NotFoundError."""
+    for agent_id in sorted(set(agent_ids)):
+        await hold_account(tx, agent_id)
+    return {agent_id: await load(tx, agent_id) for agent_id in sorted(set(agent_ids))}
+
+
 def _book(agent_id: str, row: str | None) -> Book:
     if row is None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
@@ -153,6 +164,7 @@ def _decoded(agent_id: str, row: str) -> Book:
         pending=found.pending,
         loans=found.loans,
         delegation=found.delegation,
+        leads=found.leads,
     )
 
 

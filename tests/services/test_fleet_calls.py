@@ -1,0 +1,312 @@
+"""The fleet's margin call: the coordinator first, then members by priority, each decided on a real database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+from sqlalchemy import URL
+
+from app.db.session import Database
+from app.errors import ConflictError
+from app.services import book, delegation, fleets
+from app.services.delegation import Pair
+from app.services.fleets import Terms
+from app.services.margin import Scenes
+from tests.database import make_settings
+from tests.services.desk import ACTOR, ITEMS_MAX, Desk
+from tests.services.muster import FALLEN, PRICES, Muster
+from tests.services.squadron import Squadron
+
+STOP = 0.75
+
+
+@pytest.fixture
+async def squadron(database_url: URL) -> AsyncIterator[Squadron]:
+    database = Database(database_url, make_settings(database_pool_size=20, database_connect_seconds=20))
+    desk = Desk(database)
+    await desk.prices(PRICES)
+    await desk.market.refresh()
+    yield Squadron(desk)
+    assert await desk.imbalances() == {}
+    await database.close()
+
+
+@pytest.fixture
+async def muster(squadron: Squadron) -> Muster:
+    return await Muster.gathered(squadron)
+
+
+def by_hand(muster: Muster) -> list[tuple[str, str, Decimal]]:
+    """What a fleet's call sells: 91,200 x .30 = 27,360 of 28,800; at .75 it may be 21,600, so 19,200 are sold.
+
+    The first member holds 4,800 of each: sold whole, 14,400. The second 12,000 of SOL, of which 4,800 are 60.
+    """
+    first, second = muster.pooled[:2]
+    whole = [("BTC-PERP", "0.1"), ("ETH-PERP", "2"), ("SOL-PERP", "60")]
+    return [*((first, symbol, Decimal(size)) for symbol, size in whole), (second, "SOL-PERP", Decimal(60))]
+
+
+async def test_the_coordinator_is_called_and_members_wait(muster: Muster) -> None:
+    before = await muster.sizes()
+    told = await muster.crash()
+    master = await muster.calls.only(muster.fleet.master_id)
+    assert (master.state, master.cause) == ("open", "fleet")
+    assert master.figures["utilization"] == pytest.approx(0.95)
+    assert master.opened_at is not None
+    assert master.deadline_at == master.opened_at + timedelta(seconds=300)
+    # members have no grace: their own calls have run out, and nothing of theirs is sold
+    for member in muster.pooled:
+        assert [kind for agent, kind in told if agent == member] == ["margin_call.opened", "margin_call.expired"]
+    assert {a: s for a, s in (await muster.sizes()).items() if a != muster.isolated} == {
+        a: s for a, s in before.items() if a != muster.isolated
+    }
+    # who is isolated is liquidated for itself, and by nobody else's call
+    own = await muster.calls.only(muster.isolated)
+    assert (own.state, own.cause, own.fleet_call_id) == ("completed", "utilization", None)
+    assert await muster.called() == [muster.fleet.master_id]
+    [[cure]] = await muster.squadron.desk.rows(
+        "SELECT data -> 'cure' FROM events WHERE type = 'margin_call.opened' AND agent_id = :master",
+        master=muster.fleet.master_id,
+    )
+    assert cure["deposit"] == {"asset": "USDC", "amount": 5_400}  # 27,360 / .80 less 28,800
+    assert [m["agent_id"] for m in cure["members"]] == muster.pooled
+
+
+async def test_at_the_deadline_members_are_liquidated_by_priority_smallest_first(muster: Muster) -> None:
+    foretold = await muster.cascade()
+    await muster.crash()
+    told = await muster.expire()
+    sold = await muster.sold("fleet")
+    *whole, part = by_hand(muster)
+    assert sorted(sold[:3]) == sorted(whole)
+    assert sold[3:] == [(*part[:2], pytest.approx(part[2]))]
+    assert 0.7499 < (await muster.pool()).health.utilization <= STOP
+    [first, *rest] = foretold["rounds"]
+    assert rest == []
+    by_fleet = [
+        (f["agent_id"], s["symbol"], s["size"]) for f in first["liquidated"] if f["by"] == "fleet" for s in f["slices"]
+    ]
+    assert by_fleet == sold
+    assert first["next"][0] == muster.pooled[1]
+    kinds = [kind for agent, kind in told if agent == muster.fleet.master_id]
+    assert kinds == ["margin_call.expired", "liquidation.completed"]
+    turns = {a: await muster.calls.only(a) for a in muster.pooled[:2]}
+    master = await muster.calls.only(muster.fleet.master_id)
+    assert {(c.state, c.cause, c.fleet_call_id) for c in turns.values()} == {("completed", "fleet", master.id)}
+    assert (master.state, master.slices) == ("completed", 0)
+    assert [c.slices for c in turns.values()] == [3, 1]
+
+
+async def test_what_the_fleet_leaves_in_breach_is_its_own_again(muster: Muster) -> None:
+    """The fleet is at its target; members that are past their own level are liquidated by their own calls."""
+    foretold = await muster.cascade()
+    await muster.crash()
+    await muster.expire()
+    await muster.settle()
+    fallen = {(f["agent_id"], f["by"]) for f in foretold["rounds"][0]["liquidated"]}
+    sold = await muster.sold()
+    assert {agent for agent, _ in fallen} == {agent for agent, *_ in sold}
+    for fall in foretold["rounds"][0]["liquidated"]:
+        own = [(a, s, n) for a, s, n in await muster.sold(None if fall["by"] == "own" else "fleet")]
+        done = [(s, n) for a, s, n in own if a == fall["agent_id"]]
+        slices = [(s["symbol"], s["size"]) for s in fall["slices"]]
+        assert done[-len(slices) :] == [(s, pytest.approx(n)) for s, n in slices]
+    assert foretold["in_breach_after"] == []
+    for member in muster.pooled[1:]:
+        assert await muster.calls.utilization(member) <= STOP
+
+
+# --- before anything is sold
+
+
+async def test_a_member_without_grace_is_stood_by_before_anything_of_it_is_sold(squadron: Squadron) -> None:
+    """27,000 of notional on 10,125: 10 % down it is at .98 and lacks 1,687.50; the master has it to give, or not."""
+    muster = await Muster.gathered(squadron, usdc=100_000)
+    stood_by, capped = muster.pooled[3], muster.pooled[1]
+    await squadron.change(muster.fleet, capped, max_margin=Decimal(12_375))  # what it has drawn
+    told = await muster.crash({"BTC": "54000", "ETH": "2700", "SOL": "90"})
+    assert [kind for agent, kind in told if agent == stood_by] == ["margin_call.opened", "margin_call.cured"]
+    assert (await squadron.drawn(muster.fleet))[stood_by] == Decimal("11812.50")
+    assert await muster.calls.utilization(stood_by) == pytest.approx(0.8)
+    # the pool is sound, so that its cap is all that stands against it: it is liquidated by its own call
+    assert await muster.calls.calls(muster.fleet.master_id) == []
+    own = await muster.calls.only(capped)
+    assert (own.state, own.cause, own.fleet_call_id) == ("completed", "utilization", None)
+    assert {agent for agent, *_ in await muster.sold()} == {capped, muster.isolated}
+
+
+async def test_money_that_comes_while_members_wait_keeps_them(muster: Muster) -> None:
+    """A deposit ends the fleet's call; what members lack then is drawn before their own calls sell anything."""
+    await muster.crash()
+    desk, master = muster.squadron.desk, muster.fleet.master_id
+    await desk.deposit(master, "USDC", 5_399)
+    assert ("margin_call.cured") not in [kind for _, kind in await muster.settle([master])]
+    await desk.deposit(master, "USDC", 40_000)
+    told = await muster.settle([master])
+    assert (master, "margin_call.cured") in told
+    due = {row[0] for row in await desk.rows("SELECT agent_id FROM margin_calls WHERE next_action_at <= now()")}
+    assert due == set(muster.pooled)  # nobody waits for a call that is over
+    await muster.settle(sorted(due))
+    assert {(await muster.calls.only(m)).state for m in muster.pooled} == {"cured"}
+    assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}
+
+
+async def test_closing_by_members_cures_the_fleet(muster: Muster) -> None:
+    await muster.crash()
+    for member in muster.pooled[:2]:
+        for symbol, size in (await muster.calls.sizes(member)).items():
+            await muster.squadron.order(member, "sell", size, symbol, reduce_only=True)
+    told = await muster.settle(muster.pooled[:2])
+    assert (muster.fleet.master_id, "margin_call.cured") in told
+    assert (await muster.pool()).health.utilization <= 0.8  # type: ignore[operator]
+
+
+async def test_a_price_cures_all(muster: Muster) -> None:
+    await muster.crash()
+    await muster.crash(PRICES)
+    calls = [await muster.calls.only(agent) for agent in (muster.fleet.master_id, *muster.pooled)]
+    assert {call.state for call in calls} == {"cured"}
+
+
+# --- whose call it is
+
+
+async def test_the_notice_delay_is_the_masters_and_maintenance_skips_it(squadron: Squadron) -> None:
+    muster = await Muster.gathered(squadron)
+    await muster.set(muster.fleet.master_id, notice_delay_seconds=60)
+    await muster.crash()
+    assert (await muster.calls.only(muster.fleet.master_id)).state == "noticed"
+    assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}  # members wait all the same
+    # 114,000 x .65 is 74,100, of which 15 % are 11,115; the equity is 51,600 less 39,900
+    await muster.crash({"BTC": "38400", "ETH": "1920", "SOL": "64"})
+    call = await muster.calls.only(muster.fleet.master_id)
+    assert (call.state, call.cause) == ("open", "fleet")
+
+
+async def test_a_masters_own_call_becomes_the_fleets_with_the_fleets_time(muster: Muster) -> None:
+    desk, master = muster.squadron.desk, muster.fleet.master_id
+    await desk.deposit(master, "USDC", 300_000)
+    await desk.deposit(muster.pooled[2], "USDC", 20_000)
+    await muster.squadron.order(master, "buy", 13)  # 780,000 of notional, 234,000 of margin
+    await muster.set(master, grace_period_seconds=600)
+    await muster.crash({"BTC": "55500"})
+    own = await muster.calls.only(master)
+    assert (own.state, own.cause) == ("open", "utilization")
+    await muster.calls.pass_time(master, 500)
+    await muster.crash()
+    call = await muster.calls.only(master)
+    assert (call.id, call.state, call.cause) == (own.id, "open", "fleet")
+    assert call.deadline_at is not None
+    assert call.opened_at is not None
+    assert call.deadline_at - call.opened_at == timedelta(seconds=600)
+
+
+async def test_the_masters_own_positions_come_last(muster: Muster) -> None:
+    desk, master = muster.squadron.desk, muster.fleet.master_id
+    await desk.deposit(master, "USDC", 10_000)
+    # 35 % down: of its own 24,850 the master has 8,050 left and needs 9,360, members have nearly nothing
+    await muster.squadron.order(master, "buy", "0.8")
+    await muster.crash({"BTC": "39000", "ETH": "1950", "SOL": "65"})
+    await muster.expire()
+    assert list(dict.fromkeys(agent for agent, *_ in await muster.sold("fleet"))) == [*muster.pooled, master]
+    *_, call = await muster.calls.calls(master)  # it is in breach by itself after that, and called anew
+    assert (call.state, call.cause, call.slices) == ("completed", "fleet", 1)
+    assert 0.7499 < (await muster.pool()).health.utilization <= STOP  # type: ignore[operator]
+
+
+async def test_a_master_that_is_not_liquidated_leaves_its_members_to_themselves(muster: Muster) -> None:
+    await muster.set(muster.fleet.master_id, auto_liquidate=False)
+    await muster.crash()
+    assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}
+    await muster.expire()
+    assert (await muster.calls.only(muster.fleet.master_id)).state == "expired"
+    await muster.settle()
+    assert {agent for agent, *_ in await muster.sold()} == set(muster.members)
+    assert await muster.sold("fleet") == []
+
+
+async def test_a_member_that_keeps_its_own_positions_is_passed_over(muster: Muster) -> None:
+    await muster.set(muster.pooled[0], auto_liquidate=False)
+    await muster.crash()
+    await muster.expire()
+    assert (await muster.sold("fleet"))[0][0] == muster.pooled[1]
+
+
+# --- at once, and on what is not known
+
+
+async def test_two_workers_sell_what_one_does(muster: Muster) -> None:
+    await muster.crash()
+    await muster.calls.pass_time(muster.fleet.master_id, 301)
+    master = muster.fleet.master_id
+
+    async def work() -> None:
+        for _ in range(3):
+            turns = (await muster.decide(master)).turns
+            for member in turns:
+                await muster.decide(member, master)
+
+    await asyncio.gather(*(work() for _ in range(5)))
+    sold = await muster.sold("fleet")
+    assert sorted(sold[:3]) == sorted(by_hand(muster)[:3])
+    assert sold[3:] == [(muster.pooled[1], "SOL-PERP", pytest.approx(Decimal(60)))]
+    turns = [call for agent in muster.pooled for call in await muster.calls.calls(agent) if call.fleet_call_id]
+    assert [call.slices for call in turns] == [3, 1]
+    assert (await muster.calls.only(master)).state == "completed"
+
+
+async def test_a_stale_price_calls_no_fleet(muster: Muster) -> None:
+    """16 % down the pool is at .861; had every price risen again it would not be."""
+    fresh = muster.squadron.scenes
+    await muster.squadron.desk.prices({"BTC": "50400", "ETH": "2520", "SOL": "84"})
+    muster.squadron.scenes = Scenes(muster.squadron.desk.market, timedelta(0), ITEMS_MAX)
+    await muster.settle()
+    assert await muster.calls.calls(muster.fleet.master_id) == []
+    muster.squadron.scenes = fresh
+    await muster.settle()
+    assert (await muster.calls.only(muster.fleet.master_id)).state == "open"
+
+
+# --- who is in the pool
+
+
+async def test_nobody_comes_or_goes_while_the_fleet_is_called(muster: Muster) -> None:
+    squadron, fleet = muster.squadron, muster.fleet
+    idle, late = await squadron.member(fleet, 100), await squadron.desk.agent()
+    await muster.crash()
+
+    async def leave() -> None:
+        async with squadron.desk.database.transaction(ACTOR) as tx:
+            books = await book.lock_all(tx, {fleet.master_id, idle})
+            await delegation.give_back(tx, await squadron.scenes.at(tx), Pair(books[idle], books[fleet.master_id]))
+            await fleets.remove(tx, await fleets.get_member(tx, fleet.id, idle))
+
+    async def join() -> None:
+        async with squadron.desk.database.transaction(ACTOR) as tx:
+            await fleets.invite(tx, fleet, late, Terms(Decimal(10)), joins=True)
+
+    for attempt in (leave(), join(), squadron.change(fleet, idle, delegation="isolated")):
+        with pytest.raises(ConflictError) as refused:
+            await attempt
+        assert refused.value.code == "fleet_call_is_live"
+    await squadron.change(fleet, muster.pooled[3], liquidation_priority=0)  # its coordinator may still choose
+    await muster.expire()
+    assert (await muster.sold("fleet"))[0][0] == muster.pooled[3]
+    await leave()
+
+
+async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Muster) -> None:
+    squadron = muster.squadron
+    await muster.set(muster.fleet.master_id, auto_liquidate=False)
+    rich = await squadron.member(muster.fleet, 100)
+    await squadron.desk.deposit(rich, "USDC", 1_000)
+    await muster.crash()
+    await squadron.order(rich, "buy", "0.001")
+    await muster.expire()
+    with pytest.raises(ConflictError) as refused:
+        await squadron.order(rich, "buy", "0.001")
+    assert refused.value.code == "reduce_only"
