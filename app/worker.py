@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -268,11 +268,29 @@ class Worker:
 
     async def _decide(self, agent_id: str) -> None:
         decided, is_more = await self._decided(agent_id, None), False
-        for member in decided.turns:
-            with telemetry.concerning(agent_id=member):
-                is_more |= await self._take_turn(member, agent_id)
+        if decided.turns:
+            is_more = await self._take_turns(decided.turns, agent_id)
         if is_more or "liquidation.executed" in decided.told:
             self._agenda.add([agent_id], urgent=True)  # what is next is closed without waiting for the timer
+
+    async def _take_turns(self, agents: Sequence[str], master_id: str) -> bool:
+        """Decide on members under their fleet's call: whether that told of something.
+
+        Where that fails for one of them, each is decided on by itself.
+        """
+        try:
+            async with self._database.transaction(self.id) as tx:
+                made = await margin_calls.take_turns(tx, self._scenes, master_id, agents, self._rules)
+        except DatabaseUnavailableError:
+            raise
+        except Exception:
+            log.exception("turns under the call of the fleet of %s", master_id)
+            told = [await self._take_turn(agent_id, master_id) for agent_id in agents]
+            return any(told)
+        for agent_id, decided in made.items():
+            with telemetry.concerning(agent_id=agent_id):
+                self._follow(agent_id, decided)
+        return any(decided.told for decided in made.values())
 
     async def _take_turn(self, agent_id: str, master_id: str) -> bool:
         """Decide on a member under its fleet's call: whether that told of something.
@@ -295,6 +313,11 @@ class Worker:
         with tracing.span("decide", agent_id=agent_id):
             decided = await self._decide_with(agent_id, master_id)
         self._metrics.decision_seconds.observe(time.perf_counter() - started)
+        self._follow(agent_id, decided)
+        return decided
+
+    def _follow(self, agent_id: str, decided: Decided) -> None:
+        """Tell of a decision, and see to what follows from it."""
         self._tell(decided)
         self._agenda.add(decided.named, urgent=True)
         if decided.drew:
@@ -304,7 +327,6 @@ class Worker:
             log.error("the venue of %s does not fill its liquidation: an operator has to look", agent_id)
         if decided.levels is not None:
             self._watchman.decided(agent_id, decided.levels, decided.band, waits=decided.waits)
-        return decided
 
     async def _decide_with(self, agent_id: str, master_id: str | None) -> Decided:
         """Decide on an account, together with its fleet's master where that has a say in it."""

@@ -235,6 +235,8 @@ class Book:
     """What the agent has of a fleet, where it is a member of one."""
     leads: str | None = None
     """The fleet whose master it is."""
+    live_cause: str | None = None
+    """What the margin call was made for that the account is under."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -256,6 +258,13 @@ class Book:
         if self.delegation is not None and self.delegation.opens_nothing:
             return "the fleet's margin call has expired: reduce only until it is cured"
         return None
+
+    @property
+    def is_in_called_pool(self) -> bool:
+        """Whether the account is in a fleet's pool that is under a margin call."""
+        if self.leads is not None:
+            return self.live_cause == "fleet"
+        return self.delegation is not None and self.delegation.is_pooled and self.delegation.fleet_call is not None
 
     @property
     def is_leveraged(self) -> bool:

@@ -35,7 +35,7 @@ class _Row(msgspec.Struct):
     balances: list[tuple[str, str, Decimal]]
     positions: list[OpenPosition]
     reservations: list[OpenReservation]
-    live_call: str | None
+    live_call: tuple[str, str] | None
     rung: int
     pending: list[PendingOrder]
     loans: list[LentLoan]
@@ -60,7 +60,7 @@ _BOOK_OF = f"""
             SELECT json_agg(r ORDER BY seq)
             FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]'),
         'live_call', (
-            SELECT state FROM margin_calls c WHERE c.agent_id = a.agent_id
+            SELECT json_build_array(state, cause) FROM margin_calls c WHERE c.agent_id = a.agent_id
             AND state IN ('noticed', 'open', 'expired', 'liquidating')),
         'rung', coalesce((SELECT rung FROM account_watch w WHERE w.agent_id = a.agent_id), 0),
         'pending', coalesce((
@@ -159,7 +159,8 @@ def _decoded(agent_id: str, row: str) -> Book:
         holdings=_holdings(found.balances),
         positions=found.positions,
         reservations=found.reservations,
-        live_call=found.live_call,
+        live_call=None if found.live_call is None else found.live_call[0],
+        live_cause=None if found.live_call is None else found.live_call[1],
         rung=found.rung,
         pending=found.pending,
         loans=found.loans,

@@ -45,13 +45,11 @@ class Case:
     """The call as it is in the table: what a decision makes of it is written once, at its end."""
     stale: frozenset[str] = frozenset()
     in_doubt: bool = False
-    """Whether so much is stale that figures as they are decide nothing for the better."""
+    """Whether so much is stale of the account that figures as they are decide nothing for the better."""
     told: tuple[str, ...] = ()
     escalated: bool = False
     pool: Pool | None = None
     """That of the fleet whose call this is."""
-    fleet_call: StoredCall | None = None
-    """In a member's turn, the fleet's call."""
     is_over: bool = False
     """Whether this is a member's turn and the fleet's call has ended."""
     master: Book | None = None
@@ -69,6 +67,11 @@ class Case:
     def leads(self) -> bool:
         """Whether the call is the fleet's, its account the master."""
         return self.pool is not None and self.pool.master_id == self.held.agent_id
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether so much is stale of what the call is judged on."""
+        return self.in_doubt if self.pool is None else self.pool.in_doubt
 
     @property
     def targets(self) -> list[Target]:
@@ -167,7 +170,8 @@ class Case:
     def shown(self) -> dict[str, Any]:
         """Return what a call remembers of the account: figures as JSON holds them."""
         found = shown(self.judged)
-        if self.pool is not None and not self.leads:
+        if self.pool is not None:
+            found["fleet_id"] = self.pool.fleet_id
             found["fleet_utilization"] = self.pool.health.utilization
         return found
 
@@ -205,8 +209,8 @@ def begun(case: Case, cause: Cause, figures: Mapping[str, Any]) -> StoredCall:
     )
 
 
-async def placed(tx: Tx, case: Case, master: Book | None, rules: Rules) -> Case:
-    """Return the case as the account's fleet has it, if it is of one. `master`: the fleet's, locked too.
+async def placed(tx: Tx, case: Case, master: Book | None, rules: Rules, pool: Pool | None) -> Case:
+    """Return the case as the account's fleet has it, if it is of one. `master`: the fleet's, locked too; `pool`: read.
 
     Raises InvalidError where the fleet's call can't be judged for a missing price, and MasterNeeded.
     """
@@ -218,7 +222,7 @@ async def placed(tx: Tx, case: Case, master: Book | None, rules: Rules) -> Case:
     if of is None or not of.is_pooled:
         return replace(case, is_over=is_turn)
     if master is not None and master.agent_id == of.master_id:
-        return await _of_member(tx, case, master, rules)
+        return await _of_member(tx, case, master, rules, pool)
     if is_turn:
         raise MasterNeeded(of.master_id)
     return replace(case, held_back=of.waits_for_fleet)
@@ -235,10 +239,10 @@ async def _led(tx: Tx, case: Case, fleet_id: str, rules: Rules) -> Case:
         return case
     if not is_fleets and not pool.is_breached:
         return case
-    return replace(case, pool=pool, in_doubt=pool.in_doubt)
+    return replace(case, pool=pool)
 
 
-async def _of_member(tx: Tx, case: Case, master: Book, rules: Rules) -> Case:
+async def _of_member(tx: Tx, case: Case, master: Book, rules: Rules, pool: Pool | None) -> Case:
     """Return the case of a pooled member whose master is locked: its turn, or its own, held back or stood by."""
     call, of = case.call, case.held.delegation
     is_turn = call is not None and call.fleet_call_id is not None
@@ -249,14 +253,14 @@ async def _of_member(tx: Tx, case: Case, master: Book, rules: Rules) -> Case:
     if of is None or master.leads is None:
         return case
     try:
-        pool = await fleet_pool.load(tx, case.scene, rules, master.leads)
+        pool = pool or await fleet_pool.load(tx, case.scene, rules, master.leads)
     except InvalidError:
         if is_turn:
             raise
         return replace(case, master=master, held_back=of.waits_for_fleet)
     if fleet_call is not None and (is_turn or _is_next(pool, fleet_call, case.held.agent_id)):
         taken = _taken(case, fleet_call)
-        return replace(case, pool=pool, fleet_call=fleet_call, in_doubt=pool.in_doubt, call=taken)
+        return replace(case, pool=pool, call=taken)
     uncalled = fleet_call is None and pool.is_breached
     return replace(case, master=master, held_back=of.waits_for_fleet or uncalled, uncalled=uncalled)
 

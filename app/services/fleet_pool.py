@@ -79,6 +79,7 @@ class Account:
 class Pool:
     """A pool as it stands, by the id of the account. `rules`: smallest first within a member, whatever else is set."""
 
+    fleet_id: str
     master_id: str
     accounts: Mapping[str, Account]
     scene: Scene
@@ -96,6 +97,7 @@ class Pool:
         market = scene.market.parameters.policy
         policy = pool_policy(market, books.master.settings.policy(market))
         return cls(
+            fleet_id=books.fleet.id,
             master_id=books.master.agent_id,
             accounts=found,
             scene=scene,

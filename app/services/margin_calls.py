@@ -51,6 +51,7 @@ from app.services import (
 from app.services.call_case import Case
 from app.services.calls import StoredCall
 from app.services.delegation import MasterNeeded, Pair
+from app.services.fleet_pool import Pool
 from app.services.liquidation import Rules
 from app.services.margin import Scene, Scenes
 from app.services.venue import Fill, Recorded
@@ -102,25 +103,42 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules, master_id:
     then the transaction is begun anew with its master.
     """
     books = await book.hold_all(tx, {agent_id, master_id or agent_id})
-    held, master = books[agent_id], None if master_id is None else books[master_id]
-    scene = await scenes.at(tx)
-    call = None if held.live_call is None else await calls.live(tx, agent_id)
+    master = None if master_id is None else books[master_id]
+    return (await _decide(tx, await scenes.at(tx), books[agent_id], master, rules))[0]
+
+
+async def take_turns(tx: Tx, scenes: Scenes, master_id: str, agents: Sequence[str], rules: Rules) -> dict[str, Decided]:
+    """Decide on members of a fleet, one after the other, under its call; the pool is read once, and followed.
+
+    Return what was decided of each, up to the one with which the pool may stop.
+    """
+    books = await book.hold_all(tx, {master_id, *agents})
+    scene, pool, made = await scenes.at(tx), None, dict[str, Decided]()
+    for agent_id in agents:
+        made[agent_id], pool = await _decide(tx, scene, books[agent_id], books[master_id], rules, pool)
+        if pool is None or pool.may_stop:
+            break
+    return made
+
+
+async def _decide(
+    tx: Tx, scene: Scene, held: Book, master: Book | None, rules: Rules, pool: Pool | None = None
+) -> tuple[Decided, Pool | None]:
+    """Decide on a book that is locked; return the fleet's pool with it, where that was looked at."""
+    call = None if held.live_call is None else await calls.live(tx, held.agent_id)
     if call is not None:
         telemetry.note(margin_call_id=call.id)
     try:
         figures = scene.figures(held)
-    except InvalidError:
-        return Decided(await calls.save(tx, call, _postponed(call, scene.now)))
-    stale = staleness.stale(scene, figures)
-    in_doubt = not staleness.is_grain(figures, staleness.at_best(scene, held, figures, stale))
-    case = Case(held, scene, figures, call, call, stale, in_doubt)
-    try:
-        case = await call_case.placed(tx, case, master, rules)
-    except InvalidError:  # a price lacks in the fleet
-        return Decided(await calls.save(tx, call, _postponed(call, scene.now)))
-    if case.in_doubt and case.hangs_on_stale():
+        stale = staleness.stale(scene, figures)
+        in_doubt = not staleness.is_grain(figures, staleness.at_best(scene, held, figures, stale))
+        case = Case(held, scene, figures, call, call, stale, in_doubt)
+        case = await call_case.placed(tx, case, master, rules, pool)
+    except InvalidError:  # a price lacks, here or in the fleet
+        return Decided(await calls.save(tx, call, _postponed(call, scene.now))), None
+    if case.is_unsure and case.hangs_on_stale():
         case = await _saved(tx, replace(case, call=_postponed(call, scene.now)))
-        return await _look(tx, case, rules)
+        return await _look(tx, case, rules), case.pool
     case = await _without_openings(tx, await _without_moot(tx, case))
     for _ in range(STEPS_MAX):
         if case.asks_the_fleet():
@@ -130,11 +148,11 @@ async def decide(tx: Tx, scenes: Scenes, agent_id: str, rules: Rules, master_id:
             break
     case = await _saved(tx, case)
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
-        await accounts.lock_account(tx, agent_id)  # the screen hears of it by the book's version
+        await accounts.lock_account(tx, held.agent_id)  # the screen hears of it by the book's version
     decided = replace(await _look(tx, case, rules), turns=case.turns, named=_named(case), drew=bool(case.drew))
     if call is None and case.call is not None:
-        return replace(decided, priced_at=await prices.last_received(tx, list(figures.prices)))
-    return decided
+        decided = replace(decided, priced_at=await prices.last_received(tx, list(figures.prices)))
+    return decided, case.pool
 
 
 async def _look(tx: Tx, case: Case, rules: Rules) -> Decided:
@@ -150,7 +168,9 @@ async def _look(tx: Tx, case: Case, rules: Rules) -> Decided:
         except (PrimeriskError, DBAPIError):
             log.exception("the drawdown ladder of %s can't be applied", held.agent_id)
     band = watch.band_of(held, seen, policy)
-    return Decided(case.call, case.told, seen.levels, band, waits=case.in_doubt, escalated=case.escalated)
+    return Decided(
+        case.call, case.told, seen.levels, band, waits=case.in_doubt or case.is_unsure, escalated=case.escalated
+    )
 
 
 async def _without_moot(tx: Tx, case: Case) -> Case:
@@ -243,7 +263,9 @@ async def _ask_the_fleet(tx: Tx, case: Case) -> Case:
 
 async def _wait(tx: Tx, case: Case, call: StoredCall, what: Wait, judged: Situation) -> Case:
     """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
-    is_exhausted = call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.in_doubt
+    is_exhausted = (
+        call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.is_unsure
+    )
     until = _next_look(case, what.until)
     if not is_exhausted:
         return replace(case, call=replace(call, next_action_at=until))
@@ -381,7 +403,7 @@ async def _liquidate(tx: Tx, case: Case, call: StoredCall, rules: Rules) -> Case
         closed += chosen.target.notional
         if (closed >= least or not chosen.is_whole) and not whole_turn:
             break
-        if case.in_doubt and case.hangs_on_stale():
+        if case.is_unsure and case.hangs_on_stale():
             break
         if not isinstance(case.next_step(), Liquidate):
             break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -91,6 +91,13 @@ class Muster:
         except MasterNeeded as needed:
             return await self.decide(agent_id, needed.master_id)
 
+    async def take_turns(self, agents: Sequence[str]) -> dict[str, Decided]:
+        database, scenes, master = self.squadron.desk.database, self.squadron.scenes, self.fleet.master_id
+        if not agents:
+            return {}
+        async with database.transaction(ACTOR) as tx:
+            return await margin_calls.take_turns(tx, scenes, master, agents, self.rules)
+
     async def settle(self, agents: Iterable[str] | None = None) -> list[tuple[str, str]]:
         """Decide on accounts, and on whom that names, until nothing is due; return what was told, in order."""
         agenda, told = deque(self.everybody if agents is None else agents), list[tuple[str, str]]()
@@ -100,8 +107,7 @@ class Muster:
             agent_id = agenda.popleft()
             decided, is_more = await self.decide(agent_id), False
             told += [(agent_id, kind) for kind in decided.told]
-            for member in decided.turns:
-                turn = await self.decide(member, agent_id)
+            for member, turn in (await self.take_turns(decided.turns)).items():
                 told += [(member, kind) for kind in turn.told]
                 is_more |= bool(turn.told)
                 agenda.extend(turn.named)
@@ -140,6 +146,7 @@ class Muster:
         """Return who was liquidated of what, in the order in which it was written."""
         query = """
             SELECT agent_id, data ->> 'symbol', (data ->> 'size')::numeric FROM events
-            WHERE type = 'liquidation.executed' AND (CAST(:cause AS text) IS NULL OR data ->> 'cause' = :cause) ORDER BY id
+            WHERE type = 'liquidation.executed' AND (CAST(:cause AS text) IS NULL OR data ->> 'cause' = :cause)
+            ORDER BY id
         """
         return [(a, s, n) for a, s, n in await self.squadron.desk.rows(query, cause=cause)]

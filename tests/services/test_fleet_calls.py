@@ -18,7 +18,7 @@ from app.services.fleets import Terms
 from app.services.margin import Scenes
 from tests.database import make_settings
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
-from tests.services.muster import FALLEN, PRICES, Muster
+from tests.services.muster import PRICES, Muster
 from tests.services.squadron import Squadron
 
 STOP = 0.75
@@ -246,9 +246,7 @@ async def test_two_workers_sell_what_one_does(muster: Muster) -> None:
 
     async def work() -> None:
         for _ in range(3):
-            turns = (await muster.decide(master)).turns
-            for member in turns:
-                await muster.decide(member, master)
+            await muster.take_turns((await muster.decide(master)).turns)
 
     await asyncio.gather(*(work() for _ in range(5)))
     sold = await muster.sold("fleet")
