@@ -308,3 +308,47 @@ async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Mus
     with pytest.raises(ConflictError) as refused:
         await squadron.order(rich, "buy", "0.001")
     assert refused.value.code == "reduce_only"
+
+
+# --- venues, losses
+
+
+async def test_a_turn_at_a_venue_waits_for_its_fills_and_no_longer_than_it_may(squadron: Squadron) -> None:
+    """The first in line trades at a venue: its slice is asked for there, and who comes after it waits for its fill."""
+    muster = await Muster.gathered(squadron)
+    desk, master, first = squadron.desk, muster.fleet.master_id, muster.pooled[0]
+    await desk.rows("UPDATE accounts SET execution = 'venue' WHERE agent_id = :agent RETURNING 1", agent=first)
+    await muster.crash()
+    told = await muster.expire()
+    assert (first, "liquidation.requested") in told
+    assert await muster.sold("fleet") == []
+    [asked] = (await desk.book(first)).pending
+    turn = await muster.calls.only(first)
+    assert (asked.margin_call_id, turn.state, turn.cause) == (turn.id, "liquidating", "fleet")
+    assert await muster.settle([master]) == []  # nobody else's turn has come
+    # it never fills: once asked as often as the rules have it, the line goes on without it
+    for attempt in range(2, 5):
+        await muster.calls.pass_time(first, 31)
+        told = await muster.settle([first])
+        assert (first, "liquidation.requested") in told
+        assert (await muster.calls.only(first)).attempts == attempt
+    assert {agent for agent, *_ in await muster.sold("fleet")} == {muster.pooled[1]}
+    assert (master, "liquidation.completed") in told
+    # over with the fleet's call: what was asked for is withdrawn
+    assert (first, "liquidation.completed") in await muster.settle([first])
+    assert all(order.margin_call_id != turn.id for order in (await desk.book(first)).pending)
+
+
+async def test_what_a_member_loses_beyond_what_it_has_is_counted_once(squadron: Squadron) -> None:
+    """Everything falls by more than half: members' losses are in their own calls, and the master's money is its own."""
+    muster = await Muster.gathered(squadron)
+    await muster.crash({"BTC": "24000", "ETH": "1200", "SOL": "40"})
+    await muster.expire()
+    await muster.settle()
+    for member in muster.pooled:
+        lost = sum((call.lost for call in await muster.calls.calls(member)), Decimal(0))
+        owed = -(await squadron.desk.figures(member)).equity
+        assert float(lost) == pytest.approx(max(0.0, owed))
+        assert await muster.calls.sizes(member) == {}
+    assert sum(call.lost for call in await muster.calls.calls(muster.fleet.master_id)) == 0
+    assert (await squadron.desk.money(muster.fleet.master_id))["free"] > 0
