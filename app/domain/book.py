@@ -184,6 +184,8 @@ class Delegation:
     delegation: Literal["pooled", "isolated"]
     fleet_call: str | None = None
     """The state of the margin call that the fleet as one is under."""
+    fleet_in_doubt: bool = False
+    """Whether that waits for prices."""
 
     @property
     def is_pooled(self) -> bool:
@@ -194,9 +196,10 @@ class Delegation:
     def waits_for_fleet(self) -> bool:
         """Whether a call of the fleet's decides what of the member is sold, in place of the member's own.
 
-        One that stays expired has a master that is not liquidated: its members are by themselves.
+        One that stays expired has a master that is not liquidated: its members are by themselves. So they are while the
+        pool can't be judged: a stale price of one holds up no other.
         """
-        return self.is_pooled and self.fleet_call in ("noticed", "open", "liquidating")
+        return self.is_pooled and self.fleet_call in ("noticed", "open", "liquidating") and not self.fleet_in_doubt
 
     @property
     def opens_nothing(self) -> bool:

@@ -78,10 +78,11 @@ _BOOK_OF = f"""
         'delegation', (
             SELECT json_build_object(
                 'fleet_id', m.fleet_id, 'master_id', f.master_id, 'max_margin', m.max_margin, 'drawn', m.drawn,
-                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation, 'fleet_call', (
-                    SELECT state FROM margin_calls c WHERE c.agent_id = f.master_id AND c.cause = 'fleet'
-                    AND state IN ('noticed', 'open', 'expired', 'liquidating')))
+                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation,
+                'fleet_call', c.state, 'fleet_in_doubt', coalesce(jsonb_exists(c.figures, 'in_doubt'), false))
             FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
+            LEFT JOIN margin_calls c ON c.agent_id = f.master_id AND c.cause = 'fleet'
+                AND c.state IN ('noticed', 'open', 'expired', 'liquidating')
             WHERE m.agent_id = a.agent_id AND m.joined_at IS NOT NULL),
         'leads', (SELECT id FROM fleets f WHERE f.master_id = a.agent_id)
     )::text"""  # noqa: S608  no value from outside

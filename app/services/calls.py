@@ -107,10 +107,11 @@ async def turns(tx: Tx, agents: Collection[str]) -> dict[str, StoredCall]:
 
 
 async def under(tx: Tx, fleet_call_id: str) -> list[StoredCall]:
-    """Return the calls by which a fleet's call has liquidated members, in the order of their turns."""
+    """Return calls by which a fleet's call has liquidated members, in the order of their turns, a limited number."""
     columns = margin_calls.c
     query = select(margin_calls).where(columns.fleet_call_id == fleet_call_id).order_by(columns.expired_at, columns.seq)
-    return [StoredCall(**row) for row in (await tx.connection.execute(query)).mappings()]
+    rows = await tx.connection.execute(query.limit(CALLS_A_PAGE_MAX))
+    return [StoredCall(**row) for row in rows.mappings()]
 
 
 async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:

@@ -132,7 +132,9 @@ class Pool:
 
     @property
     def is_breached(self) -> bool:
-        """Whether it is past its breach level, at best."""
+        """Whether it is past its breach level, at best. What the master alone has at stake is its own call's."""
+        if not any(a.part().required_initial > 0.0 for name, a in self.accounts.items() if name != self.master_id):
+            return False
         return self.situation(anything_left=True).cause is not None
 
     @property

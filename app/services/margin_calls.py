@@ -67,6 +67,7 @@ SLICES_A_STEP_MAX, POSITIONS_USUAL = 3_000, 15
 """Slices in one step, times the positions of the book that each of them assesses: 200 of a usual book."""
 TURNS_AT_ONCE = 8
 """Members named at once, whose turns follow each other: each is judged anew when it comes."""
+IN_DOUBT = "in_doubt"
 RETRY_STALE = timedelta(seconds=1)
 
 
@@ -139,7 +140,7 @@ async def _decide(
     if case.is_unsure and case.hangs_on_stale():
         case = await _saved(tx, replace(case, call=_postponed(call, scene.now)))
         return await _look(tx, case, rules), case.pool
-    case = await _without_openings(tx, await _without_moot(tx, case))
+    case = await _without_openings(tx, await _without_moot(tx, _beyond_doubt(case)))
     for _ in range(STEPS_MAX):
         if case.asks_the_fleet():
             case = await _ask_the_fleet(tx, case)
@@ -341,7 +342,7 @@ async def _end_of_turns(tx: Tx, case: Case, call: StoredCall) -> dict[str, Any]:
         return {}
     members = [agent_id for agent_id in case.pool.accounts if agent_id != case.held.agent_id]
     await calls.wake(tx, members)
-    turns = await calls.under(tx, call.id)
+    turns = (await calls.under(tx, call.id))[: fleet_pool.MEMBERS_TOLD_MAX]
     return {"members": [{"agent_id": t.agent_id, "margin_call_id": t.id, "slices": t.slices} for t in turns]}
 
 
@@ -515,8 +516,21 @@ async def _tell(tx: Tx, kind: str, figures: Mapping[str, Any], call: StoredCall,
 
 
 def _postponed(call: StoredCall | None, now: datetime) -> StoredCall | None:
-    """Return a call that is looked at again soon: nothing is decided on prices that are stale or missing."""
-    return None if call is None else replace(call, next_action_at=now + RETRY_STALE)
+    """Return a call that is looked at again soon: nothing is decided on prices that are stale or missing.
+
+    A fleet's says so in its figures: meanwhile its members are by themselves.
+    """
+    if call is None:
+        return None
+    figures = {**call.figures, IN_DOUBT: True} if call.cause == "fleet" else call.figures
+    return replace(call, next_action_at=now + RETRY_STALE, figures=figures)
+
+
+def _beyond_doubt(case: Case) -> Case:
+    """Return the case with a call that no longer waits for prices."""
+    if case.call is None or IN_DOUBT not in case.call.figures:
+        return case
+    return replace(case, call=replace(case.call, figures=case.shown()))
 
 
 async def _saved(tx: Tx, case: Case) -> Case:

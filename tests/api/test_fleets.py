@@ -487,3 +487,22 @@ async def test_a_fleets_zone_is_told_and_its_powder_restored(worked: Service) ->
     shown = await fleet.get()
     assert shown["zone"] in ("GREEN", "YELLOW")
     assert shown["released_at"] is None
+
+
+async def test_one_that_nothing_can_be_booked_of_holds_up_nobody(worked: Service) -> None:
+    """The first in line is short of what costs 10^15 a piece by a slip: the next one's turn comes all the same."""
+    await worked.prices(BTC=60_000, DOGE=0.1)
+    fleet = await led(worked, 24_000, dry_powder=0.0)
+    lost = await fleet.member(12_750, liquidation_priority=1)
+    next_one = await fleet.member(11_250, liquidation_priority=2)
+    await lost.order("DOGE-PERP", "sell", 200_000)
+    await next_one.order("BTC-PERP", "buy", 0.5)
+    settings = {"grace_period_seconds": 0}
+    for agent in (fleet.lead, lost, next_one):
+        assert (await agent.send("PATCH", "/account/settings", json=settings)).status_code == 200
+    await worked.prices(DOGE=999_999_999_999_999)
+    await until_told(next_one, "liquidation.completed")
+    [call] = [c for c in (await next_one.get("/margin-calls"))["margin_calls"] if c["cause"] == "fleet"]
+    assert call["state"] == "completed"
+    assert not (await next_one.get("/account"))["positions"]
+    assert "liquidation.executed" not in await types(lost)

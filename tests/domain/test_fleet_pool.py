@@ -13,7 +13,7 @@ from app.domain.fleet import Part, pool_health, pool_policy, total_of
 from app.domain.health import Health, scales
 from app.domain.margin_calls import Call, situation, step
 from app.domain.parameters import HealthPolicy
-from tests.domain.test_margin_calls import NOW
+from tests.domain.test_gates import NOW
 
 MARKET = HealthPolicy()
 EMPTY = pool_health(Part(), MARKET)

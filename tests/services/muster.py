@@ -133,6 +133,11 @@ class Muster:
         async with self.squadron.desk.scene() as (tx, scene):
             return await fleet_pool.load(tx, scene, self.rules, self.fleet.id)
 
+    async def utilization(self) -> float:
+        used = (await self.pool()).health.utilization
+        assert used is not None
+        return used
+
     async def cascade(self, shock: float = SHOCK) -> dict[str, Any]:
         async with self.squadron.desk.scene() as (tx, scene):
             books = await fleet_books.load(tx, await fleets.get(tx, self.fleet.id, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from decimal import Decimal
@@ -83,8 +84,9 @@ async def test_at_the_deadline_members_are_liquidated_by_priority_smallest_first
     sold = await muster.sold("fleet")
     *whole, part = by_hand(muster)
     assert sorted(sold[:3]) == sorted(whole)
-    assert sold[3:] == [(*part[:2], pytest.approx(part[2]))]
-    assert 0.7499 < (await muster.pool()).health.utilization <= STOP
+    assert [s[:2] for s in sold[3:]] == [part[:2]]
+    assert float(sold[3][2]) == pytest.approx(60.0)
+    assert 0.7499 < await muster.utilization() <= STOP
     [first, *rest] = foretold["rounds"]
     assert rest == []
     by_fleet = [
@@ -113,8 +115,9 @@ async def test_what_the_fleet_leaves_in_breach_is_its_own_again(muster: Muster) 
     for fall in foretold["rounds"][0]["liquidated"]:
         own = [(a, s, n) for a, s, n in await muster.sold(None if fall["by"] == "own" else "fleet")]
         done = [(s, n) for a, s, n in own if a == fall["agent_id"]]
-        slices = [(s["symbol"], s["size"]) for s in fall["slices"]]
-        assert done[-len(slices) :] == [(s, pytest.approx(n)) for s, n in slices]
+        done = done[-len(fall["slices"]) :]
+        assert [s for s, _ in done] == [s["symbol"] for s in fall["slices"]]
+        assert [float(n) for _, n in done] == pytest.approx([float(s["size"]) for s in fall["slices"]])
     assert foretold["in_breach_after"] == []
     for member in muster.pooled[1:]:
         assert await muster.calls.utilization(member) <= STOP
@@ -162,7 +165,7 @@ async def test_closing_by_members_cures_the_fleet(muster: Muster) -> None:
             await muster.squadron.order(member, "sell", size, symbol, reduce_only=True)
     told = await muster.settle(muster.pooled[:2])
     assert (muster.fleet.master_id, "margin_call.cured") in told
-    assert (await muster.pool()).health.utilization <= 0.8  # type: ignore[operator]
+    assert await muster.utilization() <= 0.8
 
 
 async def test_a_price_cures_all(muster: Muster) -> None:
@@ -215,7 +218,7 @@ async def test_the_masters_own_positions_come_last(muster: Muster) -> None:
     assert list(dict.fromkeys(agent for agent, *_ in await muster.sold("fleet"))) == [*muster.pooled, master]
     *_, call = await muster.calls.calls(master)  # it is in breach by itself after that, and called anew
     assert (call.state, call.cause, call.slices) == ("completed", "fleet", 1)
-    assert 0.7499 < (await muster.pool()).health.utilization <= STOP  # type: ignore[operator]
+    assert 0.7499 < await muster.utilization() <= STOP
 
 
 async def test_a_master_that_is_not_liquidated_leaves_its_members_to_themselves(muster: Muster) -> None:
@@ -251,7 +254,7 @@ async def test_two_workers_sell_what_one_does(muster: Muster) -> None:
     await asyncio.gather(*(work() for _ in range(5)))
     sold = await muster.sold("fleet")
     assert sorted(sold[:3]) == sorted(by_hand(muster)[:3])
-    assert sold[3:] == [(muster.pooled[1], "SOL-PERP", pytest.approx(Decimal(60)))]
+    assert [s[:2] for s in sold[3:]] == [(muster.pooled[1], "SOL-PERP")]
     turns = [call for agent in muster.pooled for call in await muster.calls.calls(agent) if call.fleet_call_id]
     assert [call.slices for call in turns] == [3, 1]
     assert (await muster.calls.only(master)).state == "completed"
@@ -267,6 +270,32 @@ async def test_a_stale_price_calls_no_fleet(muster: Muster) -> None:
     muster.squadron.scenes = fresh
     await muster.settle()
     assert (await muster.calls.only(muster.fleet.master_id)).state == "open"
+
+
+async def test_where_the_pool_cannot_be_judged_each_member_is_by_itself(muster: Muster) -> None:
+    """A member's coin, worth 5,000 as collateral, was all that could save the pool: then its feed ends."""
+    desk, master, rich = muster.squadron.desk, muster.fleet.master_id, muster.pooled[3]
+    await desk.prices({"DOGE": "0.1"})
+    await desk.deposit(rich, "DOGE", 40_000)
+    await muster.set(master, grace_period_seconds=60)
+    await muster.crash()
+    assert (await muster.calls.only(master)).state == "open"
+    await desk.rows(
+        """
+        WITH bumped AS (UPDATE market_state SET version = version + 1 WHERE name = 'prices' RETURNING version)
+        UPDATE market_prices p SET as_of = as_of - interval '10 days', version = bumped.version
+        FROM bumped WHERE symbol = 'DOGE' RETURNING 1
+        """
+    )
+    await desk.deposit(rich, "DOGE", 60_000)
+    await muster.calls.pass_time(master, 61)
+    assert await muster.settle([master]) == []
+    assert (await muster.calls.only(master)).state == "open"
+    await muster.settle(muster.pooled)
+    assert {agent for agent, *_ in await muster.sold()} == {*muster.pooled[:3], muster.isolated}
+    await desk.prices({"DOGE": "0.1"})
+    await muster.settle()
+    assert (await muster.calls.calls(master))[0].state in ("cured", "completed")
 
 
 # --- who is in the pool
@@ -352,3 +381,38 @@ async def test_what_a_member_loses_beyond_what_it_has_is_counted_once(squadron: 
         assert await muster.calls.sizes(member) == {}
     assert sum(call.lost for call in await muster.calls.calls(muster.fleet.master_id)) == 0
     assert (await squadron.desk.money(muster.fleet.master_id))["free"] > 0
+
+
+async def test_a_master_whose_members_hold_nothing_has_a_call_of_its_own(squadron: Squadron) -> None:
+    fleet = await squadron.fleet(22_500)
+    await squadron.member(fleet, 1_000)
+    await squadron.order(fleet.master_id, "buy", 1)
+    muster = Muster(squadron, fleet)
+    await muster.crash({"BTC": "54000"})
+    assert (await muster.calls.only(fleet.master_id)).cause == "utilization"
+
+
+async def test_all_at_once_leaves_nobody_waiting(muster: Muster) -> None:
+    """Workers, draws, deposits and closings cross each other: no deadlock, every slice of one call, all of it paid."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await squadron.desk.prices({"BTC": "48000", "ETH": "2400", "SOL": "80"})
+    await muster.set(master, grace_period_seconds=0)
+
+    async def close(agent_id: str) -> None:
+        for _ in range(3):
+            for symbol, size in (await muster.calls.sizes(agent_id)).items():
+                with contextlib.suppress(ConflictError):  # sold meanwhile
+                    await squadron.order(agent_id, "sell", size / 4, symbol, reduce_only=True)
+
+    async def pay() -> None:
+        for _ in range(4):
+            await squadron.desk.deposit(master, "USDC", 50)
+
+    await asyncio.gather(*(muster.settle() for _ in range(3)), *(close(m) for m in muster.pooled[2:]), pay())
+    await muster.settle()
+    states = {call.state for agent in muster.everybody for call in await muster.calls.calls(agent)}
+    assert states <= {"completed", "cured"}
+    for agent in muster.everybody:
+        assert await muster.calls.utilization(agent) < 0.85
+        slices = sum(call.slices for call in await muster.calls.calls(agent))
+        assert slices == len([row for row in await muster.sold() if row[0] == agent])
