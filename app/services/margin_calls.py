@@ -331,6 +331,7 @@ async def _become(tx: Tx, case: Case, call: StoredCall, what: Become) -> tuple[b
             await _tell(tx, "margin_call.cured", case.shown(), moved, cancelled_orders=cancelled)
         case _:
             moved = _ended(call, "lapsed", now)
+            await _end_of_turns(tx, case, call)
     await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.lost))
     kind = {"completed": "liquidation.completed", "cured": "margin_call.cured"}.get(moved.state)
     return True, case.with_call(moved, *(() if kind is None else (kind,)))

@@ -22,13 +22,13 @@ PRICES = {"BTC": "60000", "ETH": "3000", "SOL": "100"}
 FALLEN = {"BTC": "48000", "ETH": "2400", "SOL": "80"}
 SHOCK = -0.2
 ORDERS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (("BTC-PERP", "0.1"), ("ETH-PERP", "2"), ("SOL-PERP", "60")),
+    (("BTC-PERP", "0.1"), ("ETH-PERP", "1.5"), ("SOL-PERP", "35")),
     (("SOL-PERP", "150"), ("BTC-PERP", "0.3")),
     (("ETH-PERP", "12"),),
     (("BTC-PERP", "0.2"), ("ETH-PERP", "5")),
     (("SOL-PERP", "100"), ("ETH-PERP", "2")),
 )
-"""Of four pooled members, 18,000, 33,000, 36,000 and 27,000 of notional, and of an isolated one, 16,000."""
+"""Of four pooled members, 14,000, 33,000, 36,000 and 27,000 of notional, and of an isolated one, 16,000."""
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Muster:
         return [self.fleet.master_id, *self.members]
 
     @classmethod
-    async def gathered(cls, squadron: Squadron, usdc: int = 57_600, grace: int = 0, of_master: int = 300) -> Muster:
-        """Make it: each member has drawn what its orders need, .375 of their notional, 48,750 in all.
+    async def gathered(cls, squadron: Squadron, usdc: int = 55_600, grace: int = 0, of_master: int = 300) -> Muster:
+        """Make it: each member has drawn what its orders need, .375 of their notional, 47,250 in all.
 
-        At FALLEN the pool, with what the master has left, is at 27,360 of 28,800 (.95), each member past 1.3.
+        At FALLEN the pool, with what the master has left, is at 26,400 of 27,600 (.957), each member past 1.3.
         """
         await squadron.desk.prices(PRICES)
         made = cls(squadron, await squadron.fleet(usdc))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 
@@ -18,6 +19,7 @@ from app.services.delegation import Pair
 from app.services.fleets import Terms
 from app.services.margin import Scenes
 from tests.database import make_settings
+from tests.services.calls import RULES
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
 from tests.services.muster import PRICES, Muster
 from tests.services.squadron import Squadron
@@ -42,13 +44,13 @@ async def muster(squadron: Squadron) -> Muster:
 
 
 def by_hand(muster: Muster) -> list[tuple[str, str, Decimal]]:
-    """What a fleet's call sells: 91,200 x .30 = 27,360 of 28,800; at .75 it may be 21,600, so 19,200 are sold.
+    """What a fleet's call sells: 88,000 x .30 = 26,400 of 27,600; at .75 it may be 20,700, so 19,000 are sold.
 
-    The first member holds 4,800 of each: sold whole, 14,400. The second 12,000 of SOL, of which 4,800 are 60.
+    The first member holds 2,800 of SOL, 3,600 of ETH, 4,800 of BTC: sold whole. The second 12,000 of SOL, at 80 each.
     """
     first, second = muster.pooled[:2]
-    whole = [("BTC-PERP", "0.1"), ("ETH-PERP", "2"), ("SOL-PERP", "60")]
-    return [*((first, symbol, Decimal(size)) for symbol, size in whole), (second, "SOL-PERP", Decimal(60))]
+    whole = [("SOL-PERP", "35"), ("ETH-PERP", "1.5"), ("BTC-PERP", "0.1")]
+    return [*((first, symbol, Decimal(size)) for symbol, size in whole), (second, "SOL-PERP", Decimal("97.5"))]
 
 
 async def test_the_coordinator_is_called_and_members_wait(muster: Muster) -> None:
@@ -56,7 +58,7 @@ async def test_the_coordinator_is_called_and_members_wait(muster: Muster) -> Non
     told = await muster.crash()
     master = await muster.calls.only(muster.fleet.master_id)
     assert (master.state, master.cause) == ("open", "fleet")
-    assert master.figures["utilization"] == pytest.approx(0.95)
+    assert master.figures["utilization"] == pytest.approx(26_400 / 27_600)
     assert master.opened_at is not None
     assert master.deadline_at == master.opened_at + timedelta(seconds=300)
     # members have no grace: their own calls have run out, and nothing of theirs is sold
@@ -73,7 +75,7 @@ async def test_the_coordinator_is_called_and_members_wait(muster: Muster) -> Non
         "SELECT data -> 'cure' FROM events WHERE type = 'margin_call.opened' AND agent_id = :master",
         master=muster.fleet.master_id,
     )
-    assert cure["deposit"] == {"asset": "USDC", "amount": 5_400}  # 27,360 / .80 less 28,800
+    assert cure["deposit"] == {"asset": "USDC", "amount": 5_400}  # 26,400 / .80 less 27,600
     assert [m["agent_id"] for m in cure["members"]] == muster.pooled
 
 
@@ -83,9 +85,9 @@ async def test_at_the_deadline_members_are_liquidated_by_priority_smallest_first
     told = await muster.expire()
     sold = await muster.sold("fleet")
     *whole, part = by_hand(muster)
-    assert sorted(sold[:3]) == sorted(whole)
+    assert sold[:3] == whole
     assert [s[:2] for s in sold[3:]] == [part[:2]]
-    assert float(sold[3][2]) == pytest.approx(60.0)
+    assert float(sold[3][2]) == pytest.approx(97.5)
     assert 0.7499 < await muster.utilization() <= STOP
     [first, *rest] = foretold["rounds"]
     assert rest == []
@@ -103,24 +105,29 @@ async def test_at_the_deadline_members_are_liquidated_by_priority_smallest_first
     assert [c.slices for c in turns.values()] == [3, 1]
 
 
-async def test_what_the_fleet_leaves_in_breach_is_its_own_again(muster: Muster) -> None:
-    """The fleet is at its target; members that are past their own level are liquidated by their own calls."""
-    foretold = await muster.cascade()
-    await muster.crash()
-    await muster.expire()
+@pytest.mark.parametrize("shock", ["-0.12", "-0.2", "-0.25", "-0.45"])
+async def test_a_cascade_is_what_is_then_done(squadron: Squadron, shock: str) -> None:
+    """Above the pool's breach, past it, and where members lose more than all; what the fleet leaves is their own."""
+    muster = await Muster.gathered(squadron)
+    muster.rules = replace(RULES, slippage=Decimal("0.005"))
+    foretold = await muster.cascade(float(shock))
+    falls = foretold["rounds"][0]["liquidated"]
+    assert foretold["rounds"][0]["fleet_call"] is (shock != "-0.12")
+    await muster.crash({asset: str(Decimal(price) * (1 + Decimal(shock))) for asset, price in PRICES.items()})
+    if shock != "-0.12":
+        await muster.expire()
     await muster.settle()
-    fallen = {(f["agent_id"], f["by"]) for f in foretold["rounds"][0]["liquidated"]}
-    sold = await muster.sold()
-    assert {agent for agent, _ in fallen} == {agent for agent, *_ in sold}
-    for fall in foretold["rounds"][0]["liquidated"]:
-        own = [(a, s, n) for a, s, n in await muster.sold(None if fall["by"] == "own" else "fleet")]
-        done = [(s, n) for a, s, n in own if a == fall["agent_id"]]
-        done = done[-len(fall["slices"]) :]
-        assert [s for s, _ in done] == [s["symbol"] for s in fall["slices"]]
-        assert [float(n) for _, n in done] == pytest.approx([float(s["size"]) for s in fall["slices"]])
+    own = [row for row in await muster.sold() if row not in await muster.sold("fleet")]
+    for by, sold in (("fleet", await muster.sold("fleet")), ("own", own)):
+        for agent_id in muster.everybody:
+            expected = [s for f in falls if (f["agent_id"], f["by"]) == (agent_id, by) for s in f["slices"]]
+            done = [(symbol, float(size)) for agent, symbol, size in sold if agent == agent_id]
+            assert [symbol for symbol, _ in done] == [s["symbol"] for s in expected]
+            assert [size for _, size in done] == pytest.approx([float(s["size"]) for s in expected])
+    order = list(dict.fromkeys(agent for agent, *_ in await muster.sold("fleet")))
+    assert order == [f["agent_id"] for f in falls if f["by"] == "fleet"] == muster.pooled[: len(order)]
     assert foretold["in_breach_after"] == []
-    for member in muster.pooled[1:]:
-        assert await muster.calls.utilization(member) <= STOP
+    assert foretold["pool_after"]["utilization"] == pytest.approx(await muster.utilization())
 
 
 # --- before anything is sold
@@ -184,7 +191,7 @@ async def test_the_notice_delay_is_the_masters_and_maintenance_skips_it(squadron
     await muster.crash()
     assert (await muster.calls.only(muster.fleet.master_id)).state == "noticed"
     assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}  # members wait all the same
-    # 114,000 x .65 is 74,100, of which 15 % are 11,115; the equity is 51,600 less 39,900
+    # 110,000 x .64 is 70,400, of which 15 % are 10,560; the equity is 49,600 less 39,600
     await muster.crash({"BTC": "38400", "ETH": "1920", "SOL": "64"})
     call = await muster.calls.only(muster.fleet.master_id)
     assert (call.state, call.cause) == ("open", "fleet")
@@ -211,7 +218,7 @@ async def test_a_masters_own_call_becomes_the_fleets_with_the_fleets_time(muster
 async def test_the_masters_own_positions_come_last(muster: Muster) -> None:
     desk, master = muster.squadron.desk, muster.fleet.master_id
     await desk.deposit(master, "USDC", 10_000)
-    # 35 % down: of its own 24,850 the master has 8,050 left and needs 9,360, members have nearly nothing
+    # 35 % down: of its own 18,350 the master has 1,550 left and needs 9,360, members have nearly nothing
     await muster.squadron.order(master, "buy", "0.8")
     await muster.crash({"BTC": "39000", "ETH": "1950", "SOL": "65"})
     await muster.expire()
@@ -253,7 +260,7 @@ async def test_two_workers_sell_what_one_does(muster: Muster) -> None:
 
     await asyncio.gather(*(work() for _ in range(5)))
     sold = await muster.sold("fleet")
-    assert sorted(sold[:3]) == sorted(by_hand(muster)[:3])
+    assert sold[:3] == by_hand(muster)[:3]
     assert [s[:2] for s in sold[3:]] == [(muster.pooled[1], "SOL-PERP")]
     turns = [call for agent in muster.pooled for call in await muster.calls.calls(agent) if call.fleet_call_id]
     assert [call.slices for call in turns] == [3, 1]
@@ -261,7 +268,7 @@ async def test_two_workers_sell_what_one_does(muster: Muster) -> None:
 
 
 async def test_a_stale_price_calls_no_fleet(muster: Muster) -> None:
-    """16 % down the pool is at .861; had every price risen again it would not be."""
+    """16 % down the pool is at .866; had every price risen again it would not be."""
     fresh = muster.squadron.scenes
     await muster.squadron.desk.prices({"BTC": "50400", "ETH": "2520", "SOL": "84"})
     muster.squadron.scenes = Scenes(muster.squadron.desk.market, timedelta(0), ITEMS_MAX)
