@@ -256,7 +256,7 @@ async def _ask_the_fleet(tx: Tx, case: Case) -> Case:
             await accounts.lock_accounts(tx, {held.agent_id, case.master.agent_id})
             pair = Pair(held, case.master)
             pair = await delegation.draw(tx, case.scene, pair, stand_by.service_of(held), amount)
-    except ConflictError as refused:
+    except (ConflictError, InvalidError) as refused:  # no more for it, or the master's book can't be judged
         log.info("nothing is drawn for %s: %s", held.agent_id, refused.code)
         return replace(case, drew=False)
     return replace(case.with_book(pair.member), master=pair.master, drew=True)

@@ -18,6 +18,7 @@ from app.services import book, delegation, fleets
 from app.services.delegation import Pair
 from app.services.fleets import Terms
 from app.services.margin import Scenes
+from app.services.market_cache import MarketCache
 from tests.database import make_settings
 from tests.services.calls import RULES
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
@@ -423,3 +424,18 @@ async def test_all_at_once_leaves_nobody_waiting(muster: Muster) -> None:
         assert await muster.calls.utilization(agent) < 0.85
         slices = sum(call.slices for call in await muster.calls.calls(agent))
         assert slices == len([row for row in await muster.sold() if row[0] == agent])
+
+
+async def test_a_master_without_a_price_saves_no_member_from_its_own_call(squadron: Squadron) -> None:
+    """Its book can't be judged: nothing is drawn on it, no pool is called, and members are as if they were alone."""
+    muster = await Muster.gathered(squadron, usdc=100_000)
+    desk, master = squadron.desk, muster.fleet.master_id
+    await desk.prices({"DOGE": "0.1"})
+    await desk.deposit(master, "DOGE", 10)
+    await squadron.order(master, "buy", "0.001")
+    await desk.rows("DELETE FROM market_prices WHERE symbol = 'DOGE' RETURNING 1")
+    desk.market = MarketCache(desk.database)
+    squadron.scenes = Scenes(desk.market, timedelta(hours=1), ITEMS_MAX)
+    await muster.crash()
+    assert {agent for agent, *_ in await muster.sold()} == set(muster.members)
+    assert await muster.calls.calls(master) == []
