@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,7 +24,8 @@ from app.db.session import Database
 from app.errors import DatabaseUnavailableError
 from app.loan_keeping import LoanKeeper
 from app.screening import Watchman
-from app.services import calls, clearing, delivery, fleet_watch, heartbeat, margin_calls, shards, snapshots
+from app.services import calls, clearing, delivery, fleet_pool, fleet_watch, heartbeat, margin_calls, shards, snapshots
+from app.services.delegation import MasterNeeded
 from app.services.fleet_watch import FleetWatch
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
@@ -41,6 +42,9 @@ DECISIONS_AT_ONCE = 4
 OUTAGE_PAUSE_SECONDS = 1.0
 RETRY_SECONDS, RETRY_SECONDS_MAX = 0.5, 60.0
 """How long an account on which deciding has failed is left alone, at first and at most."""
+TURN_RETRY_SECONDS = 10.0
+"""How long a member is passed over whose turn under its fleet's call has failed."""
+FLEETS_CHANGED_MAX = 3
 LOOK_SECONDS_MAX, FIRST_LOOK_SECONDS_MAX = 15.0, 60.0
 """How long the screen may take for one look, and for the first, before the worker passes for silent."""
 
@@ -211,6 +215,9 @@ class Worker:
         while True:
             if self._shards and self._market.view.read_at is not None:
                 await self._fleets.look(self._shards)
+                async with self._database.transaction(self.id) as tx:
+                    called = await fleet_pool.called(tx, self._shards)
+                self._agenda.add(called, urgent=True)  # an account of theirs is in breach: so may they be
             await asyncio.sleep(fleet_watch.EVERY_SECONDS)
 
     async def _take_snapshots(self) -> None:
@@ -260,19 +267,76 @@ class Worker:
                 await calls.put_off(tx, agent_id, seconds)
 
     async def _decide(self, agent_id: str) -> None:
+        decided, is_more = await self._decided(agent_id, None), False
+        if decided.turns:
+            is_more = await self._take_turns(decided.turns, agent_id)
+        if is_more or "liquidation.executed" in decided.told:
+            self._agenda.add([agent_id], urgent=True)  # what is next is closed without waiting for the timer
+
+    async def _take_turns(self, agents: Sequence[str], master_id: str) -> bool:
+        """Decide on members under their fleet's call: whether that told of something.
+
+        Where that fails for one of them, each is decided on by itself.
+        """
+        try:
+            async with self._database.transaction(self.id) as tx:
+                made = await margin_calls.take_turns(tx, self._scenes, master_id, agents, self._rules)
+        except DatabaseUnavailableError:
+            raise
+        except Exception:
+            log.exception("turns under the call of the fleet of %s", master_id)
+            told = [await self._take_turn(agent_id, master_id) for agent_id in agents]
+            return any(told)
+        for agent_id, decided in made.items():
+            with telemetry.concerning(agent_id=agent_id):
+                self._follow(agent_id, decided)
+        return any(decided.told for decided in made.values())
+
+    async def _take_turn(self, agent_id: str, master_id: str) -> bool:
+        """Decide on a member under its fleet's call: whether that told of something.
+
+        One that can't be decided on is left alone, and the line goes on.
+        """
+        try:
+            return bool((await self._decided(agent_id, master_id)).told)
+        except DatabaseUnavailableError:
+            raise
+        except Exception:
+            self._metrics.decision_failures.inc()
+            log.exception("no turn of %s", agent_id)
+            async with self._database.transaction(self.id) as tx:
+                await calls.put_off(tx, agent_id, TURN_RETRY_SECONDS)
+            return True
+
+    async def _decided(self, agent_id: str, master_id: str | None) -> Decided:
         started = time.perf_counter()
         with tracing.span("decide", agent_id=agent_id):
-            async with self._database.transaction(self.id) as tx:
-                decided = await margin_calls.decide(tx, self._scenes, agent_id, self._rules)
+            decided = await self._decide_with(agent_id, master_id)
         self._metrics.decision_seconds.observe(time.perf_counter() - started)
+        self._follow(agent_id, decided)
+        return decided
+
+    def _follow(self, agent_id: str, decided: Decided) -> None:
+        """Tell of a decision, and see to what follows from it."""
         self._tell(decided)
-        if "liquidation.executed" in decided.told:
-            self._agenda.add([agent_id], urgent=True)  # what is next is closed without waiting for the timer
+        self._agenda.add(decided.named, urgent=True)
+        if decided.drew:
+            self._metrics.fleet_top_ups.inc()
         if decided.escalated:
             self._metrics.liquidations_escalated.inc()
             log.error("the venue of %s does not fill its liquidation: an operator has to look", agent_id)
         if decided.levels is not None:
             self._watchman.decided(agent_id, decided.levels, decided.band, waits=decided.waits)
+
+    async def _decide_with(self, agent_id: str, master_id: str | None) -> Decided:
+        """Decide on an account, together with its fleet's master where that has a say in it."""
+        for _ in range(FLEETS_CHANGED_MAX):
+            try:
+                async with self._database.transaction(self.id) as tx:
+                    return await margin_calls.decide(tx, self._scenes, agent_id, self._rules, master_id)
+            except MasterNeeded as needed:
+                master_id = needed.master_id
+        raise RuntimeError("an account goes from fleet to fleet")
 
     def _tell(self, decided: Decided) -> None:
         """Tell the operator what was decided, and how long after the price that asked for it."""

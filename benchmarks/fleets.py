@@ -1,4 +1,7 @@
-"""What does the risk of a fleet of 1,000 members with 10,000 positions cost? Run with `python -m benchmarks.fleets`."""
+"""What does a fleet of 1,000 members with 10,000 positions cost: its risk, a look at its pool.
+
+Run with `python -m benchmarks.fleets`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import tempfile
 import time
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import asyncpg
@@ -18,8 +22,9 @@ from rich.table import Table
 from app.db import embedded, migrate
 from app.db.session import Database, parse_database_url
 from app.domain.panel import Panel
-from app.services import fleet_books, fleet_risk, fleets
+from app.services import fleet_books, fleet_pool, fleet_risk, fleets
 from app.services.fleet_risk import Asked
+from app.services.liquidation import Rules
 from app.services.margin import Scenes
 from app.services.market_cache import MarketCache
 from app.settings import Settings
@@ -87,8 +92,17 @@ async def _measured(url: str) -> tuple[int, list[tuple[str, float]]]:
         if read - begun + done - started < best:
             best = read - begun + done - started
             rows = [("books read", read - begun), ("assessed", done - started), ("in all", best)]
+    rows.append(("pool read and judged, whose turn it is", min([await _pool(database, scenes) for _ in range(ROUNDS)])))
     await database.close()
     return count, rows
+
+
+async def _pool(database: Database, scenes: Scenes) -> float:
+    begun = time.perf_counter()
+    async with database.transaction("bench") as tx:
+        pool = await fleet_pool.load(tx, await scenes.at(tx), Rules("smallest_first", Decimal(0)), "fleet_0")
+        pool.line()
+    return time.perf_counter() - begun
 
 
 def _panel(names: list[str]) -> Panel:

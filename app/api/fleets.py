@@ -335,12 +335,13 @@ def _move(pointer: str, move: Decimal) -> float:
 async def list_margin_calls(
     request: Request, led: Leader, fleet_id: str, limit: Limit = PAGE_MAX, cursor: Cursor = ""
 ) -> Response:
-    """List the margin calls of the master and of the members that have joined, newest first."""
+    """List the margin calls of the fleet, of its master and of the members that have joined, newest first."""
     async with parts_of(request).database.transaction(led.caller.key_id) as tx:
         fleet = await fleets.get(tx, fleet_id, led.master_id)
         found = await calls.list_of(tx, await fleets.agents_of(tx, fleet), limit, number_cursor(cursor))
     more = next_cursor([call.seq for call in found], limit)
-    return wire.JsonResponse({"margin_calls": [call_reply(call) for call in found], "next_cursor": more})
+    shown = [call_reply(call) | {"agent_id": call.agent_id} for call in found]
+    return wire.JsonResponse({"margin_calls": shown, "next_cursor": more})
 
 
 @router.post(

@@ -12,12 +12,14 @@ from app.api import body as wire
 from app.api.booking import BookOwner, Label
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
+from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.margin_calls import LIVE_STATES
 from app.domain.money import plain
 from app.errors import InvalidError
-from app.services import book, calls, events, liquidation, margin_calls
+from app.services import book, calls, events, fleet_pool, liquidation, margin_calls
 from app.services.calls import StoredCall
+from app.services.liquidation import Rules
 from app.services.margin import Scene
 
 router = APIRouter(prefix="/api/margin-calls", tags=["margin calls"])
@@ -52,15 +54,31 @@ async def list_calls(
 
 @router.get("/{call_id}", openapi_extra=document("A margin call", scope="agent"))
 async def get_call(request: Request, owner: BookOwner, call_id: str) -> Response:
-    """Show a call with its events; while it lives, also what would cure it now."""
+    """Show a call with its events; while it lives, also what would cure it now. A fleet's with its members' turns."""
     parts = parts_of(request)
     async with parts.database.transaction(owner.caller.key_id) as tx:
         call = await calls.get(tx, owner.agent_id, call_id)
         told = await events.of_call(tx, owner.agent_id, call_id, EVENTS_SHOWN_MAX)
         held = await book.load(tx, owner.agent_id)
         scene = await parts.scenes.at(tx)
-    cure = await parts.workshop.run(_cure, held, scene) if call.state in LIVE_STATES else None
-    return wire.JsonResponse({**call_reply(call), "cure": cure, "events": [event.shown() for event in told]})
+        more = await _of_fleet(tx, scene, held, call, Rules.of(parts.settings)) if call.cause == "fleet" else None
+    if more is None:
+        more = {"cure": await parts.workshop.run(_cure, held, scene) if call.state in LIVE_STATES else None}
+    return wire.JsonResponse({**call_reply(call), **more, "events": [event.shown() for event in told]})
+
+
+async def _of_fleet(tx: Tx, scene: Scene, held: Book, call: StoredCall, rules: Rules) -> dict[str, Any]:
+    """Return what cures a fleet's call, and its members' turns; of a turn, that it is cured with the fleet's."""
+    if call.fleet_call_id is not None:
+        return {"cure": None}
+    turns = [call_reply(turn) | {"agent_id": turn.agent_id} for turn in await calls.under(tx, call.id)]
+    if call.state not in LIVE_STATES or held.leads is None:
+        return {"cure": None, "turns": turns}
+    try:
+        pool = await fleet_pool.load(tx, scene, rules, held.leads)
+    except InvalidError:
+        return {"cure": None, "turns": turns}
+    return {"cure": pool.cure(), "turns": turns}
 
 
 @router.post(

@@ -419,9 +419,10 @@ margin_calls = Table(
     moment("respond_by", nullable=True),
     Column("uncovered", Numeric, nullable=False, server_default=text("0")),
     moment("exhausted_at", nullable=True),
+    Column("fleet_call_id", Text, ForeignKey("margin_calls.id")),  # the fleet's, that liquidates a member by this one
     check("uncovered", "uncovered >= 0"),
     check("state", "state IN ('noticed', 'open', 'expired', 'liquidating', 'lapsed', 'cured', 'completed')"),
-    check("cause", "cause IN ('utilization', 'maintenance', 'isolated')"),
+    check("cause", "cause IN ('utilization', 'maintenance', 'isolated', 'fleet')"),
     check("ended", "(state IN ('lapsed', 'cured', 'completed')) = (ended_at IS NOT NULL)"),
     check("opened", "state IN ('noticed', 'lapsed') OR opened_at IS NOT NULL AND deadline_at IS NOT NULL"),
     check("deadline", "deadline_at >= opened_at"),
@@ -439,6 +440,7 @@ margin_calls = Table(
         postgresql_where=text("state IN ('noticed', 'open', 'expired', 'liquidating')"),
     ),
     Index("margin_calls_agent_id_idx", "agent_id", "seq"),
+    Index("margin_calls_fleet_call_idx", "fleet_call_id", postgresql_where=text("fleet_call_id IS NOT NULL")),
     Index("margin_calls_lost_idx", "deficit", "uncovered", postgresql_where=text("deficit + uncovered > 0")),
     info={"owner": "calls"},
 )

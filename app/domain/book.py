@@ -182,6 +182,29 @@ class Delegation:
     """Those that it may book for; none: every one that pays nobody else."""
     reduce_only: bool
     delegation: Literal["pooled", "isolated"]
+    fleet_call: str | None = None
+    """The state of the margin call that the fleet as one is under."""
+    fleet_in_doubt: bool = False
+    """Whether that waits for prices."""
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the member is part of its fleet's pool; else it is contained."""
+        return self.delegation == "pooled"
+
+    @property
+    def waits_for_fleet(self) -> bool:
+        """Whether a call of the fleet's decides what of the member is sold, in place of the member's own.
+
+        One that stays expired has a master that is not liquidated: its members are by themselves. So they are while the
+        pool can't be judged: a stale price of one holds up no other.
+        """
+        return self.is_pooled and self.fleet_call in ("noticed", "open", "liquidating") and not self.fleet_in_doubt
+
+    @property
+    def opens_nothing(self) -> bool:
+        """Whether the fleet's call has run out: what would be opened now would be sold again."""
+        return self.is_pooled and self.fleet_call in ("expired", "liquidating")
 
     def permits(self, service: str) -> bool:
         """Whether the member may book for a service."""
@@ -213,6 +236,10 @@ class Book:
     """What a margin call would recall first."""
     delegation: Delegation | None = None
     """What the agent has of a fleet, where it is a member of one."""
+    leads: str | None = None
+    """The fleet whose master it is."""
+    live_cause: str | None = None
+    """What the margin call was made for that the account is under."""
 
     def holding(self, asset: str) -> Holding:
         """Return the units of an asset, none where it is not held."""
@@ -231,7 +258,16 @@ class Book:
             return "equity has fallen too far from its peak: reduce only, on the last rung of the drawdown ladder"
         if self.delegation is not None and self.delegation.reduce_only:
             return "the fleet's coordinator has it reduce only: more is drawn than is delegated"
+        if self.delegation is not None and self.delegation.opens_nothing:
+            return "the fleet's margin call has expired: reduce only until it is cured"
         return None
+
+    @property
+    def is_in_called_pool(self) -> bool:
+        """Whether the account is in a fleet's pool that is under a margin call."""
+        if self.leads is not None:
+            return self.live_cause == "fleet"
+        return self.delegation is not None and self.delegation.is_pooled and self.delegation.fleet_call is not None
 
     @property
     def is_leveraged(self) -> bool:

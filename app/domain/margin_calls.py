@@ -18,13 +18,17 @@ from app.domain.parameters import HealthPolicy
 from app.domain.watch import HYSTERESIS
 
 State = Literal["noticed", "open", "expired", "liquidating", "lapsed", "cured", "completed"]
-Cause = Literal["utilization", "maintenance", "isolated"]
+Cause = Literal["utilization", "maintenance", "isolated", "fleet"]
+_RANKS: dict[Cause, int] = {"isolated": 0, "utilization": 1, "maintenance": 1, "fleet": 2}
+"""What goes before what: a call for the lesser becomes one for the greater."""
 
 LIVE_STATES: tuple[State, ...] = ("noticed", "open", "expired", "liquidating")
 """States in which an account has a call; of the others it has had one."""
 
 LAST_REMINDER = timedelta(seconds=30)
 """The last reminder goes out so long before the deadline, the first at half-time."""
+HELD_BACK = timedelta(seconds=5)
+"""How often a call is looked at that waits for its fleet's: when that ends it is looked at besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class Situation:
     """What a call is judged on. `pool` is what is breached of the pooled book, None where nothing is.
 
     `isolated`: an isolated position is past saving. `is_clear`: the pool is below the breach level by more than a
-    tremble. `anything_left`: something may be closed for this call. `waiting`: orders are out at a venue.
+    tremble. `anything_left`: something may be closed for this call. `waiting`: orders are out at a venue. `of_fleet`:
+    the pool is a fleet's. `held_back`: whatever is closed is closed by the fleet's call, in its order.
     """
 
     pool: Cause | None
@@ -65,11 +70,15 @@ class Situation:
     may_stop: bool
     anything_left: bool
     waiting: bool = False
+    of_fleet: bool = False
+    held_back: bool = False
 
     @property
     def cause(self) -> Cause | None:
         """What a call is made for: the pool's breach goes before that of isolated positions."""
-        return self.pool or ("isolated" if self.isolated else None)
+        if self.pool is not None:
+            return "fleet" if self.of_fleet else self.pool
+        return "isolated" if self.isolated else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +169,19 @@ def situation(
 def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: datetime) -> Step | None:
     """Return the next step of an account's call, None where there is nothing to do.
 
-    A call that was made for isolated positions ends with them; a breach of the pool takes it over, with a new deadline.
-    Raises ValueError for a call that is over.
+    A call that was made for isolated positions ends with them; a breach of the pool takes it over, with a new deadline,
+    as a breach of its fleet's pool does a master's own. Raises ValueError for a call that is over.
     """
     if call is None:
         return None if now_is.cause is None else _begin(now_is, settings, now)
     if call.state == "noticed":
         return _while_noticed(call, now_is, settings, now)
-    if call.is_isolated and now_is.pool is not None:
+    if now_is.cause is not None and _RANKS[now_is.cause] > _RANKS[call.cause]:
         return _opened(settings, now)  # it is the pool's call from now on, with the pool's own time
     if call.state == "open":
         return _while_open(call, now_is, now)
     if call.state == "expired":
-        return _while_expired(call, now_is, settings)
+        return _while_expired(call, now_is, settings, now)
     if call.state == "liquidating":
         return _while_liquidating(call, now_is, now)
     raise ValueError(f"a call that is {call.state} takes no step")
@@ -224,9 +233,11 @@ def _while_open(call: Call, now_is: Situation, now: datetime) -> Step:
     return Remind(call.reminders + passed)
 
 
-def _while_expired(call: Call, now_is: Situation, settings: AccountSettings) -> Step:
+def _while_expired(call: Call, now_is: Situation, settings: AccountSettings, now: datetime) -> Step:
     if _is_cured(call, now_is):
         return Become("cured")
+    if now_is.held_back:
+        return Wait(now + HELD_BACK)
     return Become("liquidating") if settings.auto_liquidate else Wait(None)
 
 
@@ -240,7 +251,7 @@ def _while_liquidating(call: Call, now_is: Situation, now: datetime) -> Step:
             return Wait(call.respond_by)
         return Request(call.attempts + 1)
     if now_is.anything_left:
-        return Liquidate()
+        return Wait(now + HELD_BACK) if now_is.held_back else Liquidate()
     # what is left is not ours to close: the call lives on, or the next look would begin another
     return Become("completed") if now_is.cause is None else Wait(None)
 

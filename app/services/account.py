@@ -49,7 +49,7 @@ async def change_settings(tx: Tx, scene: Scene, before: Book, change: Mapping[st
 
 def _check_call(before: Book, changed: Mapping[str, Any]) -> None:
     """Refuse to gain time or slack while a margin call lives; stricter is always allowed."""
-    if before.live_call is None:
+    if before.live_call is None and not before.is_in_called_pool:
         return
     for name in _EASED_BY_MORE:
         now, then = getattr(before.settings, name), changed.get(name)

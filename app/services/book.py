@@ -35,11 +35,12 @@ class _Row(msgspec.Struct):
     balances: list[tuple[str, str, Decimal]]
     positions: list[OpenPosition]
     reservations: list[OpenReservation]
-    live_call: str | None
+    live_call: tuple[str, str] | None
     rung: int
     pending: list[PendingOrder]
     loans: list[LentLoan]
     delegation: Delegation | None
+    leads: str | None
 
 
 LOANS_RECALLED_MAX = 200
@@ -59,7 +60,7 @@ _BOOK_OF = f"""
             SELECT json_agg(r ORDER BY seq)
             FROM reservations r WHERE r.agent_id = a.agent_id AND status = 'open'), '[]'),
         'live_call', (
-            SELECT state FROM margin_calls c WHERE c.agent_id = a.agent_id
+            SELECT json_build_array(state, cause) FROM margin_calls c WHERE c.agent_id = a.agent_id
             AND state IN ('noticed', 'open', 'expired', 'liquidating')),
         'rung', coalesce((SELECT rung FROM account_watch w WHERE w.agent_id = a.agent_id), 0),
         'pending', coalesce((
@@ -77,9 +78,13 @@ _BOOK_OF = f"""
         'delegation', (
             SELECT json_build_object(
                 'fleet_id', m.fleet_id, 'master_id', f.master_id, 'max_margin', m.max_margin, 'drawn', m.drawn,
-                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation)
+                'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation,
+                'fleet_call', c.state, 'fleet_in_doubt', coalesce(jsonb_exists(c.figures, 'in_doubt'), false))
             FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
-            WHERE m.agent_id = a.agent_id AND m.joined_at IS NOT NULL)
+            LEFT JOIN margin_calls c ON c.agent_id = f.master_id AND c.cause = 'fleet'
+                AND c.state IN ('noticed', 'open', 'expired', 'liquidating')
+            WHERE m.agent_id = a.agent_id AND m.joined_at IS NOT NULL),
+        'leads', (SELECT id FROM fleets f WHERE f.master_id = a.agent_id)
     )::text"""  # noqa: S608  no value from outside
 BOOK_QUERY = f"SELECT {_BOOK_OF} FROM accounts a WHERE a.agent_id = $1"  # noqa: S608  nor here
 
@@ -126,6 +131,13 @@ async def hold(tx: Tx, agent_id: str) -> Book:
     return await load(tx, agent_id)
 
 
+async def hold_all(tx: Tx, agent_ids: Collection[str]) -> dict[str, Book]:
+    """Lock several books as `hold` does, in the order of their ids, and return them by id. Raises NotFoundError."""
+    for agent_id in sorted(set(agent_ids)):
+        await hold_account(tx, agent_id)
+    return {agent_id: await load(tx, agent_id) for agent_id in sorted(set(agent_ids))}
+
+
 def _book(agent_id: str, row: str | None) -> Book:
     if row is None:
         raise NotFoundError("There is no such agent.", code="agent_not_found")
@@ -148,11 +160,13 @@ def _decoded(agent_id: str, row: str) -> Book:
         holdings=_holdings(found.balances),
         positions=found.positions,
         reservations=found.reservations,
-        live_call=found.live_call,
+        live_call=None if found.live_call is None else found.live_call[0],
+        live_cause=None if found.live_call is None else found.live_call[1],
         rung=found.rung,
         pending=found.pending,
         loans=found.loans,
         delegation=found.delegation,
+        leads=found.leads,
     )
 
 

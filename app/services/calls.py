@@ -45,6 +45,8 @@ class StoredCall:
     respond_by: datetime | None = None
     uncovered: Decimal = ZERO
     exhausted_at: datetime | None = None
+    fleet_call_id: str | None = None
+    """The call of the fleet by which this member is liquidated."""
 
     @property
     def lost(self) -> Decimal:
@@ -87,6 +89,29 @@ async def save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> S
     changed = {name: value for name in StoredCall.__slots__ if (value := getattr(after, name)) != getattr(before, name)}
     await tx.connection.execute(update(margin_calls).where(margin_calls.c.id == after.id).values(**changed))
     return after
+
+
+async def wake(tx: Tx, agents: Collection[str]) -> None:
+    """Have the calls of these agents that have expired looked at now: what they waited for is over."""
+    columns = margin_calls.c
+    expired = (columns.agent_id.in_(agents), columns.state.in_(("expired", "liquidating")))
+    await tx.connection.execute(update(margin_calls).where(*expired).values(next_action_at=tx.now))
+
+
+async def turns(tx: Tx, agents: Collection[str]) -> dict[str, StoredCall]:
+    """Return, of these agents, the live calls by which they are liquidated for their fleet."""
+    columns = margin_calls.c
+    live = (columns.agent_id.in_(agents), columns.state.in_(LIVE_STATES), columns.fleet_call_id.is_not(None))
+    rows = await tx.connection.execute(select(margin_calls).where(*live))
+    return {row["agent_id"]: StoredCall(**row) for row in rows.mappings()}
+
+
+async def under(tx: Tx, fleet_call_id: str) -> list[StoredCall]:
+    """Return calls by which a fleet's call has liquidated members, in the order of their turns, a limited number."""
+    columns = margin_calls.c
+    query = select(margin_calls).where(columns.fleet_call_id == fleet_call_id).order_by(columns.expired_at, columns.seq)
+    rows = await tx.connection.execute(query.limit(CALLS_A_PAGE_MAX))
+    return [StoredCall(**row) for row in rows.mappings()]
 
 
 async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:

@@ -102,8 +102,13 @@ def _missing(scene: Scene, refused: ConflictError) -> Decimal | None:
 
 async def draw(tx: Tx, scene: Scene, pair: Pair, service: str, amount: Decimal) -> Pair:
     """Move USDC from the master to the member; return the books that it leaves. Raises ConflictError."""
+    drawn = await fleets.take(tx, pair.master.agent_id, pair.member.agent_id, service, amount)
+    return await _moved(tx, scene, pair, moves_of_draw(scene, pair, amount), drawn, amount)
+
+
+def moves_of_draw(scene: Scene, pair: Pair, amount: Decimal) -> list[Move]:
+    """Return the moves of a draw. Raises ConflictError where the master's own book can't spare it."""
     member, master = pair.member, pair.master
-    drawn = await fleets.take(tx, master.agent_id, member.agent_id, service, amount)
     free = master.holding(SETTLEMENT_ASSET).free
     if amount > free:
         detail = f"{amount:f} {SETTLEMENT_ASSET} more are needed, {free:f} are free with the master"
@@ -115,7 +120,7 @@ async def draw(tx: Tx, scene: Scene, pair: Pair, service: str, amount: Decimal) 
     except ConflictError as refused:
         detail = f"{amount:f} {SETTLEMENT_ASSET} more are needed, which the master's own book can't spare"
         raise conflict("/amount", "fleet_exhausted", detail, needed=amount) from refused
-    return await _moved(tx, scene, pair, moves, drawn, amount)
+    return moves
 
 
 async def give_back(tx: Tx, scene: Scene, pair: Pair) -> Pair:

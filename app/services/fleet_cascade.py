@@ -1,25 +1,30 @@
 """What a crash would do to a fleet: who is liquidated in which order, what it frees, who is next.
 
-Every account is judged and closed by the rules that its margin calls have, on a copy of its book: the same targets, the
-same slices, the same slippage. What is sold moves prices where an average daily volume is given, and all are judged
-again.
+Every account is judged and closed by the rules that margin calls have, on a copy of its book: the fleet's call first,
+then each account's own, with what the fleet stands by it drawn before; the same targets, slices and slippage. What is
+sold moves prices where an average daily volume is given, and all are judged again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from app.domain.book import Book, OpenPosition
+from app.domain.liquidate import Slice
 from app.domain.margin_calls import Situation, situation
 from app.domain.money import plain
 from app.domain.parameters import MarketParameters
 from app.domain.prices import StoredPrice
 from app.domain.quote import AccountFigures
-from app.services import liquidation
+from app.errors import ConflictError
+from app.services import delegation, fleet_books, liquidation, stand_by
+from app.services.delegation import Pair
 from app.services.fleet_books import FleetBooks
+from app.services.fleet_pool import Pool
 from app.services.liquidation import Rules
 from app.services.margin import Scene
 
@@ -40,46 +45,193 @@ class Crash:
     adv: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fallen:
-    """An account that was liquidated: the book that is left, its slices, and USD sold of each underlying, signed."""
+@dataclass
+class _Sold:
+    """The slices of one account as they are closed, and USD sold of each underlying, signed."""
 
-    book: Book
-    slices: list[dict[str, Any]]
-    sold: Mapping[str, float]
+    slices: list[dict[str, Any]] = field(default_factory=list)
+    by_asset: dict[str, float] = field(default_factory=dict)
+
+    def add(self, chosen: Slice, parameters: MarketParameters) -> None:
+        """Take in a slice."""
+        target, notional = chosen.target.item, chosen.target.notional * float(chosen.size / chosen.target.size)
+        what = {"id": target.id, "size": plain(chosen.size), "notional": notional}
+        if isinstance(target, OpenPosition):
+            asset = parameters.underlying_of(target.symbol)
+            sign = 1.0 if target.side == "long" else -1.0
+            self.by_asset[asset] = self.by_asset.get(asset, 0.0) + sign * notional
+            what |= {"symbol": target.symbol, "side": target.side}
+        else:
+            what |= {"service": target.service, "asset": target.asset}
+        self.slices.append(what)
+
+
+@dataclass
+class _Round:
+    """One round under way: the fleet as it stands in it, and what has happened."""
+
+    books: FleetBooks
+    scene: Scene
+    rules: Rules
+    left: int
+    """Slices that may still be closed."""
+    falls: list[dict[str, Any]] = field(default_factory=list)
+    stood_by: list[dict[str, Any]] = field(default_factory=list)
+    sold: dict[str, float] = field(default_factory=dict)
+    in_line: list[str] = field(default_factory=list)
+    """Who would have been next under the fleet's call."""
+    called: bool = False
+
+    def liquidate_pool(self) -> None:
+        """Liquidate by the fleet's call, if its pool is in breach: in its order, until it may stop."""
+        pool = Pool.of(self.books, self.scene, self.rules, {})
+        self.called = pool.is_breached
+        if not self.called or not self.books.master.settings.auto_liquidate:
+            return
+        while self.left > 0 and not pool.may_stop and (line := pool.line()):
+            pool = self._turn(pool, line[0])
+        self.in_line = pool.line()
+
+    def _turn(self, pool: Pool, agent_id: str) -> Pool:
+        before, sold = pool.accounts[agent_id].held, _Sold()
+        while self.left > 0 and not pool.may_stop and pool.accounts[agent_id].targets:
+            chosen = pool.next_slice(agent_id)
+            held = pool.accounts[agent_id].held
+            pool = pool.with_book(
+                liquidation.reduced(self.scene, held, chosen.target, chosen.size, self.rules.slippage)
+            )
+            self._closed(sold, chosen)
+        self._fell(before, pool.accounts[agent_id].held, sold, "fleet")
+        return pool
+
+    def liquidate_each(self) -> None:
+        """Liquidate who is in breach by itself, the lowest priority first, but whom its fleet stands by.
+
+        It stands first by those who would be liquidated last.
+        """
+        order = self.in_breach()
+        left = {agent_id for agent_id in reversed(order) if not self._stood_by(agent_id)}
+        for agent_id in order:
+            held = self._book(agent_id)
+            if agent_id in left and held.settings.auto_liquidate:
+                self._liquidate_alone(held)
+
+    def in_breach(self) -> list[str]:
+        """Return who is in breach and has something to close: by priority, the master last, then the worst off."""
+        ranks: dict[str, float] = {m.agent_id: m.liquidation_priority for m, _ in self.books.members}
+        found = []
+        for held in self._all():
+            figures = self.scene.figures(held)
+            judged = _judged(held, self.scene, figures)
+            if judged.cause is not None and judged.anything_left:
+                ratio = figures.health.margin_ratio
+                rank = ranks.get(held.agent_id, math.inf)
+                found.append((rank, -math.inf if ratio is None else -ratio, held.agent_id))
+        return [agent_id for _, _, agent_id in sorted(found)]
+
+    def _liquidate_alone(self, before: Book) -> None:
+        """Close slice after slice, as a call that has expired does, until the account may stop or nothing is left."""
+        held, sold = before, _Sold()
+        alone = _judged(held, self.scene, self.scene.figures(held)).pool is None
+        goal = liquidation.own_goal(held, self.scene)
+        while self.left > 0:
+            figures = self.scene.figures(held)
+            judged = _judged(held, self.scene, figures, alone=alone)
+            if (not judged.isolated if alone else judged.may_stop) or not judged.anything_left:
+                break
+            targets = liquidation.targets(held, figures, isolated_alone=alone)
+            chosen = liquidation.next_slice(held, self.scene, figures, self.rules, targets, goal)
+            held = liquidation.reduced(self.scene, held, chosen.target, chosen.size, self.rules.slippage)
+            self._closed(sold, chosen)
+        self._fell(before, held, sold, "own")
+
+    def _stood_by(self, agent_id: str) -> bool:
+        """Draw what a pooled member in breach lacks, on copies, if it may: the guards are those of a draw."""
+        found = next((pair for pair in self.books.members if pair[0].agent_id == agent_id), None)
+        if found is None or found[0].delegation != "pooled":
+            return False
+        member, held = found
+        policy = held.settings.policy(self.scene.market.parameters.policy)
+        if _judged(held, self.scene, self.scene.figures(held)).pool is None:
+            return False
+        amount = stand_by.missing(self.scene, held, policy.cure_utilization)
+        reach = fleet_books.reach(self.books) - self.books.fleet.drawn
+        if member.reduce_only or amount > min(member.max_margin - member.drawn, reach):
+            return False
+        try:
+            moves = delegation.moves_of_draw(self.scene, Pair(held, self.books.master), amount)
+        except ConflictError:
+            return False
+        self._replace(held.after_moves(moves), drawn=amount)
+        self._replace(self.books.master.after_moves(moves))
+        self.books = replace(self.books, fleet=replace(self.books.fleet, drawn=self.books.fleet.drawn + amount))
+        self.stood_by.append({"agent_id": agent_id, "amount": plain(amount)})
+        return True
+
+    def _closed(self, sold: _Sold, chosen: Slice) -> None:
+        sold.add(chosen, self.scene.market.parameters)
+        self.left -= 1
+
+    def _fell(self, before: Book, after: Book, sold: _Sold, by: str) -> None:
+        self._replace(after)
+        for asset, usd in sold.by_asset.items():
+            self.sold[asset] = self.sold.get(asset, 0.0) + usd
+        self.falls.append(_told(before, after, self.scene) | {"slices": sold.slices, "by": by})
+
+    def _all(self) -> list[Book]:
+        return [self.books.master, *(held for _, held in self.books.members)]
+
+    def _book(self, agent_id: str) -> Book:
+        return next(held for held in self._all() if held.agent_id == agent_id)
+
+    def _replace(self, held: Book, drawn: Decimal = Decimal(0)) -> None:
+        if held.agent_id == self.books.master.agent_id:
+            self.books = replace(self.books, master=held)
+            return
+        members = [
+            (replace(member, drawn=member.drawn + drawn), held) if member.agent_id == held.agent_id else (member, known)
+            for member, known in self.books.members
+        ]
+        self.books = replace(self.books, members=members)
 
 
 def cascade(books: FleetBooks, scene: Scene, crash: Crash, rules: Rules) -> dict[str, Any]:
     """Return the rounds of a cascade. Raises InvalidError for a price that lacks."""
-    priority = {member.agent_id: member.liquidation_priority for member, _ in books.members}
-    state = {held.agent_id: held for held in (books.master, *(held for _, held in books.members))}
-    parameters = scene.market.parameters
-    then = _moved(scene, _shocks(crash, scene, parameters))
+    then = _moved(_fresh(scene), _shocks(crash, scene, scene.market.parameters))
     rounds: list[dict[str, Any]] = []
     left = SLICES_MAX
     while len(rounds) < ROUNDS_MAX and left > 0:
-        order = _in_breach(state, then, priority)
-        if not order:
+        now = _Round(books, then, rules, left)
+        now.liquidate_pool()
+        now.liquidate_each()
+        books, left = now.books, now.left
+        if not now.falls and not now.stood_by:
             break
-        falls, sold = [], dict[str, float]()
-        for agent_id in order:
-            fallen = _liquidated(state[agent_id], then, rules, left)
-            left -= len(fallen.slices)
-            falls.append(_told(state[agent_id], fallen, then))
-            state[agent_id] = fallen.book
-            for asset, usd in fallen.sold.items():
-                sold[asset] = sold.get(asset, 0.0) + usd
-        impact = {asset: _impact(usd, crash.adv[asset]) for asset, usd in sold.items() if crash.adv.get(asset)}
-        rounds.append({"liquidated": falls, "next": order[1:], "sold": sold, "impact": impact})
-        if not impact or not any(sold.values()):
+        impact = {asset: _impact(usd, crash.adv[asset]) for asset, usd in now.sold.items() if crash.adv.get(asset)}
+        rounds.append(_shown(now) | {"impact": impact})
+        if not impact or not any(now.sold.values()):
             break
         then = _moved(then, impact)
+    after = _Round(books, then, rules, left)
+    pool = Pool.of(books, then, rules, {})
     return {
         "rounds": rounds,
         "complete": left > 0 and len(rounds) < ROUNDS_MAX,
         "impact_of": sorted(crash.adv),
-        "in_breach_after": _in_breach(state, then, priority),
-        "equity_after": sum(then.figures(held).equity for held in state.values()),
+        "in_breach_after": after.in_breach(),
+        "pool_after": {"equity": pool.health.equity, "utilization": pool.health.utilization},
+        "equity_after": sum(then.figures(held).equity for held in (books.master, *(held for _, held in books.members))),
+    }
+
+
+def _shown(now: _Round) -> dict[str, Any]:
+    fallen = [fall["agent_id"] for fall in now.falls]
+    return {
+        "fleet_call": now.called,
+        "liquidated": now.falls,
+        "next": [*fallen[1:], *(agent_id for agent_id in now.in_line if agent_id not in fallen)],
+        "stood_by": now.stood_by,
+        "sold": now.sold,
     }
 
 
@@ -91,28 +243,25 @@ def _shocks(crash: Crash, scene: Scene, parameters: MarketParameters) -> dict[st
     }
 
 
+def _fresh(scene: Scene) -> Scene:
+    """Return the scene with every price of this moment: what would be is asked of prices as given."""
+    return _priced(scene, lambda _, price: StoredPrice(price.value, scene.now, price.posted))
+
+
 def _moved(scene: Scene, moves: Mapping[str, float]) -> Scene:
     """Return the scene after relative moves of assets, with all that is marked by them."""
     parameters = scene.market.parameters
-    prices = {
-        symbol: StoredPrice(price.value * (1.0 + max(MOVE_MIN, move)), price.as_of)
-        if (move := moves.get(parameters.underlying_of(symbol), 0.0))
-        else price
-        for symbol, price in scene.market.prices.items()
-    }
+
+    def moved(symbol: str, price: StoredPrice) -> StoredPrice:
+        move = moves.get(parameters.underlying_of(symbol), 0.0)
+        return StoredPrice(price.value * (1.0 + max(MOVE_MIN, move)), price.as_of) if move else price
+
+    return _priced(scene, moved)
+
+
+def _priced(scene: Scene, change: Callable[[str, StoredPrice], StoredPrice]) -> Scene:
+    prices = {symbol: change(symbol, price) for symbol, price in scene.market.prices.items()}
     return replace(scene, market=replace(scene.market, prices=prices))
-
-
-def _in_breach(state: Mapping[str, Book], scene: Scene, priority: Mapping[str, int]) -> list[str]:
-    """Return who is in breach and has something to close: by priority, the lowest first, then the worst off."""
-    found = []
-    for agent_id, held in state.items():
-        figures = scene.figures(held)
-        judged = _judged(held, scene, figures)
-        if judged.cause is not None and judged.anything_left:
-            ratio = figures.health.margin_ratio
-            found.append((priority.get(agent_id, 0), -math.inf if ratio is None else -ratio, agent_id))
-    return [agent_id for _, _, agent_id in sorted(found)]
 
 
 def _judged(held: Book, scene: Scene, figures: AccountFigures, *, alone: bool = False) -> Situation:
@@ -125,43 +274,14 @@ def _judged(held: Book, scene: Scene, figures: AccountFigures, *, alone: bool = 
     )
 
 
-def _liquidated(held: Book, scene: Scene, rules: Rules, most: int) -> _Fallen:
-    """Close slice after slice, as a call that has expired does, until the account may stop or nothing is left."""
-    first = _judged(held, scene, scene.figures(held))
-    alone = first.pool is None
-    slices: list[dict[str, Any]] = []
-    sold: dict[str, float] = {}
-    while len(slices) < most:
-        figures = scene.figures(held)
-        judged = _judged(held, scene, figures, alone=alone)
-        done = not judged.isolated if alone else judged.may_stop
-        if done or not judged.anything_left:
-            break
-        targets = liquidation.targets(held, figures, isolated_alone=alone)
-        chosen = liquidation.next_slice(held, scene, figures, rules, targets)
-        held = liquidation.reduced(scene, held, chosen.target, chosen.size, rules.slippage)
-        target, share = chosen.target.item, float(chosen.size / chosen.target.size)
-        what = {"id": target.id, "size": plain(chosen.size), "notional": chosen.target.notional * share}
-        if isinstance(target, OpenPosition):
-            asset = scene.market.parameters.underlying_of(target.symbol)
-            sign = 1.0 if target.side == "long" else -1.0
-            sold[asset] = sold.get(asset, 0.0) + sign * chosen.target.notional * share
-            what |= {"symbol": target.symbol, "side": target.side}
-        else:
-            what |= {"service": target.service, "asset": target.asset}
-        slices.append(what)
-    return _Fallen(held, slices, sold)
-
-
-def _told(before: Book, fallen: _Fallen, scene: Scene) -> dict[str, Any]:
-    then, after = scene.figures(before).health, scene.figures(fallen.book).health
+def _told(before: Book, after: Book, scene: Scene) -> dict[str, Any]:
+    then, health = scene.figures(before).health, scene.figures(after).health
     return {
         "agent_id": before.agent_id,
-        "slices": fallen.slices,
-        "freed": then.required_initial - after.required_initial,
-        "equity": after.equity,
-        "utilization": after.utilization,
-        "loses_all": after.equity <= 0.0,
+        "freed": then.required_initial - health.required_initial,
+        "equity": health.equity,
+        "utilization": health.utilization,
+        "loses_all": health.equity <= 0.0,
     }
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-from app.db.session import Database, Tx
-from app.domain.book import Book
-from app.domain.money import to_decimal
-from app.domain.moves import SETTLEMENT_ASSET
+from app.db.session import Database
 from app.domain.watch import settled_level
 from app.errors import ConflictError, DatabaseUnavailableError, PrimeriskError
-from app.services import accounts, book, delegation, fleet_books, fleets
+from app.services import accounts, book, fleet_books, fleets
 from app.services.delegation import Pair
 from app.services.fleet_books import FleetBooks
 from app.services.fleets import Fleet
 from app.services.margin import Scene, Scenes
+from app.services.stand_by import lacks, stand_by
 from app.services.watch import zones
 from app.telemetry import Metrics
 
@@ -31,7 +28,6 @@ log = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
 FLEETS_A_LOOK_MAX = 200
 CALM = ("GREEN", "YELLOW")
-_CENT = Decimal("0.01")
 
 
 @dataclass
@@ -106,36 +102,3 @@ def needy(scene: Scene, books: FleetBooks) -> list[str]:
         if member.delegation == "pooled" and not member.reduce_only and lacks(scene, held) > 0
     ]
     return [agent_id for _, agent_id in sorted(found)]
-
-
-def lacks(scene: Scene, held: Book) -> Decimal:
-    """Return the USDC that would bring an account in breach to its cure level, in whole cents; 0 for one that is not.
-
-    Nothing before there is a call, so that its owner hears of it, and nothing once that has expired: then it is being
-    liquidated, and money that comes late is lost with it.
-    """
-    if held.live_call not in ("noticed", "open"):
-        return Decimal(0)
-    figures, policy = scene.figures(held), held.settings.policy(scene.market.parameters.policy)
-    scene.require_fresh(figures)
-    health = figures.health
-    if health.utilization is not None and health.utilization < policy.breach_utilization:
-        return Decimal(0)
-    worth = scene.worth(SETTLEMENT_ASSET, Decimal(1))
-    missing = max(0.0, health.required_initial / policy.cure_utilization - health.equity)
-    return to_decimal(missing / worth).quantize(_CENT, ROUND_CEILING) if worth > 0.0 else Decimal(0)
-
-
-async def stand_by(tx: Tx, scene: Scene, pair: Pair) -> Decimal:
-    """Draw what a pooled member in breach lacks, as far as its delegation goes; both are locked. Return how much.
-
-    Raises ConflictError where the delegation, the fleet or the master's own book can't spare it.
-    """
-    held = pair.member
-    if held.delegation is None or held.delegation.delegation != "pooled":
-        return Decimal(0)
-    amount = lacks(scene, held)
-    if amount > 0:
-        service = held.delegation.services[0] if held.delegation.services else delegation.SERVICE
-        await delegation.draw(tx, scene, pair, service, amount)
-    return amount

@@ -23,7 +23,7 @@ from app.domain.book import PAYING_SERVICES, ZERO, permits
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
 from app.errors import ConflictError, NotFoundError, conflict, invalid
-from app.services import accounts, audit, events, shards, wallet
+from app.services import accounts, audit, calls, events, shards, wallet
 
 DRY_POWDER = Decimal("0.15")
 """Share of the master's wallet that no member reaches, where nothing else is asked for."""
@@ -252,7 +252,16 @@ async def joinable(tx: Tx, fleet_id: str, agent_id: str) -> Fleet:
     return await get(tx, fleet_id, None)
 
 
+async def _require_no_call(tx: Tx, fleet_id: str) -> None:
+    """Refuse who would come into a fleet's pool or leave it while that is under a call. The master is locked."""
+    live = await calls.live(tx, (await get(tx, fleet_id, None)).master_id)
+    if live is not None and live.cause == "fleet":
+        raise conflict("", "fleet_call_is_live", "the fleet is under a margin call: its pool stays as it is until then")
+
+
 async def _join(tx: Tx, fleet: Fleet, member: Member) -> Member:
+    if member.delegation == "pooled":
+        await _require_no_call(tx, fleet.id)
     joined = await _change(tx, member.agent_id, joined_at=tx.now)
     await _tell(tx, "fleet.member_joined", joined, max_margin=plain(joined.max_margin))
     await audit.record(tx, "fleet.joined", fleet.id, member.agent_id)
@@ -270,6 +279,8 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
     if excess > 0 and not reduce_only_on_excess:
         detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn and in use"
         raise conflict("/max_margin", "delegation_in_use", detail, drawn=plain(member.drawn))
+    if checked.delegation != member.delegation:
+        await _require_no_call(tx, member.fleet_id)
     changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_at=None)
     told = {name: value for name, value in asdict(checked).items() if value != getattr(member, name)}
     if told or changed.reduce_only != member.reduce_only:
@@ -292,6 +303,8 @@ async def remove(tx: Tx, member: Member) -> None:
         detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn: they are given back first"
         raise conflict("/drawn", "delegation_in_use", detail, drawn=plain(member.drawn))
     if member.joined_at is not None:
+        if member.delegation == "pooled":
+            await _require_no_call(tx, member.fleet_id)
         await _tell(tx, "fleet.member_left", member)
     await tx.connection.execute(delete(fleet_members).where(fleet_members.c.agent_id == member.agent_id))
     await audit.record(tx, "fleet.left", member.fleet_id, member.agent_id)

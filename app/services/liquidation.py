@@ -5,7 +5,7 @@ Nothing here decides when: `margin_calls` does, under the lock of the book that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import ROUND_CEILING, Decimal
@@ -52,6 +52,14 @@ class Rules:
             timedelta(seconds=settings.liquidation_venue_seconds),
             settings.liquidation_venue_attempts,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a liquidation is to reach: utilization at `level`, as `assess` finds it for the book that is left."""
+
+    assess: Callable[[Book], AccountFigures]
+    level: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +112,16 @@ def mark_symbol(figures: AccountFigures, symbol: str, underlying: str) -> str:
     return symbol if symbol in figures.prices else underlying
 
 
-def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules, eligible: Sequence[Target]) -> Slice:
-    """Return what of the eligible is closed next, at least one, down to the account's stop level."""
+def own_goal(held: Book, scene: Scene) -> Goal:
+    """Return that of an account's own call: its stop level."""
+    return Goal(scene.figures, held.settings.policy(scene.market.parameters.policy).stop_utilization)
+
+
+def next_slice(
+    held: Book, scene: Scene, figures: AccountFigures, rules: Rules, eligible: Sequence[Target], goal: Goal
+) -> Slice:
+    """Return what of the eligible is closed next, at least one, as far as the goal asks for it."""
     doomed = _ids(breached_isolated(held, figures))
-    stop = held.settings.policy(scene.market.parameters.policy).stop_utilization
 
     def relief(target: Target) -> float:
         after = scene.figures(reduced(scene, held, target, target.size, rules.slippage))
@@ -122,16 +136,16 @@ def next_slice(held: Book, scene: Scene, figures: AccountFigures, rules: Rules, 
         outside = liquidate.outside_largest(ordered, rules.keep)
         if outside:
             return Slice(outside[0], outside[0].size)  # whole: no remainders but of what is kept
-    return _part(held, scene, ordered[0], stop, rules.slippage)
+    return _part(held, scene, ordered[0], goal, rules.slippage)
 
 
-def _part(held: Book, scene: Scene, target: Target, level: float, slippage: Decimal) -> Slice:
-    """Return the target, or the part of it that brings utilization to the level."""
+def _part(held: Book, scene: Scene, target: Target, goal: Goal, slippage: Decimal) -> Slice:
+    """Return the target, or the part of it that reaches the goal."""
 
     def reduce(before: Book, chosen: Target, size: Decimal) -> Book:
         return reduced(scene, before, chosen, size, slippage)
 
-    return liquidate.next_slice(held, target, scene.figures, reduce, level)
+    return liquidate.next_slice(held, target, goal.assess, reduce, goal.level)
 
 
 async def close(tx: Tx, scene: Scene, held: Book, chosen: Slice, rules: Rules, call_id: str) -> Closed:
@@ -244,13 +258,18 @@ def _deposit(held: Book, scene: Scene, allocate: Sequence[Mapping[str, Any]]) ->
     total, money = sum((a["amount"] for a in allocate), ZERO), held.holding(SETTLEMENT_ASSET)
     health = scene.figures(_restored(held, {a["position_id"]: a["amount"] for a in allocate})).health
     missing = max(0.0, health.required_initial / level - health.equity)
+    needed = money.owed + total - money.free if total > money.free else ZERO
+    return max(deposit_for(scene, held, missing), needed.quantize(_CENT, ROUND_CEILING))
+
+
+def deposit_for(scene: Scene, held: Book, missing: float) -> Decimal:
+    """Return the USDC, in whole cents, that raises an account's equity by so many USD."""
     price, worth = scene.price(SETTLEMENT_ASSET), scene.worth(SETTLEMENT_ASSET, Decimal(1))
-    debt = to_float(money.owed) * price
+    debt = to_float(held.holding(SETTLEMENT_ASSET).owed) * price
     amount = min(missing, debt) / price
     if missing > debt and worth > 0.0:  # at a haircut of 1 no deposit does more than pay what is owed
         amount += (missing - debt) / worth
-    needed = money.owed + total - money.free if total > money.free else ZERO
-    return max(_cents(amount), needed.quantize(_CENT, ROUND_CEILING))
+    return _cents(amount)
 
 
 def _restored(held: Book, amounts: Mapping[str, Decimal]) -> Book:
@@ -286,7 +305,7 @@ def _closures(held: Book, scene: Scene, figures: AccountFigures) -> dict[str, An
     enough = count <= len(ordered)
     chosen = [Slice(target, target.size) for target in ordered[:count]]
     if enough and count > len(doomed):
-        chosen[-1] = _part(books[count - 1], scene, ordered[count - 1], level, ZERO)
+        chosen[-1] = _part(books[count - 1], scene, ordered[count - 1], Goal(scene.figures, level), ZERO)
     shown = chosen[:ORDERS_SHOWN_MAX]
     return {
         "orders": [_order_shown(part) for part in shown if isinstance(part.target.item, OpenPosition)],

@@ -93,6 +93,8 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
     amount = checked_amount("/amount", amount)
     _check_free(held, asset, amount)
     _check_own(held, asset, amount)
+    if held.is_in_called_pool:
+        raise conflict("/amount", "fleet_call_is_live", "the fleet is under a margin call: nothing leaves its pool")
     moves = [Move(asset, amount, agent(held.agent_id, "free"), house("external"))]
     after = held.after_moves(moves)
     scene.require_margin(held, after, "/amount")

@@ -348,7 +348,7 @@ async def test_margin_calls_of_members_are_the_coordinators_to_see(worked: Servi
 
 
 async def test_a_cascade_is_what_the_worker_then_does(worked: Service) -> None:
-    """Five members of other sizes and leverage crash: what was foretold of each is what its liquidation closed."""
+    """Five members crash, each at its cap, in a fleet that is sound: what was foretold of each is what it then lost."""
     await worked.prices(BTC=60_000, ETH=3_000, SOL=100)
     fleet = await led(worked, 200_000)
     members = [await fleet.member(30_000, liquidation_priority=k) for k in range(5)]
@@ -366,8 +366,13 @@ async def test_a_cascade_is_what_the_worker_then_does(worked: Service) -> None:
             await member.order(symbol, side, size)
         if k == 4:
             await member.deposit(USDC=20_000)  # this one holds
+    for drawn in (await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]:
+        cap = {"max_margin": drawn["drawn"]}  # no more for it: the fleet can't stand by
+        path = f"/fleets/{fleet.id}/members/{drawn['id']}"
+        assert (await fleet.lead.send("PATCH", path, json=cap)).status_code == 200
     foretold = await fleet.lead.post(f"/fleets/{fleet.id}/cascade", {"shock": -0.1})
     [only] = foretold["rounds"]
+    assert (only["fleet_call"], only["stood_by"]) == (False, [])
     assert [fall["agent_id"] for fall in only["liquidated"]] == [members[k].id for k in (0, 1, 3)]
     assert only["next"] == [members[1].id, members[3].id]
     await worked.prices(BTC=54_000, ETH=2_700, SOL=90)
@@ -391,7 +396,7 @@ async def test_what_is_sold_brings_down_the_next(service: Service) -> None:
     """0.5 BTC at the gate falls; its sale of 10,000 on a volume of 40,000 moves the price .10·√.25 = 5 %."""
     await service.prices(BTC=60_000)
     fleet = await led(service, 100_000)
-    weak, strong = await fleet.member(30_000), await fleet.member(30_000)
+    weak, strong = await fleet.member(11_250), await fleet.member(0)  # the fleet has no more for either
     await weak.order("BTC-PERP", "buy", 0.5)
     await strong.deposit(USDC=12_300)
     await strong.order("BTC-PERP", "buy", 0.5)
@@ -404,6 +409,34 @@ async def test_what_is_sold_brings_down_the_next(service: Service) -> None:
     assert strong.id in {fall["agent_id"] for fall in both["rounds"][1]["liquidated"]}
     problem(await fleet.lead.ask(path, {"shock": -1}), 422, "number_out_of_range")
     problem(await fleet.lead.ask(path, {"adv": {"BTC": 0}}), 422, "number_out_of_range")
+
+
+async def test_a_fleets_call_over_http(worked: Service) -> None:
+    """One member at the gate falls 25 % with all that the fleet has: the coordinator is called, and pays it off."""
+    await worked.prices(BTC=60_000)
+    fleet = await led(worked, 11_500, dry_powder=0.0)
+    member = await fleet.member(20_000)
+    await member.order("BTC-PERP", "buy", 0.5)
+    await worked.prices(BTC=51_000)  # 7,650 of margin on 7,000
+    await until_told(fleet.lead, "margin_call.opened")
+    [call] = [c for c in (await fleet.lead.get("/margin-calls"))["margin_calls"] if c["cause"] == "fleet"]
+    assert (call["fleet_id"], call["state"]) == (fleet.id, "open")
+    shown = await fleet.lead.get(f"/margin-calls/{call['id']}")
+    assert shown["cure"]["deposit"] == {"asset": "USDC", "amount": 2_562.5}  # 7,650 / .80 less 7,000
+    assert [m["agent_id"] for m in shown["cure"]["members"]] == [member.id]
+    assert shown["turns"] == []
+    listed = (await fleet.lead.get(f"/fleets/{fleet.id}/margin-calls"))["margin_calls"]
+    assert {(c["agent_id"], c["cause"]) for c in listed} == {(fleet.lead.id, "fleet"), (member.id, "utilization")}
+    for agent, method, path, body in (
+        (fleet.lead, "POST", "/wallet/withdrawals", {"asset": "USDC", "amount": 1}),
+        (member, "PATCH", "/account/settings", {"auto_liquidate": False}),
+        (fleet.lead, "PATCH", f"/fleets/{fleet.id}/members/{member.id}", {"delegation": "isolated"}),
+    ):
+        answer = await agent.send(method, path, json=body)
+        assert (answer.status_code, answer.json()["code"]) in {(409, "fleet_call_is_live"), (409, "call_is_live")}
+    await fleet.lead.deposit(USDC=2_563)
+    await until_told(fleet.lead, "margin_call.cured")
+    await until_told(member, "margin_call.cured")  # what it lacks is there to be drawn
 
 
 async def types(agent: Agent) -> list[str]:
@@ -454,3 +487,22 @@ async def test_a_fleets_zone_is_told_and_its_powder_restored(worked: Service) ->
     shown = await fleet.get()
     assert shown["zone"] in ("GREEN", "YELLOW")
     assert shown["released_at"] is None
+
+
+async def test_one_that_nothing_can_be_booked_of_holds_up_nobody(worked: Service) -> None:
+    """The first in line is short of what costs 10^15 a piece by a slip: the next one's turn comes all the same."""
+    await worked.prices(BTC=60_000, DOGE=0.1)
+    fleet = await led(worked, 24_000, dry_powder=0.0)
+    lost = await fleet.member(12_750, liquidation_priority=1)
+    next_one = await fleet.member(11_250, liquidation_priority=2)
+    await lost.order("DOGE-PERP", "sell", 200_000)
+    await next_one.order("BTC-PERP", "buy", 0.5)
+    settings = {"grace_period_seconds": 0}
+    for agent in (fleet.lead, lost, next_one):
+        assert (await agent.send("PATCH", "/account/settings", json=settings)).status_code == 200
+    await worked.prices(DOGE=999_999_999_999_999)
+    await until_told(next_one, "liquidation.completed")
+    [call] = [c for c in (await next_one.get("/margin-calls"))["margin_calls"] if c["cause"] == "fleet"]
+    assert call["state"] == "completed"
+    assert not (await next_one.get("/account"))["positions"]
+    assert "liquidation.executed" not in await types(lost)
