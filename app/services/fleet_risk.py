@@ -187,6 +187,17 @@ def _concentration(exposures: Floats, names: Sequence[str], everyone: Sequence[B
     }
 
 
+def drifted(books: FleetBooks, scene: Scene, recent: Panel) -> dict[str, Any] | None:
+    """Return how far recent correlations of what a fleet holds are from calm ones, and what that costs.
+
+    None where it holds nothing with a history. Raises InvalidError for a volatility that lacks.
+    """
+    prices = {symbol: price.value for symbol, price in scene.market.prices.items()}
+    found = worth(book_columns(_all(books)), prices, scene.market.parameters)
+    chosen = _covered(found, recent, scene)
+    return _drift(found.exposures[:, chosen], recent, [found.names[j] for j in chosen], Asked(), scene)
+
+
 def _drift(exposures: Floats, panel: Panel, names: Sequence[str], asked: Asked, scene: Scene) -> dict[str, Any] | None:
     if not names:
         return None
@@ -197,6 +208,8 @@ def _drift(exposures: Floats, panel: Panel, names: Sequence[str], asked: Asked, 
         "window_days": RECENT_DAYS,
         "assets": got.found.names,
         "distance": got.found.distance,
+        "mean_distance": got.mean_distance,
+        "limit": parameters.models.fleet_drift,
         "nearest": got.found.nearest,
         "var_calm": got.found.expected,
         "var_recent": got.found.realised,
@@ -229,7 +242,8 @@ def _sharpe(returns: Sequence[float]) -> dict[str, Any]:
 
 def members_to_plan(books: FleetBooks, scene: Scene, panel: Panel, returns: dict[str, list[float]]) -> list[Share]:
     """Return the members as a plan of delegations sees them. Raises InvalidError for a price that lacks."""
-    parameters, everyone = scene.market.parameters, [held for _, held in books.members]
+    parameters, shared = scene.market.parameters, [(m, held) for m, held in books.members if not m.reduce_only]
+    everyone = [held for _, held in shared]
     prices = {symbol: price.value for symbol, price in scene.market.prices.items()}
     found = worth(book_columns(everyone), prices, parameters)
     chosen = _covered(found, panel, scene)
@@ -245,5 +259,5 @@ def members_to_plan(books: FleetBooks, scene: Scene, panel: Panel, returns: dict
             var=float(tail.own[k]),
             sharpe=sharpe(returns.get(held.agent_id, [])),
         )
-        for k, (member, held) in enumerate(books.members)
+        for k, (member, held) in enumerate(shared)
     ]

@@ -48,6 +48,8 @@ ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls
     "GET /api/fleets/{fleet_id}/members",
     "PATCH /api/fleets/{fleet_id}/members/{agent_id}",
     "DELETE /api/fleets/{fleet_id}/members/{agent_id}",
+    "POST /api/fleets/{fleet_id}/members/{agent_id}/sweep",
+    "POST /api/fleets/{fleet_id}/members/{agent_id}/write-off",
     "POST /api/fleets/{fleet_id}/join",
     "POST /api/fleets/{fleet_id}/leave",
     "POST /api/fleets/{fleet_id}/dry-powder",

@@ -1,0 +1,62 @@
+"""What members have drawn flows back after what they did not ask for too: a liquidation, a venue's fill, a due timer.
+
+A request's own give-back is in `delegation`. A book that has not changed since it was looked at is not looked at again,
+so that a price alone moves no money.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from app.db.session import Database
+from app.services import book, delegation
+from app.services.delegation import Pair
+from app.services.fleet_books import FleetBooks
+from app.services.fleets import Fleet
+from app.services.margin import Scene, Scenes
+
+MEMBERS_A_LOOK_MAX = 50
+MEMBERS_REMEMBERED_MAX = 100_000
+LEAST = Decimal(1)
+"""USDC below which nothing is moved unasked."""
+
+
+@dataclass
+class Returns:
+    """Has what can be spared given back, as one worker."""
+
+    worker_id: str
+    database: Database
+    scenes: Scenes
+    _seen: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    """Versions of the books that were looked at, by member."""
+
+    async def look(self, fleet: Fleet, scene: Scene, books: FleetBooks) -> None:
+        """Look at the members whose books have changed, some at a time. Raises DatabaseUnavailableError."""
+        changed = [
+            held
+            for member, held in books.members
+            if member.drawn > 0 and held.live_call is None and self._seen.get(held.agent_id) != held.version
+        ]
+        for held in changed[:MEMBERS_A_LOOK_MAX]:
+            version = held.version
+            if delegation.spare(scene, held) >= LEAST:
+                version = await self._give_back(fleet.master_id, held.agent_id)
+            self._remember(held.agent_id, version)
+
+    async def _give_back(self, master_id: str, agent_id: str) -> int:
+        """Have what a member can spare given back; return the version of its book after it."""
+        async with self.database.transaction(self.worker_id) as tx:
+            books = await book.lock_all(tx, {master_id, agent_id})
+            held = books[agent_id]
+            if held.delegation is not None and held.delegation.master_id == master_id:  # else it has left meanwhile
+                await delegation.give_back(tx, await self.scenes.at(tx), Pair(held, books[master_id]))
+        return held.version
+
+    def _remember(self, agent_id: str, version: int) -> None:
+        self._seen[agent_id] = version
+        self._seen.move_to_end(agent_id)
+        if len(self._seen) > MEMBERS_REMEMBERED_MAX:
+            self._seen.popitem(last=False)
