@@ -58,8 +58,9 @@ class FleetWatch:
         async with self.database.transaction(self.worker_id) as tx:
             found = await fleets.after(tx, self.after, FLEETS_A_LOOK_MAX, within)
         self.after = found[-1].id if len(found) == FLEETS_A_LOOK_MAX else ""
-        for fleet in found:
-            await self._unless_it_fails(fleet, self._one(fleet))
+        with self.metrics.fleet_look_seconds.time():
+            for fleet in found:
+                await self._unless_it_fails(fleet, self._one(fleet))
 
     async def _one(self, fleet: Fleet) -> None:
         async with self.database.transaction(self.worker_id) as tx:
