@@ -331,11 +331,11 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
     """Change what is delegated. The accounts are locked, and what the member could spare is given back.
 
     Raises ConflictError `delegation_in_use` where more is drawn than would be delegated, unless the member is to reduce
-    then.
+    then, or is to already.
     """
     checked = checked_terms(terms)
     excess = member.drawn - checked.max_margin
-    if excess > 0 and not reduce_only_on_excess:
+    if excess > 0 and not reduce_only_on_excess and not member.reduce_only:
         detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn and in use"
         raise conflict("/max_margin", "delegation_in_use", detail, drawn=plain(member.drawn))
     changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_at=None)
@@ -348,8 +348,11 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
 
 
 async def redelegate(tx: Tx, members: Sequence[Member], amounts: Sequence[Decimal], policy: str) -> None:
-    """Give members new delegations, none below what it has drawn. All accounts are locked."""
-    for member, amount in zip(members, amounts, strict=True):
+    """Give members new delegations, none below what it has drawn. All accounts are locked.
+
+    They are told in the order of their ids, as whoever tells several agents does: their events are numbered one by one.
+    """
+    for member, amount in sorted(zip(members, amounts, strict=True), key=lambda of: of[0].agent_id):
         terms = Terms(amount, member.services, member.liquidation_priority, member.delegation)
         await change_terms(tx, member, terms, reduce_only_on_excess=False, cause=policy)
 

@@ -140,6 +140,12 @@ async def test_who_is_to_reduce_keeps_its_delegation_when_others_are_set_anew(se
     changed = await fleet.lead.send("PATCH", first, json={"max_margin": 1_000, "on_excess": "reduce_only"})
     assert (changed.json()["reduce_only"], changed.json()["drawn"]) == (True, 11_250)
     assert code(await members[0].ask("/reservations", {"service": "casino", "amount": 1})) == "reduce_only"
+    # what else is changed of it asks nothing new, and a delegation that covers what is drawn ends it
+    changed = await fleet.lead.send("PATCH", first, json={"liquidation_priority": 7})
+    assert (changed.json()["reduce_only"], changed.json()["liquidation_priority"]) == (True, 7)
+    for most, reduces in ((11_250, False), (1_000, True)):
+        again = {"max_margin": most, "on_excess": "reduce_only"}
+        assert (await fleet.lead.send("PATCH", first, json=again)).json()["reduce_only"] is reduces
     done = await fleet.lead.post(f"/fleets/{fleet.id}/rebalance", {"policy": "equal_risk", "apply": True})
     assert [m["agent_id"] for m in done["moves"]] == [m.id for m in members[1:]]
     assert sum(m["after"] for m in done["moves"]) <= 85_000 - 11_250

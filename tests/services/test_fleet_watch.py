@@ -51,6 +51,7 @@ class Watched:
     async def told(self, fleet: Fleet, kind: str = "fleet.%") -> list[dict[str, Any]]:
         query = "SELECT type, data FROM events WHERE agent_id = :agent AND type LIKE :kind ORDER BY sequence"
         rows = await self.squadron.desk.rows(query, agent=fleet.master_id, kind=kind)
+        assert {row[1]["fleet_id"] for row in rows} <= {fleet.id}
         return [{"type": row[0], **row[1]} for row in rows]
 
     async def execute(self, statement: str, **values: Any) -> None:
