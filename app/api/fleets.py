@@ -493,13 +493,19 @@ def _changed(before: Member, asked: MemberPatch, most: Decimal | None) -> Terms:
 
 async def _shown(tx: Tx, fleet: Fleet) -> dict[str, Any]:
     """Return a fleet with what its master holds, in USDC."""
-    fleet, held = await fleets.with_wallet(tx, fleet.id)
+    known = await fleets.wallet_of(tx, fleet.id)
+    fleet, held = known.fleet, known.held
     reach = fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
     low, high = fleets.DRY_POWDER_ADVISED
-    advisories = [] if low <= fleet.dry_powder <= high else [{"code": "dry_powder_unusual", "low": low, "high": high}]
+    advisories: list[dict[str, Any]] = []
+    if not low <= fleet.dry_powder <= high:
+        advisories.append({"code": "dry_powder_unusual", "low": low, "high": high})
+    if known.delegated > reach:
+        advisories.append({"code": "over_delegated", "excess": plain(known.delegated - reach)})
     return {
         **_stored(fleet),
         "balance": plain(held + fleet.drawn),
+        "delegated": plain(known.delegated),
         "reachable": plain(reach),
         "available": plain(max(Decimal(0), reach - fleet.drawn)),
         "advisories": advisories,

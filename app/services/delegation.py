@@ -156,10 +156,11 @@ async def write_off(tx: Tx, member: Book, stored: Member) -> Member:
 
     Raises ConflictError `positions_open` while anything is open, set aside or held that may still bring some back.
     """
-    holding = member.holding(SETTLEMENT_ASSET)
-    if member.is_leveraged or member.reservations or holding.held > 0:
+    if stored.drawn <= 0:
+        return stored
+    if member.is_leveraged or member.reservations or member.holding(SETTLEMENT_ASSET).held > 0:
         raise conflict("/drawn", "positions_open", "something is open or held: what is lost shows when nothing is")
-    return await fleets.write_off(tx, stored) if stored.drawn > 0 else stored
+    return await fleets.write_off(tx, stored)
 
 
 def spare(scene: Scene, member: Book) -> Decimal:

@@ -11,7 +11,7 @@ from sqlalchemy import ARRAY, Integer, Text, bindparam, text
 
 from app.db.session import Tx
 from app.domain.black76 import Floats
-from app.domain.book import Book
+from app.domain.book import Book, reserved_value
 from app.domain.book_columns import book_columns
 from app.domain.covariance import Covariance, estimate
 from app.domain.fleet import merged
@@ -27,7 +27,7 @@ from app.domain.fleet_risk import (
     sharpe,
 )
 from app.domain.margin.result import MarginTerms
-from app.domain.money import plain, to_float
+from app.domain.money import plain
 from app.domain.panel import HISTORY_DAYS_MIN, Panel
 from app.domain.quote import AccountFigures, read_account
 from app.domain.snapshots import Worth, worth
@@ -101,7 +101,7 @@ def risk(
     ]
     return {
         "balance": plain(balance(books.master, books.fleet)),
-        "net_utilization": _net_utilization(books, margins),
+        "net_utilization": _net_utilization(books, margins, scene),
         **_health(one),
         "margin": {m.model: _netted(m) for m in margins},
         "var": {
@@ -170,10 +170,10 @@ def _health(one: AccountFigures) -> dict[str, Any]:
     }
 
 
-def _net_utilization(books: FleetBooks, margins: Sequence[FleetMargin]) -> float | None:
+def _net_utilization(books: FleetBooks, margins: Sequence[FleetMargin], scene: Scene) -> float | None:
     """Return what members reserve, margin under the cross model and for services, over the master's balance."""
-    cross = next(m for m in margins if m.model == "cross")
-    reserved = sum(to_float(r.remaining) for _, held in books.members for r in held.reservations if r.asset == "USDC")
+    cross, view = next(m for m in margins if m.model == "cross"), scene.market
+    reserved = sum(reserved_value(held.reservations, view.parameters, view.prices) for _, held in books.members)
     return net_utilization(float(cross.alone[1:].sum()) + reserved, balance(books.master, books.fleet))
 
 

@@ -144,14 +144,29 @@ _HELD = (
     .scalar_subquery()
     .label("held")
 )
+_DELEGATED = (
+    select(func.coalesce(func.sum(fleet_members.c.max_margin), 0))
+    .where(fleet_members.c.fleet_id == fleets.c.id, fleet_members.c.joined_at.is_not(None))
+    .scalar_subquery()
+    .label("delegated")
+)
 
 
-async def with_wallet(tx: Tx, fleet_id: str) -> tuple[Fleet, Decimal]:
-    """Return a fleet and the USDC that its master holds less what it owes, both as one statement sees them."""
-    found = await tx.connection.execute(select(fleets, _HELD).where(fleets.c.id == fleet_id))
+@dataclass(frozen=True, slots=True)
+class Wallet:
+    """A fleet, the USDC that its master holds less what it owes, and what is delegated to its members together."""
+
+    fleet: Fleet
+    held: Decimal
+    delegated: Decimal
+
+
+async def wallet_of(tx: Tx, fleet_id: str) -> Wallet:
+    """Return a fleet with its wallet, all as one statement sees them."""
+    found = await tx.connection.execute(select(fleets, _HELD, _DELEGATED).where(fleets.c.id == fleet_id))
     row = dict(found.mappings().one())
-    held: Decimal = row.pop("held")
-    return Fleet(**row), held
+    held, delegated = row.pop("held"), row.pop("delegated")
+    return Wallet(Fleet(**row), held, delegated)
 
 
 def no_such_fleet() -> NotFoundError:
@@ -341,8 +356,9 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
     changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_at=None)
     told = {name: value for name, value in asdict(checked).items() if value != getattr(member, name)}
     if told or changed.reduce_only != member.reduce_only:
-        figures = told | {"reduce_only": changed.reduce_only, "drawn": plain(changed.drawn), "cause": cause}
-        await _tell(tx, "fleet.delegation_changed", changed, **figures)
+        if changed.joined_at is not None:  # who is only invited has no part in it
+            figures = told | {"reduce_only": changed.reduce_only, "drawn": plain(changed.drawn), "cause": cause}
+            await _tell(tx, "fleet.delegation_changed", changed, **figures)
         await audit.record(tx, "fleet.delegated", member.fleet_id, member.agent_id, max_margin=str(checked.max_margin))
     return changed
 

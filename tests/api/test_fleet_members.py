@@ -42,6 +42,28 @@ async def test_an_agent_sees_what_it_is_invited_to_and_nothing_of_the_others(ser
     problem(await other.send("GET", f"/fleets/membership?agent_id={agent.id}"), 404, "agent_not_found")
 
 
+async def test_who_is_only_invited_is_told_and_asked_for_nothing(service: Service) -> None:
+    """Its stream stays its own, and no answer hangs on what it has."""
+    await service.prices(BTC=60_000)
+    fleet, agent, idle = await led(service), await service.agent("Bob"), await service.agent("Eve")
+    await agent.deposit(USDC=30_000)
+    await agent.order("BTC-PERP", "buy", 0.1)
+    before = await agent.get("/events")
+    said = []
+    for one in (agent, idle):
+        path = f"/fleets/{fleet.id}/members/{one.id}"
+        await fleet.lead.post(f"/fleets/{fleet.id}/members", {"agent_id": one.id, "max_margin": 100})
+        answers = [
+            await fleet.lead.send("PATCH", path, json={"max_margin": 200}),
+            await fleet.lead.ask(f"{path}/write-off"),
+            await fleet.lead.ask(f"{path}/sweep"),
+            await fleet.lead.send("DELETE", path),
+        ]
+        said.append([answer.status_code for answer in answers])
+    assert said[0] == said[1] == [200, 200, 403, 204]
+    assert await agent.get("/events") == before
+
+
 async def test_invitations_are_limited_and_lapse(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets, "INVITATIONS_MAX", 2)
     fleet, other, agents = await led(service), await led(service), [await service.agent() for _ in range(4)]
@@ -297,6 +319,16 @@ async def test_every_model_nets_across_members_as_one_quote_would(service: Servi
             assert float(member["edge"][name]) == pytest.approx((grown[name] - whole[name]) * 100, rel=1e-6), name
 
 
+async def test_what_is_reserved_counts_in_the_net_utilization(service: Service) -> None:
+    """18,900 of margin, 1,000 USDC, and an ether of 3,000 after its haircut of .12, on 100,000."""
+    fleet, members = await crowd(service)
+    await members[0].post("/reservations", {"service": "casino", "amount": 1_000})
+    await members[1].deposit(ETH=1)
+    await members[1].post("/reservations", {"service": "casino", "asset": "ETH", "amount": 1})
+    found = await fleet.lead.get(f"/fleets/{fleet.id}/risk")
+    assert float(found["net_utilization"]) == pytest.approx((18_900 + 1_000 + 2_640) / 100_000)
+
+
 async def test_sharpe_is_of_the_days_within_the_window(service: Service) -> None:
     """80 daily returns on 10,000, of which a window of 60 days has the last 60; what came in one day is no profit."""
     fleet, _ = await crowd(service)
@@ -319,8 +351,15 @@ async def test_a_fleet_of_one_admin_is_made_for_an_agent(service: Service) -> No
     """An admin acts for any coordinator: what it sets is what the coordinator sees."""
     lead = await coordinator(service)
     made = await lead.post(f"/fleets?agent_id={lead.id}", {"name": "Beta", "dry_powder": 0.5}, key="admin")
-    assert (await lead.get(f"/fleets/{made['id']}"))["advisories"][0]["code"] == "dry_powder_unusual"
     assert made["dry_powder"] == Decimal("0.5")
+    fleet = Led(lead, made["id"])
+    await lead.deposit(USDC=1_000)
+    await fleet.member(300)
+    assert [one["code"] for one in (await fleet.get())["advisories"]] == ["dry_powder_unusual"]
+    await fleet.member(300)
+    shown = await fleet.get()
+    assert (shown["delegated"], shown["reachable"]) == (600, 500)
+    assert [(one["code"], one.get("excess")) for one in shown["advisories"][1:]] == [("over_delegated", 100)]
 
 
 async def test_the_books_of_a_fleet_are_shared_out_within_reach(service: Service) -> None:
