@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from scipy.stats import norm
 from sqlalchemy import text
 
-from app.services import accounts, fleet_books, fleets
-from tests.api.service import Service, problem
+from app.services import accounts, fleet_books, fleets, ledger
+from tests.api.service import Agent, Service, problem
 from tests.api.test_fleets import Led, code, coordinator, crowd, led
 from tests.api.test_quotes_var import drawn as drawn_closes
 from tests.api.test_quotes_var import post_closes
+
+if TYPE_CHECKING:
+    import httpx
 
 Z99 = float(norm.ppf(0.99))
 
@@ -213,6 +216,42 @@ async def test_joining_and_rebalancing_at_once_never_pass_the_dry_powder(service
     listed = (await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]
     assert len(listed) == 7
     assert sum(m["max_margin"] for m in listed) <= 85_000
+
+
+async def test_everything_at_once_keeps_the_counts(service: Service) -> None:
+    """Members draw, lose and give back while they are swept, written off, changed and rebalanced: all in turn."""
+    fleet = await led(service, 20_000)
+    members = [await fleet.member(3_000) for _ in range(4)]
+    said: list[httpx.Response] = []
+
+    async def play(member: Agent) -> None:
+        path = f"/fleets/{fleet.id}/members/{member.id}"
+        for k in range(4):
+            held = await member.ask("/reservations", {"service": "casino", "amount": 100 + k})
+            said.append(held)
+            if held.status_code == 201:
+                reservation = f"/reservations/{held.json()['id']}"
+                said.append(await member.ask(f"{reservation}/settle", {"amount": 10}))
+                said.append(await member.ask(f"{reservation}/release"))
+            said.append(await fleet.lead.send("PATCH", path, json={"max_margin": 3_000 + k}))
+            said.append(await fleet.lead.ask(f"{path}/write-off"))
+            said.append(await fleet.lead.ask(f"{path}/sweep"))
+
+    async def coordinate() -> None:
+        for action in ("release", "restore") * 2:
+            said.append(await fleet.lead.ask(f"/fleets/{fleet.id}/dry-powder", {"action": action, "reason": "a test"}))
+            said.append(await fleet.lead.ask(f"/fleets/{fleet.id}/rebalance", {"policy": "equal_risk", "apply": True}))
+
+    await asyncio.gather(coordinate(), *(play(member) for member in members))
+    refusals = {answer.json()["code"] for answer in said if answer.status_code not in (200, 201)}
+    assert refusals <= {"positions_open", "delegation_exhausted", "delegation_in_use", "fleet_exhausted"}, refusals
+    lost = 10 * sum(answer.status_code == 200 and answer.url.path.endswith("/settle") for answer in said)
+    listed = (await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]
+    shown = await fleet.get()
+    assert shown["drawn"] == sum(m["drawn"] for m in listed)
+    assert shown["balance"] == 20_000 - lost + shown["drawn"] > 18_000
+    async with service.app.state.parts.database.transaction("test") as tx:
+        assert await ledger.imbalances(tx) == {}
 
 
 async def test_the_wallet_that_is_shown_is_of_one_moment(service: Service) -> None:
