@@ -168,6 +168,15 @@ async def get_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
         return wire.JsonResponse(await _shown(tx, await fleets.get(tx, fleet_id, led.master_id)))
 
 
+@router.delete("/{fleet_id}", openapi_extra=document("Disband a fleet", scope="coordinator", status=204))
+async def delete_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
+    """End a fleet without members: its master is an agent like any other again."""
+    fleet = await _fleet(request, led, fleet_id)
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        await fleets.disband(tx, fleet)
+    return Response(status_code=204)
+
+
 @router.post(
     "/{fleet_id}/members", openapi_extra=document("Add a member", request=MemberPost, scope="coordinator", status=201)
 )

@@ -162,9 +162,12 @@ class Wallet:
 
 
 async def wallet_of(tx: Tx, fleet_id: str) -> Wallet:
-    """Return a fleet with its wallet, all as one statement sees them."""
+    """Return a fleet with its wallet, all as one statement sees them. Raises NotFoundError."""
     found = await tx.connection.execute(select(fleets, _HELD, _DELEGATED).where(fleets.c.id == fleet_id))
-    row = dict(found.mappings().one())
+    known = found.mappings().first()
+    if known is None:
+        raise no_such_fleet()
+    row = dict(known)
     held, delegated = row.pop("held"), row.pop("delegated")
     return Wallet(Fleet(**row), held, delegated)
 
@@ -172,6 +175,16 @@ async def wallet_of(tx: Tx, fleet_id: str) -> Wallet:
 def no_such_fleet() -> NotFoundError:
     """Return the refusal of a fleet that is not there, or not the caller's to see."""
     return NotFoundError("There is no such fleet.", code="fleet_not_found")
+
+
+async def disband(tx: Tx, fleet: Fleet) -> None:
+    """End a fleet that has no members. Raises ConflictError `fleet_not_empty` where it has, or has invited one."""
+    await accounts.lock_account(tx, fleet.master_id)
+    remaining = select(fleet_members.c.agent_id).where(fleet_members.c.fleet_id == fleet.id).limit(1)
+    if (await tx.connection.execute(remaining)).first() is not None:
+        raise conflict("", "fleet_not_empty", "it has members, or invitations that are unanswered: let them go first")
+    await tx.connection.execute(delete(fleets).where(fleets.c.id == fleet.id))
+    await audit.record(tx, "fleet.disbanded", fleet.id, fleet.master_id)
 
 
 async def list_fleets(tx: Tx, master_id: str | None, limit: int, before: int | None = None) -> list[Fleet]:
@@ -287,6 +300,7 @@ async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bo
     """
     checked = checked_terms(terms)
     await accounts.lock_accounts(tx, {fleet.master_id, agent_id})
+    await get(tx, fleet.id, fleet.master_id)  # it may have been disbanded meanwhile
     await _require_unattached(tx, agent_id, "/agent_id")
     await _require_room(tx, fleet, joins=joins or made)
     row = asdict(checked) | {"agent_id": agent_id, "fleet_id": fleet.id, "invited_at": tx.now, "made_for_fleet": made}

@@ -218,6 +218,28 @@ async def test_joining_and_rebalancing_at_once_never_pass_the_dry_powder(service
     assert sum(m["max_margin"] for m in listed) <= 85_000
 
 
+async def test_a_fleet_without_members_is_disbanded(service: Service) -> None:
+    fleet, agent, other = await led(service), await service.agent("Bob"), await led(service)
+    member = await fleet.member(100)
+    path = f"/fleets/{fleet.id}"
+    assert code(await fleet.lead.send("DELETE", path)) == "fleet_not_empty"
+    assert (await fleet.lead.send("DELETE", f"{path}/members/{member.id}")).status_code == 204
+    await fleet.lead.post(f"{path}/members", {"agent_id": agent.id, "max_margin": 1})
+    assert code(await fleet.lead.send("DELETE", path)) == "fleet_not_empty"
+    await agent.post(f"{path}/leave")
+    # a member that comes at the same moment keeps it, or finds it gone
+    said = await asyncio.gather(
+        fleet.lead.send("DELETE", path), fleet.lead.ask(f"{path}/members", {"name": "b", "max_margin": 1})
+    )
+    assert [answer.status_code for answer in said] in ([204, 404], [409, 201])
+    if said[0].status_code == 409:
+        assert (await fleet.lead.send("DELETE", f"{path}/members/{said[1].json()['id']}")).status_code == 204
+        assert (await fleet.lead.send("DELETE", path)).status_code == 204
+    problem(await fleet.lead.send("GET", path), 404, "fleet_not_found")
+    await other.lead.post(f"/fleets/{other.id}/members", {"agent_id": fleet.lead.id, "max_margin": 1})
+    assert (await fleet.lead.post(f"/fleets/{other.id}/join"))["status"] == "active"
+
+
 async def test_everything_at_once_keeps_the_counts(service: Service) -> None:
     """Members draw, lose and give back while they are swept, written off, changed and rebalanced: all in turn."""
     fleet = await led(service, 20_000)

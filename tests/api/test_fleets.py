@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ROUTES: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
     ("GET", "", None),
+    ("DELETE", "", None),
     ("GET", "/members", None),
     ("POST", "/members", {"name": "x", "max_margin": 1}),
     ("PATCH", "/members/{member}", {"max_margin": 1}),
