@@ -1,7 +1,8 @@
 """What members have drawn flows back after what they did not ask for too: a liquidation, a venue's fill, a due timer.
 
 A request's own give-back is in `delegation`. A book that has not changed since it was looked at is not looked at again,
-so that a price alone moves no money.
+so that a price alone moves no money. Nor does any while a call is live in the fleet's pool: what one member's
+liquidation sets free would save another one or not, by who comes first, and no cascade could be foretold.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Returns:
 
     async def look(self, fleet: Fleet, scene: Scene, books: FleetBooks) -> None:
         """Look at the members whose books have changed, some at a time. Raises DatabaseUnavailableError."""
+        if any(held.live_call is not None for held in (books.master, *books.pooled)):
+            return
         changed = [
             held
             for member, held in books.members

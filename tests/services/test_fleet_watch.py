@@ -16,12 +16,13 @@ from sqlalchemy import URL, text
 from app.db.session import Database
 from app.domain.closes import Close
 from app.errors import ConflictError
-from app.services import fleets, margin_calls, market
+from app.services import fleet_books, fleets, margin_calls, market
 from app.services.closes import post_closes
+from app.services.fleet_books import FleetBooks
 from app.services.fleet_watch import FleetWatch
 from app.services.fleets import Fleet
 from app.services.liquidation import Rules
-from app.services.margin import Scenes
+from app.services.margin import Scene, Scenes
 from app.services.shards import SHARDS
 from app.telemetry import Metrics
 from tests.database import make_settings
@@ -98,6 +99,11 @@ async def post(watched: Watched, correlation: float) -> None:
         await post_closes(tx, closes(("BTC", "ETH"), correlation), confirm=True)
     for watch in watched.watches:
         watch.drift.every_seconds = 0.0
+
+
+async def seen(squadron: Squadron, fleet: Fleet) -> tuple[Scene, FleetBooks]:
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        return await squadron.scenes.at(tx), await fleet_books.load(tx, fleet)
 
 
 async def test_drift_is_told_once_when_it_begins_and_once_when_it_is_over(watched: Watched) -> None:
@@ -240,6 +246,21 @@ async def test_what_a_member_did_not_ask_for_gives_back_too(watched: Watched) ->
     assert await squadron.drawn(fleet) == {member: 22_500}
     await squadron.desk.order(member, "sell", "0.5", reduce_only=True)
     assert await squadron.drawn(fleet) == {member: 22_500}
+    # not while another one of the pool is called
+    other = await squadron.member(fleet, 30_000)
+    await squadron.desk.deposit(other, "USDC", 4_500)
+    await squadron.desk.order(other, "buy", 4, "ETH-PERP")
+    await squadron.desk.prices({"ETH": "2700"})
+    await watched.decide(other)
+    for watch in watched.watches:
+        await watch.returns.look(fleet, *await seen(squadron, fleet))
+    assert (await squadron.drawn(fleet))[member] == 22_500
+    await squadron.desk.prices({"ETH": "3000"})
+    await watched.decide(other)
+    await squadron.desk.order(other, "sell", 4, "ETH-PERP", reduce_only=True)
+    await squadron.desk.withdraw(other, "USDC", 4_500)
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        await fleets.remove(tx, await fleets.get_member(tx, fleet.id, other))
     await watched.look()
     assert await squadron.drawn(fleet) == {member: 15_000}
     # a price alone moves nothing, once both know the book
