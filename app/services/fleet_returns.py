@@ -1,17 +1,21 @@
 """What members have drawn flows back after what they did not ask for too: a liquidation, a venue's fill, a due timer.
 
 A request's own give-back is in `delegation`. A book that has not changed since it was looked at is not looked at again,
-so that a price alone moves no money. Nor does any while a call is live in the fleet's pool: what one member's
-liquidation sets free would save another one or not, by who comes first, and no cascade could be foretold.
+so that a price alone moves no money. Nor does any while an account of the fleet's pool is in breach or under a call:
+what one member's liquidation sets free would save another one or not, by who comes first, and no cascade could be
+foretold.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 from app.db.session import Database
+from app.domain.book import Book
 from app.services import book, delegation
 from app.services.delegation import Pair
 from app.services.fleet_books import FleetBooks
@@ -35,18 +39,23 @@ class Returns:
     """Versions of the books that were looked at, by member."""
 
     async def look(self, fleet: Fleet, scene: Scene, books: FleetBooks) -> None:
-        """Look at the members whose books have changed, some at a time. Raises DatabaseUnavailableError."""
-        if any(held.live_call is not None for held in (books.master, *books.pooled)):
+        """Look at the members whose books have changed, some at a time.
+
+        Raises DatabaseUnavailableError, InvalidError for a price that lacks.
+        """
+        pool = (books.master, *books.pooled)
+        if any(held.live_call is not None for held in pool):
             return
         changed = [
             held
             for member, held in books.members
             if member.drawn > 0 and held.live_call is None and self._seen.get(held.agent_id) != held.version
-        ]
-        for held in changed[:MEMBERS_A_LOOK_MAX]:
-            version = held.version
-            if delegation.spare(scene, held) >= LEAST:
-                version = await self._give_back(fleet.master_id, held.agent_id)
+        ][:MEMBERS_A_LOOK_MAX]
+        spare = [held for held in changed if delegation.spare(scene, held) >= LEAST]
+        if spare and await asyncio.to_thread(_in_breach, scene, pool):
+            return  # its call is about to be made
+        for held in changed:
+            version = await self._give_back(fleet.master_id, held.agent_id) if held in spare else held.version
             self._remember(held.agent_id, version)
 
     async def _give_back(self, master_id: str, agent_id: str) -> int:
@@ -63,3 +72,15 @@ class Returns:
         self._seen.move_to_end(agent_id)
         if len(self._seen) > MEMBERS_REMEMBERED_MAX:
             self._seen.popitem(last=False)
+
+
+def _in_breach(scene: Scene, pool: Sequence[Book]) -> bool:
+    """Tell whether any account is past its breach level. Raises InvalidError for a price that lacks."""
+    market = scene.market.parameters.policy
+    for held in pool:
+        if not held.is_leveraged:
+            continue
+        used = scene.figures(held).health.utilization
+        if used is None or used >= held.settings.policy(market).breach_utilization:
+            return True
+    return False
