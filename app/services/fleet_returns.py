@@ -51,11 +51,14 @@ class Returns:
             for member, held in books.members
             if member.drawn > 0 and held.live_call is None and self._seen.get(held.agent_id) != held.version
         ][:MEMBERS_A_LOOK_MAX]
-        spare = [held for held in changed if delegation.spare(scene, held) >= LEAST]
-        if spare and await asyncio.to_thread(_in_breach, scene, pool):
-            return  # its call is about to be made
+        spare = {held.agent_id for held in changed if delegation.spare(scene, held) >= LEAST}
+        if spare:
+            in_breach = await asyncio.to_thread(_in_breach, scene, pool)
+            if in_breach:
+                return  # its call is about to be made
         for held in changed:
-            version = await self._give_back(fleet.master_id, held.agent_id) if held in spare else held.version
+            gives = held.agent_id in spare
+            version = await self._give_back(fleet.master_id, held.agent_id) if gives else held.version
             self._remember(held.agent_id, version)
 
     async def _give_back(self, master_id: str, agent_id: str) -> int:
