@@ -35,6 +35,7 @@ _ATTEMPT_RESULTS = ("delivered", "refused", "timeout", "unreachable", "blocked")
 _LOAN_EVENTS = ("loan.collateral_low", "loan.recalled", "loan.liquidated")
 _ESCROW_EVENTS = ("funded", "accepted", "disputed", "released", "refunded", "cancelled", "resolved")
 _RUN_OUTCOMES = ("settled", "defaulted")
+_ZONES = ("GREEN", "YELLOW", "ORANGE", "RED")
 _POSITIONS = (0, 1, 3, 10, 30, 100, 300, 1_000, 3_000, 5_000)
 
 
@@ -212,7 +213,7 @@ class Metrics:
         )
 
     def _of_contracts(self) -> None:
-        """Count what becomes of loans, escrows and agreements; what is open of them is in `services/figures`."""
+        """Count what becomes of loans, contracts and fleets; what is open of them is in `services/figures`."""
         self.loan_events = Counter(
             "primerisk_loan_events_total",
             "What became of loans by themselves, by event.",
@@ -244,7 +245,13 @@ class Metrics:
         self.fleet_zone_changes = Counter(
             "primerisk_fleet_zone_changes_total",
             "Fleets that came into a zone, as it was told.",
-            ["zone"],
+            ("zone",),
+            registry=self.registry,
+        )
+        self.fleet_look_seconds = Histogram(
+            "primerisk_fleet_look_seconds",
+            "Time of one look at the fleets of a worker.",
+            buckets=_FAST_SECONDS,
             registry=self.registry,
         )
         self.fleet_top_ups = Counter(
@@ -260,6 +267,7 @@ class Metrics:
         _begin(self.loan_events, _LOAN_EVENTS)
         _begin(self.escrow_events, _ESCROW_EVENTS)
         _begin(self.netting_runs, _RUN_OUTCOMES)
+        _begin(self.fleet_zone_changes, _ZONES)
 
     def _of_webhooks(self) -> None:
         self.webhook_attempts = Counter(

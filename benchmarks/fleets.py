@@ -24,10 +24,13 @@ from app.db.session import Database, parse_database_url
 from app.domain.panel import Panel
 from app.services import fleet_books, fleet_pool, fleet_risk, fleets
 from app.services.fleet_risk import Asked
+from app.services.fleet_watch import FleetWatch
 from app.services.liquidation import Rules
 from app.services.margin import Scenes
 from app.services.market_cache import MarketCache
+from app.services.shards import SHARDS
 from app.settings import Settings
+from app.telemetry import Metrics
 from benchmarks.fleet import fleet, market
 from benchmarks.store import store
 
@@ -93,8 +96,14 @@ async def _measured(url: str) -> tuple[int, list[tuple[str, float]]]:
             best = read - begun + done - started
             rows = [("books read", read - begun), ("assessed", done - started), ("in all", best)]
     rows.append(("pool read and judged, whose turn it is", min([await _pool(database, scenes) for _ in range(ROUNDS)])))
+    watch = FleetWatch("bench", database, scenes, Metrics())
+    looks = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        await watch.look(range(SHARDS))
+        looks.append(time.perf_counter() - begun)
     await database.close()
-    return count, rows
+    return count, [*rows, ("a worker's look, each second", min(looks))]
 
 
 async def _pool(database: Database, scenes: Scenes) -> float:

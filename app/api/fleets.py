@@ -20,21 +20,23 @@ from app.db.session import Tx
 from app.domain import fleet_plan
 from app.domain.book import ZERO
 from app.domain.fleet_plan import Bounds, Policy, Share
-from app.domain.money import plain, to_float
+from app.domain.money import checked_amount, plain, to_float
 from app.domain.panel import HISTORY_DAYS
-from app.errors import invalid
+from app.errors import ForbiddenError, invalid
 from app.services import accounts, book, calls, delegation, fleet_books, fleet_cascade, fleet_risk, fleets
 from app.services.accounts import Caller
 from app.services.delegation import Pair
 from app.services.fleet_cascade import Crash
 from app.services.fleet_risk import Asked
 from app.services.fleets import Fleet, Member, Terms
+from app.services.history_cache import Known
 from app.services.liquidation import Rules
 
 router = APIRouter(prefix="/api/fleets", tags=["fleets"])
 
 Delegated = Literal["pooled", "isolated"]
 
+EMERGENCIES = ("ORANGE", "RED")
 CRASH_MAX = 10
 """A price rises to eleven times at most."""
 
@@ -67,6 +69,12 @@ class MemberPatch(wire.Request):
     on_excess: Literal["refuse", "reduce_only"] | None = None
 
 
+class SweepPost(wire.Request):
+    """POST /api/fleets/{id}/members/{agent_id}/sweep: all that the member can do without where `amount` is left out."""
+
+    amount: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+
+
 class DryPowderPost(wire.Request):
     """POST /api/fleets/{id}/dry-powder: released in an emergency, or for a reason that is given."""
 
@@ -94,6 +102,7 @@ class CascadePost(wire.Request):
 _FLEET = wire.Body(FleetPost)
 _MEMBER = wire.Body(MemberPost)
 _PATCH = wire.Body(MemberPatch)
+_SWEEP = wire.Body(SweepPost)
 _POWDER = wire.Body(DryPowderPost)
 _REBALANCE = wire.Body(RebalancePost)
 _CASCADE = wire.Body(CascadePost)
@@ -144,11 +153,28 @@ async def list_fleets(request: Request, led: Leader, limit: Limit = PAGE_MAX, cu
     return wire.JsonResponse({"fleets": [_stored(fleet) for fleet in found], "next_cursor": more})
 
 
+@router.get("/membership", openapi_extra=document("The fleet an agent is in", scope="agent"))
+async def get_membership(request: Request, owner: BookOwner) -> Response:
+    """Show an agent the fleet that it is in or invited to, and what is delegated to it: of the others nothing."""
+    async with parts_of(request).database.transaction(owner.caller.key_id) as tx:
+        member, fleet = await fleets.membership(tx, owner.agent_id)
+    return wire.JsonResponse(_member(member) | {"fleet_name": fleet.name})
+
+
 @router.get("/{fleet_id}", openapi_extra=document("A fleet", scope="coordinator"))
 async def get_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
     """Show a fleet: what its master holds, what is drawn, what may still be."""
     async with parts_of(request).database.transaction(led.caller.key_id) as tx:
         return wire.JsonResponse(await _shown(tx, await fleets.get(tx, fleet_id, led.master_id)))
+
+
+@router.delete("/{fleet_id}", openapi_extra=document("Disband a fleet", scope="coordinator", status=204))
+async def delete_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
+    """End a fleet without members: its master is an agent like any other again."""
+    fleet = await _fleet(request, led, fleet_id)
+    async with parts_of(request).database.transaction(led.caller.key_id) as tx:
+        await fleets.disband(tx, fleet)
+    return Response(status_code=204)
 
 
 @router.post(
@@ -180,7 +206,7 @@ async def _made(request: Request, led: Led, fleet: Fleet, name: str, terms: Term
     """Add a new agent. Its key is nowhere but in this reply: an Idempotency-Key would have it stored."""
     async with parts_of(request).database.transaction(led.caller.key_id) as tx:
         agent_id = await accounts.create_agent(tx, name)
-        member = await fleets.invite(tx, fleet, agent_id, terms, joins=True)
+        member = await fleets.invite(tx, fleet, agent_id, terms, joins=True, made=True)
         key = await accounts.create_key(tx, agent_id, {"agent"}, name)
     return wire.JsonResponse({**_member(member), "api_key": key.text, "key_id": key.id}, 201)
 
@@ -228,6 +254,44 @@ async def delete_member(request: Request, led: Leader, fleet_id: str, agent_id: 
     return Response(status_code=204)
 
 
+@router.post(
+    "/{fleet_id}/members/{agent_id}/sweep",
+    openapi_extra=document("Take a member's profit", request=SweepPost, scope="coordinator"),
+)
+async def sweep_member(request: Request, led: Leader, fleet_id: str, agent_id: str) -> Response:
+    """Move what a member that was made for the fleet has of its own, and can do without, into the master's wallet."""
+    asked = await body_of(request, _SWEEP, empty=b"{}")
+    amount = (
+        None if (given := wire.exact_or_none(asked.amount, "/amount")) is None else checked_amount("/amount", given)
+    )
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        member, pair = await _gathered(request, tx, fleet, agent_id)
+        if not member.made_for_fleet:
+            raise ForbiddenError("a member that was not made for the fleet keeps its own money", code="scope_missing")
+        moved = await delegation.sweep(tx, await parts_of(request).scenes.at(tx), pair, amount)
+        return Reply(_member(member) | {"amount": plain(moved)})
+
+    return await once_in(request, led.owner(fleet), deed)
+
+
+@router.post(
+    "/{fleet_id}/members/{agent_id}/write-off",
+    openapi_extra=document("Count what a member has lost as lost", request=NothingIn, scope="coordinator"),
+)
+async def write_off_member(request: Request, led: Leader, fleet_id: str, agent_id: str) -> Response:
+    """Count what a member drew and lost as the fleet's loss: its delegation is whole again, and it may leave."""
+    await body_of(request, _NOTHING, empty=b"{}")
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        member, pair = await _gathered(request, tx, fleet, agent_id)
+        return Reply(_member(await delegation.write_off(tx, pair.member, member)))
+
+    return await once_in(request, led.owner(fleet), deed)
+
+
 @router.post("/{fleet_id}/join", openapi_extra=document("Join a fleet", request=NothingIn, scope="agent"))
 async def join(request: Request, owner: BookOwner, fleet_id: str) -> Response:
     """Agree to an invitation: from then on the coordinator sees the agent's book and acts for it."""
@@ -269,7 +333,7 @@ async def dry_powder(request: Request, led: Leader, fleet_id: str) -> Response:
             changed = await fleets.restore_dry_powder(tx, fresh, asked.reason or "restored by the coordinator")
         else:
             reason = asked.reason or await _emergency(request, tx, fresh)
-            changed = await fleets.release_dry_powder(tx, fresh, reason)
+            changed = await fleets.release_dry_powder(tx, fresh, reason, in_emergency=not asked.reason)
         return Reply(await _shown(tx, changed))
 
     return await once_in(request, led.owner(fleet), deed)
@@ -353,23 +417,29 @@ async def rebalance(request: Request, led: Leader, fleet_id: str) -> Response:
     asked, parts = await body_of(request, _REBALANCE), parts_of(request)
     bounds = Bounds(*_bounds(asked))
     fleet = await _fleet(request, led, fleet_id)
+    known = await _history(request, led, fleet)  # before there are locks, for others wait for them
 
     async def deed(tx: Tx) -> Reply:
-        agents = await fleets.agents_of(tx, fleet)
-        if asked.apply:
-            await accounts.lock_accounts(tx, agents)
+        agents = await (fleets.lock(tx, fleet) if asked.apply else fleets.agents_of(tx, fleet))
         scene = await parts.scenes.at(tx)
-        fresh = await fleets.get(tx, fleet.id, fleet.master_id)
-        books, returns = await fleet_books.load(tx, fresh), await fleet_risk.daily_returns(tx, agents, HISTORY_DAYS)
-        known = await history_of(parts, fleet_risk.names_of(books, scene), HISTORY_DAYS, "/policy")
+        books = await fleet_books.load(tx, await fleets.get(tx, fleet.id, fleet.master_id))
+        returns = await fleet_risk.daily_returns(tx, agents, HISTORY_DAYS)
         members = await parts.workshop.run(fleet_risk.members_to_plan, books, scene, known.panel, returns)
-        planned = fleet_plan.plan(members, fleet_books.reach(books), asked.policy, bounds)
+        planned = fleet_plan.plan(members, fleet_books.to_share_out(books), asked.policy, bounds)
         if asked.apply:
-            await fleets.redelegate(tx, [m for m, _ in books.members], planned, asked.policy)
+            await fleets.redelegate(tx, books.rebalanced, planned, asked.policy)
         moves = [_planned(member, amount) for member, amount in zip(members, planned, strict=True)]
         return Reply({"fleet_id": fleet.id, "policy": asked.policy, "applied": bool(asked.apply), "moves": moves})
 
     return await once_in(request, led.owner(fleet), deed)
+
+
+async def _history(request: Request, led: Led, fleet: Fleet) -> Known:
+    """Return the returns of what a fleet holds. Raises InvalidError `too_much_work`."""
+    parts = parts_of(request)
+    async with parts.database.transaction(led.caller.key_id) as tx:
+        books, scene = await fleet_books.load(tx, fleet), await parts.scenes.at(tx)
+    return await history_of(parts, fleet_risk.names_of(books, scene), HISTORY_DAYS, "/policy")
 
 
 def _bounds(asked: RebalancePost) -> tuple[float, float]:
@@ -387,11 +457,18 @@ def _planned(member: Share, amount: Decimal) -> dict[str, Any]:
 
 
 async def _emergency(request: Request, tx: Tx, fleet: Fleet) -> str:
-    """Return why the dry powder may be released without a reason. Raises InvalidError where there is none."""
-    health = fleet_books.figures(await parts_of(request).scenes.at(tx), await fleet_books.load(tx, fleet)).health
-    if health.zone not in ("ORANGE", "RED"):
-        raise invalid("/reason", "no_emergency", f"the fleet is in {health.zone}: give a reason")
-    return f"the fleet is in {health.zone}"
+    """Return why the dry powder may be released without a reason: the zone last told, or that of this moment.
+
+    Raises ConflictError where prices are stale, InvalidError where there is no emergency.
+    """
+    if fleet.zone not in EMERGENCIES:
+        scene = await parts_of(request).scenes.at(tx)
+        figures = fleet_books.figures(scene, await fleet_books.load(tx, fleet))
+        scene.require_fresh(figures)
+        if figures.health.zone not in EMERGENCIES:
+            raise invalid("/reason", "no_emergency", f"the fleet is in {figures.health.zone}: give a reason")
+        return f"the fleet is in {figures.health.zone}"
+    return f"the fleet is in {fleet.zone}"
 
 
 async def _fleet(request: Request, led: Led, fleet_id: str) -> Fleet:
@@ -402,11 +479,16 @@ async def _fleet(request: Request, led: Led, fleet_id: str) -> Fleet:
 
 async def _recalled(request: Request, tx: Tx, fleet: Fleet, agent_id: str) -> Member:
     """Lock a member and its master, have what it can spare given back, and return it as it then stands."""
+    return (await _gathered(request, tx, fleet, agent_id))[0]
+
+
+async def _gathered(request: Request, tx: Tx, fleet: Fleet, agent_id: str) -> tuple[Member, Pair]:
+    """Do as `_recalled`, and return both books as they then stand too."""
     await fleets.get_member(tx, fleet.id, agent_id)
     books = await book.lock_all(tx, {fleet.master_id, agent_id})
-    member, scene = books[agent_id], await parts_of(request).scenes.at(tx)
-    await delegation.give_back(tx, scene, Pair(member, books[fleet.master_id]))
-    return await fleets.get_member(tx, fleet.id, agent_id)
+    scene = await parts_of(request).scenes.at(tx)
+    pair = await delegation.give_back(tx, scene, Pair(books[agent_id], books[fleet.master_id]))
+    return await fleets.get_member(tx, fleet.id, agent_id), pair
 
 
 def _changed(before: Member, asked: MemberPatch, most: Decimal | None) -> Terms:
@@ -421,14 +503,19 @@ def _changed(before: Member, asked: MemberPatch, most: Decimal | None) -> Terms:
 
 async def _shown(tx: Tx, fleet: Fleet) -> dict[str, Any]:
     """Return a fleet with what its master holds, in USDC."""
-    held = await book.load(tx, fleet.master_id)
-    balance = fleet_books.balance(held, fleet)
-    reach = fleets.reachable(balance - fleet.drawn, fleet.drawn, fleet.dry_powder, released=bool(fleet.released_at))
+    known = await fleets.wallet_of(tx, fleet.id)
+    fleet, held = known.fleet, known.held
+    reach = fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
     low, high = fleets.DRY_POWDER_ADVISED
-    advisories = [] if low <= fleet.dry_powder <= high else [{"code": "dry_powder_unusual", "low": low, "high": high}]
+    advisories: list[dict[str, Any]] = []
+    if not low <= fleet.dry_powder <= high:
+        advisories.append({"code": "dry_powder_unusual", "low": low, "high": high})
+    if known.delegated > reach:
+        advisories.append({"code": "over_delegated", "excess": plain(known.delegated - reach)})
     return {
         **_stored(fleet),
-        "balance": plain(balance),
+        "balance": plain(held + fleet.drawn),
+        "delegated": plain(known.delegated),
         "reachable": plain(reach),
         "available": plain(max(Decimal(0), reach - fleet.drawn)),
         "advisories": advisories,

@@ -24,6 +24,8 @@ fleets = Table(
     moment("released_at", nullable=True),  # since when members may reach the dry powder
     Column("release_reason", Text),
     Column("zone", Text, nullable=False, server_default="GREEN"),  # as it was last told
+    Column("in_emergency", Boolean, nullable=False, server_default=text("false")),  # released for its zone alone
+    moment("drifted_at", nullable=True),  # since when it is told that correlations have drifted
     check("name", "length(name) BETWEEN 1 AND 200"),
     check("dry_powder", "dry_powder >= 0 AND dry_powder <= 0.9"),
     check("drawn", _SUM.format("drawn")),
@@ -49,6 +51,7 @@ fleet_members = Table(
     moment("invited_at"),
     moment("joined_at", nullable=True),
     moment("capped_at", nullable=True),  # since when it is told that it draws no more
+    Column("made_for_fleet", Boolean, nullable=False, server_default=text("false")),  # and was nobody's before
     check("max_margin", "max_margin >= 0 AND max_margin < 1e15 AND scale(max_margin) <= 18"),
     check("drawn", _SUM.format("drawn")),
     check("cap", "drawn <= max_margin OR reduce_only"),

@@ -72,7 +72,30 @@ WHERE a.state <> 'ended'
 """
 """The netting agreements that have not ended."""
 
-VIEWS = ("operator_calls", "operator_accounts", "operator_loans", "operator_escrows", "operator_agreements")
+FLEETS = """
+CREATE VIEW operator_fleets AS
+SELECT f.id AS fleet_id, f.name, f.zone, f.drawn, f.dry_powder, f.released_at, f.release_reason, f.drifted_at,
+       f.created_at, f.master_id, f.drawn + (
+           SELECT coalesce(sum(CASE WHEN b.bucket IN ('owed', 'borrowed') THEN -b.amount ELSE b.amount END), 0)
+           FROM balances b WHERE b.agent_id = f.master_id AND b.asset = 'USDC') AS balance,
+       m.members, m.reduce_only, m.invited, m.delegated
+FROM fleets f CROSS JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE joined_at IS NOT NULL) AS members,
+           count(*) FILTER (WHERE reduce_only) AS reduce_only,
+           count(*) FILTER (WHERE joined_at IS NULL) AS invited,
+           coalesce(sum(max_margin) FILTER (WHERE joined_at IS NOT NULL), 0) AS delegated
+    FROM fleet_members WHERE fleet_id = f.id) AS m
+"""
+"""The fleets with what their wallets hold, USDC, and their members by number."""
+
+VIEWS = (
+    "operator_calls",
+    "operator_accounts",
+    "operator_loans",
+    "operator_escrows",
+    "operator_agreements",
+    "operator_fleets",
+)
 
 _ROLE = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
@@ -87,5 +110,5 @@ async def grant(tx: Tx, role: str) -> None:
     await tx.connection.execute(text(f"GRANT SELECT ON {', '.join(VIEWS)} TO {role}"))
 
 
-for _statement in (CALLS, ACCOUNTS, LOANS, ESCROWS, AGREEMENTS):
+for _statement in (CALLS, ACCOUNTS, LOANS, ESCROWS, AGREEMENTS, FLEETS):
     event.listen(metadata, "after_create", DDL(_statement))  # type: ignore[no-untyped-call]

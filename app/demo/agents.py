@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import msgspec
 
+from app.demo.coordinator import release
 from app.demo.fleet import ASSETS, GENEROSITY, INITIAL_RATE, OPENING, REACTION, Member
 from app.demo.stage import Player, RefusedError, Stage
 from app.demo.told import TOLD
@@ -71,10 +72,17 @@ def _hear(stage: Stage, player: Player, kind: str, data: Mapping[str, Any]) -> N
         return  # of the changes of level, those of zone
     what, more, style = tell(player, data)
     stage.say(player.member.name, what, more, style)
+    if kind == "fleet.zone_changed" and data["zone"] in ("ORANGE", "RED"):
+        _begin(stage, release(stage, player))
     if kind in ("margin_call.opened", "margin_call.reminded"):
-        task = asyncio.create_task(_answer(stage, player, data["margin_call_id"]))
-        stage.tasks.add(task)
-        task.add_done_callback(stage.tasks.discard)
+        _begin(stage, _answer(stage, player, data["margin_call_id"]))
+
+
+def _begin(stage: Stage, work: Coroutine[Any, Any, None]) -> None:
+    """Have an agent do something while others go on."""
+    task = asyncio.create_task(work)
+    stage.tasks.add(task)
+    task.add_done_callback(stage.tasks.discard)
 
 
 async def _answer(stage: Stage, player: Player, call_id: str) -> None:

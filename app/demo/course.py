@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from app.demo.agents import enter, listen
-from app.demo.fleet import ASSETS, BORROWER, FLEET, LENDER, OPENING, PAYERS, market_path
+from app.demo.coordinator import gather
+from app.demo.fleet import ASSETS, BORROWER, DRAWERS, FLEET, LEADER, LENDER, OPENING, PAYERS, market_path
 from app.demo.payments import clear, lend
 from app.demo.service import Service, running_service
 from app.demo.stage import Player, RefusedError, Stage, receiving
@@ -76,6 +77,7 @@ async def _play(service: Service, console: Console, seed: int, seconds: float) -
         for member in FLEET:  # one after the other: each draws from the same rng
             await enter(stage, member)
         await lend(stage)
+        await gather(stage)
         async with _listening(stage):
             stage.started = asyncio.get_running_loop().time()
             await _trade(stage, path)
@@ -85,7 +87,8 @@ async def _play(service: Service, console: Console, seed: int, seconds: float) -
 
 async def _check_alone(stage: Stage) -> None:
     """Refuse a service that has agents other than the demonstration's: it would move their market."""
-    names = {member.name for member in (*FLEET, LENDER, BORROWER)} | set(PAYERS)
+    members = (*FLEET, LENDER, BORROWER, LEADER, *(member for member, *_ in DRAWERS))
+    names = {member.name for member in members} | set(PAYERS)
     others = [agent["name"] for agent in (await stage.send("GET", "/agents"))["agents"] if agent["name"] not in names]
     if others:
         raise StartupError(

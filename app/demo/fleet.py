@@ -19,7 +19,7 @@ LEVELS = ((0.0, 1.0), (0.15, 1.0), (0.40, 0.76), (0.60, 0.77), (0.75, 0.98), (1.
 INITIAL_RATE = 0.30
 """Initial margin of the three markets, as a share of notional: how much a utilization buys."""
 
-Plan = Literal["deposits", "reduces", "waits", "sleeps", "is careful", "is short", "lends", "borrows"]
+Plan = Literal["deposits", "reduces", "waits", "sleeps", "is careful", "is short", "lends", "borrows", "leads", "draws"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,14 @@ FLEET = (
 )
 LENDER, BORROWER = Member("Mona", "lends", 0.0, 0.4), Member("Nils", "borrows", 0.0, 0.4)
 PAYERS = ("Mara", "Otto")
+LEADER = Member("Rosa", "leads", 0.0, 0.4)
+WALLET = 16_500
+"""USDC of the fleet's master: what its members draw at first is within reach, what they draw in the crash is not."""
+DRAWERS = (
+    (Member("Sven", "draws", 0.0, 0.6), "pooled", 14_000, 0.35),
+    (Member("Tara", "draws", 0.0, 0.15), "isolated", 6_000, 0.25),
+)
+"""Members of a fleet, how they are delegated to, how much, and the bitcoins that they buy with it."""
 LENT, PLEDGED = 5_000, 0.104
 """USDC that the one lends the other, and the bitcoins that secure it: a tenth more than they have to."""
 REACTION = 0.03

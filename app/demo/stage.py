@@ -64,6 +64,8 @@ class Player:
     """What it has done about the call that is open."""
     cures: list[str] = field(default_factory=list)
     slices: int = 0
+    fleet_id: str | None = None
+    """The fleet that it leads."""
 
 
 @dataclass(slots=True)

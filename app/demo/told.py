@@ -30,7 +30,7 @@ def _reminded(_: Player, data: Mapping[str, Any]) -> _Told:
 
 def _cured(player: Player, data: Mapping[str, Any]) -> _Told:
     player.is_called = False
-    how = player.answered or "the price"
+    how = player.answered or ("its fleet" if player.member.plan == "draws" else "the price")
     player.cures.append(how)
     return "cured", f"by {how}, {_percent(data['utilization'])}", "green"
 
@@ -57,6 +57,23 @@ def _zone(_: Player, data: Mapping[str, Any]) -> _Told:
     return f"is {data['zone']}", f"after {data['zone_before']}, {_percent(data['utilization'])}", style
 
 
+def _fleet_zone(player: Player, data: Mapping[str, Any]) -> _Told:
+    _, more, style = _zone(player, data)
+    return f"fleet {data['zone']}", more, style
+
+
+def _powder(_: Player, data: Mapping[str, Any]) -> _Told:
+    return "powder is out", f"{data['dry_powder']:.0%} of the wallet, {data['reason']}", "yellow"
+
+
+def _restored(_: Player, data: Mapping[str, Any]) -> _Told:
+    return "powder is back", f"{data['reason']}, {data['drawn']:,.2f} are drawn", "green"
+
+
+def _capped(_: Player, data: Mapping[str, Any]) -> _Told:
+    return "is capped", f"{data['drawn']:,.2f} of {data['max_margin']:,.2f} USDC are drawn", "yellow"
+
+
 def _loan_opened(player: Player, data: Mapping[str, Any]) -> _Told:
     return player.member.plan, f"{data['principal']:,.2f} {data['asset']} at {data['rate_apy']:.1%} a year", "green"
 
@@ -73,6 +90,10 @@ def _loan_closed(_: Player, data: Mapping[str, Any]) -> _Told:
 
 
 TOLD = {
+    "fleet.zone_changed": _fleet_zone,
+    "fleet.dry_powder_released": _powder,
+    "fleet.dry_powder_restored": _restored,
+    "fleet.member_capped": _capped,
     "loan.opened": _loan_opened,
     "loan.collateral_low": _loan_low,
     "loan.liquidated": _loan_closed,

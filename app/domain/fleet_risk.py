@@ -20,7 +20,7 @@ from app.domain.regimes import Drift, drift
 from app.domain.var.tail import YEAR_DAYS
 from app.errors import InvalidError
 
-MODELS_SHOWN = ("isolated", "cross", "portfolio")
+MODELS_SHOWN = ("isolated", "cross", "scenario", "portfolio", "span")
 SHARPE_DAYS_MIN = 20
 """Daily returns below which a Sharpe ratio says nothing."""
 
@@ -67,6 +67,12 @@ class FleetDrift:
 
     found: Drift
     stressed: float
+
+    @property
+    def mean_distance(self) -> float:
+        """The root mean square over pairs of assets of how far their correlation is off; 0 where there is no pair."""
+        ordered = len(self.found.names) * (len(self.found.names) - 1)
+        return self.found.distance / math.sqrt(ordered) if ordered else 0.0
 
 
 def fleet_drift(exposures: Floats, recent: Covariance, confidence: float, parameters: MarketParameters) -> FleetDrift:

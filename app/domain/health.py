@@ -17,6 +17,7 @@ MAINTENANCE_MIN = 1e-9
 """USD below which there is nothing to keep: a ratio to it says nothing."""
 
 Band = Literal["safe", "warning", "critical"]
+ZONES = ("GREEN", "YELLOW", "ORANGE", "RED")
 
 
 @record(frozen=True, slots=True)

@@ -142,6 +142,7 @@ class ModelParameters:
     sizing_free_margin_share: float = 0.60
     sizing_weight_max: float = 0.25
     deleverage_utilization: float = 0.55
+    fleet_drift: float = 0.20
 
     def regime_multiplier(self, regime: Regime) -> float:
         """Return the margin multiplier of a regime."""

@@ -13,11 +13,12 @@ from typing import TypeVar
 
 from app.db.session import Tx
 from app.domain.book import ZERO, Book
-from app.domain.money import round_owned, to_decimal, to_float
+from app.domain.money import plain, round_owned, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_ASSET, SETTLEMENT_DECIMALS, Move, agent, pay_in
 from app.domain.quote import AccountFigures
 from app.errors import ConflictError, InvalidError, conflict
 from app.services import book, fleets, ledger, wallet
+from app.services.fleets import Member
 from app.services.ledger import Occasion
 from app.services.margin import Scene, Scenes
 
@@ -135,17 +136,54 @@ async def give_back(tx: Tx, scene: Scene, pair: Pair) -> Pair:
     return await _moved(tx, scene, pair, moves, drawn, -amount)
 
 
-def spare(scene: Scene, member: Book) -> Decimal:
-    """Return how much of what it has drawn a member can do without, USDC.
+async def sweep(tx: Tx, scene: Scene, pair: Pair, amount: Decimal | None) -> Decimal:
+    """Move a member's own USDC that it can do without to the master, all or an amount of it; return how much.
 
-    All that is free where nothing is open; else what leaves utilization at its target and gross notional within the
-    cap. Nothing while a margin call is live, or on prices that are stale or missing.
+    Both are locked, and what it could spare of what it drew is given back. Raises ConflictError.
     """
-    if member.delegation is None or member.live_call is not None:
+    member, master, delegation = pair.member, pair.master, pair.member.delegation
+    most = max(ZERO, loose(scene, member) - (ZERO if delegation is None else delegation.drawn))
+    moved = most if amount is None else amount
+    if moved > most:
+        detail = f"{plain(most):f} {SETTLEMENT_ASSET} are its own and not needed for what is open"
+        raise ledger.insufficient_funds(detail, available=plain(most))
+    if moved > 0:
+        source, owed = agent(member.agent_id, "free"), master.holding(SETTLEMENT_ASSET).owed
+        moves = pay_in(master.agent_id, SETTLEMENT_ASSET, moved, source, owed)
+        reference = None if delegation is None else delegation.fleet_id
+        await ledger.post(tx, Occasion(member.agent_id, SERVICE, "sweep", reference), moves)
+        await _shift_peaks(tx, scene, pair, -moved)
+    return moved
+
+
+async def write_off(tx: Tx, member: Book, stored: Member) -> Member:
+    """Count what a member has drawn and lost as lost. Both are locked, and what it could spare is given back.
+
+    Raises ConflictError `positions_open` while anything is open, set aside or held that may still bring some back.
+    """
+    if stored.drawn <= 0:
+        return stored
+    if member.is_leveraged or member.reservations or member.holding(SETTLEMENT_ASSET).held > 0:
+        raise conflict("/drawn", "positions_open", "something is open or held: what is lost shows when nothing is")
+    return await fleets.write_off(tx, stored)
+
+
+def spare(scene: Scene, member: Book) -> Decimal:
+    """Return how much of what it has drawn a member can do without, USDC."""
+    return ZERO if member.delegation is None else min(member.delegation.drawn, loose(scene, member))
+
+
+def loose(scene: Scene, member: Book) -> Decimal:
+    """Return how much of its free USDC an account can do without.
+
+    All where nothing is open; else what leaves utilization at its target and gross notional within the cap. Nothing
+    while a margin call is live, or on prices that are stale or missing.
+    """
+    free = member.holding(SETTLEMENT_ASSET).free
+    if member.live_call is not None:
         return ZERO
-    most = min(member.delegation.drawn, member.holding(SETTLEMENT_ASSET).free)
-    if not member.is_leveraged or most <= 0:
-        return most
+    if not member.is_leveraged or free <= 0:
+        return free
     try:
         figures = scene.figures(scene.exposed(member))
         scene.require_fresh(figures)
@@ -153,7 +191,7 @@ def spare(scene: Scene, member: Book) -> Decimal:
     except (ConflictError, InvalidError):
         return ZERO
     unused = _unused(scene, member, figures) / worth if worth > 0.0 else 0.0
-    return min(most, round_owned(to_decimal(max(0.0, unused)), SETTLEMENT_DECIMALS))
+    return min(free, round_owned(to_decimal(max(0.0, unused)), SETTLEMENT_DECIMALS))
 
 
 def _unused(scene: Scene, member: Book, figures: AccountFigures) -> float:
@@ -169,11 +207,16 @@ async def _moved(tx: Tx, scene: Scene, pair: Pair, moves: list[Move], drawn: Dec
         raise RuntimeError("a draw of who is no member")
     kind: ledger.Kind = "delegate" if amount > 0 else "undelegate"
     await ledger.post(tx, Occasion(member.agent_id, SERVICE, kind, delegation.fleet_id), moves)
-    worth = scene.worth(SETTLEMENT_ASSET, abs(amount)) * (1.0 if amount > 0 else -1.0)
-    for held, flow in ((member, worth), (pair.master, -worth)):
-        await wallet.shift_peak(tx, scene, held, flow)
+    await _shift_peaks(tx, scene, pair, amount)
     after = replace(member.after_moves(moves), delegation=replace(delegation, drawn=drawn))
     return Pair(after, pair.master.after_moves(moves))
+
+
+async def _shift_peaks(tx: Tx, scene: Scene, pair: Pair, amount: Decimal) -> None:
+    """Have what came in to the member, or (below zero) went to the master, be no profit or loss of either."""
+    worth = scene.worth(SETTLEMENT_ASSET, abs(amount)) * (1.0 if amount > 0 else -1.0)
+    for held, flow in ((pair.member, worth), (pair.master, -worth)):
+        await wallet.shift_peak(tx, scene, held, flow)
 
 
 def net_utilization(required: float, balance: Decimal) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from app.db.session import Tx
-from app.domain.book import Book
+from app.domain.book import ZERO, Book
 from app.domain.fleet import merged
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.quote import AccountFigures
@@ -28,9 +28,14 @@ class FleetBooks:
         """The books of the members whose delegation is pooled."""
         return [held for member, held in self.members if member.delegation == "pooled"]
 
+    @property
+    def rebalanced(self) -> list[Member]:
+        """The members whose delegation is set anew with the others': who is to reduce keeps its own."""
+        return [member for member, _ in self.members if not member.reduce_only]
+
 
 async def load(tx: Tx, fleet: Fleet) -> FleetBooks:
-    """Return the books of a fleet, all as one statement sees them."""
+    """Return the books of a fleet, all as one statement sees them; who its members are as another one does."""
     members = [m for m in await fleets.list_members(tx, fleet.id, fleets.MEMBERS_MAX) if m.joined_at is not None]
     books = await book.load_all(tx, [fleet.master_id, *(m.agent_id for m in members)])
     return FleetBooks(fleet, books[fleet.master_id], [(m, books[m.agent_id]) for m in members])
@@ -52,3 +57,8 @@ def reach(books: FleetBooks) -> Decimal:
     fleet = books.fleet
     held = balance(books.master, fleet) - fleet.drawn
     return fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
+
+
+def to_share_out(books: FleetBooks) -> Decimal:
+    """Return what there is to be delegated anew, USDC: what all may reach less what those hold who are to reduce."""
+    return max(ZERO, reach(books) - sum((m.drawn for m, _ in books.members if m.reduce_only), ZERO))

@@ -11,7 +11,7 @@ from sqlalchemy import ARRAY, Integer, Text, bindparam, text
 
 from app.db.session import Tx
 from app.domain.black76 import Floats
-from app.domain.book import Book
+from app.domain.book import Book, reserved_value
 from app.domain.book_columns import book_columns
 from app.domain.covariance import Covariance, estimate
 from app.domain.fleet import merged
@@ -27,7 +27,7 @@ from app.domain.fleet_risk import (
     sharpe,
 )
 from app.domain.margin.result import MarginTerms
-from app.domain.money import plain, to_float
+from app.domain.money import plain
 from app.domain.panel import HISTORY_DAYS_MIN, Panel
 from app.domain.quote import AccountFigures, read_account
 from app.domain.snapshots import Worth, worth
@@ -101,7 +101,7 @@ def risk(
     ]
     return {
         "balance": plain(balance(books.master, books.fleet)),
-        "net_utilization": _net_utilization(books, margins),
+        "net_utilization": _net_utilization(books, margins, scene),
         **_health(one),
         "margin": {m.model: _netted(m) for m in margins},
         "var": {
@@ -170,10 +170,10 @@ def _health(one: AccountFigures) -> dict[str, Any]:
     }
 
 
-def _net_utilization(books: FleetBooks, margins: Sequence[FleetMargin]) -> float | None:
+def _net_utilization(books: FleetBooks, margins: Sequence[FleetMargin], scene: Scene) -> float | None:
     """Return what members reserve, margin under the cross model and for services, over the master's balance."""
-    cross = next(m for m in margins if m.model == "cross")
-    reserved = sum(to_float(r.remaining) for _, held in books.members for r in held.reservations if r.asset == "USDC")
+    cross, view = next(m for m in margins if m.model == "cross"), scene.market
+    reserved = sum(reserved_value(held.reservations, view.parameters, view.prices) for _, held in books.members)
     return net_utilization(float(cross.alone[1:].sum()) + reserved, balance(books.master, books.fleet))
 
 
@@ -187,6 +187,17 @@ def _concentration(exposures: Floats, names: Sequence[str], everyone: Sequence[B
     }
 
 
+def drifted(books: FleetBooks, scene: Scene, recent: Panel) -> dict[str, Any] | None:
+    """Return how far recent correlations of what a fleet holds are from calm ones, and what that costs.
+
+    None where it holds nothing with a history. Raises InvalidError for a volatility that lacks.
+    """
+    prices = {symbol: price.value for symbol, price in scene.market.prices.items()}
+    found = worth(book_columns(_all(books)), prices, scene.market.parameters)
+    chosen = _covered(found, recent, scene)
+    return _drift(found.exposures[:, chosen], recent, [found.names[j] for j in chosen], Asked(), scene)
+
+
 def _drift(exposures: Floats, panel: Panel, names: Sequence[str], asked: Asked, scene: Scene) -> dict[str, Any] | None:
     if not names:
         return None
@@ -197,6 +208,8 @@ def _drift(exposures: Floats, panel: Panel, names: Sequence[str], asked: Asked, 
         "window_days": RECENT_DAYS,
         "assets": got.found.names,
         "distance": got.found.distance,
+        "mean_distance": got.mean_distance,
+        "limit": parameters.models.fleet_drift,
         "nearest": got.found.nearest,
         "var_calm": got.found.expected,
         "var_recent": got.found.realised,
@@ -229,7 +242,8 @@ def _sharpe(returns: Sequence[float]) -> dict[str, Any]:
 
 def members_to_plan(books: FleetBooks, scene: Scene, panel: Panel, returns: dict[str, list[float]]) -> list[Share]:
     """Return the members as a plan of delegations sees them. Raises InvalidError for a price that lacks."""
-    parameters, everyone = scene.market.parameters, [held for _, held in books.members]
+    parameters, shared = scene.market.parameters, [(m, held) for m, held in books.members if not m.reduce_only]
+    everyone = [held for _, held in shared]
     prices = {symbol: price.value for symbol, price in scene.market.prices.items()}
     found = worth(book_columns(everyone), prices, parameters)
     chosen = _covered(found, panel, scene)
@@ -245,5 +259,5 @@ def members_to_plan(books: FleetBooks, scene: Scene, panel: Panel, returns: dict
             var=float(tail.own[k]),
             sharpe=sharpe(returns.get(held.agent_id, [])),
         )
-        for k, (member, held) in enumerate(books.members)
+        for k, (member, held) in enumerate(shared)
     ]

@@ -1,4 +1,4 @@
-"""What is looked at of fleets again and again: their zone is told, members are stood by, dry powder is restored.
+"""What is looked at of fleets again and again: zone and drift are told, members stood by, dry powder restored.
 
 A look is a worker's, fleet by fleet, each step in a transaction of its own that judges anew under its locks: two that
 look at once tell once, and one that is killed in between has done nothing.
@@ -7,16 +7,19 @@ look at once tell once, and one that is killed in between has done nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Awaitable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.db.session import Database
+from app.domain.book import Book
 from app.domain.watch import settled_level
-from app.errors import ConflictError, DatabaseUnavailableError, PrimeriskError
+from app.errors import ConflictError, DatabaseUnavailableError, InvalidError, PrimeriskError
 from app.services import accounts, book, fleet_books, fleets
 from app.services.delegation import Pair
 from app.services.fleet_books import FleetBooks
+from app.services.fleet_drift import DriftWatch
+from app.services.fleet_returns import Returns
 from app.services.fleets import Fleet
 from app.services.margin import Scene, Scenes
 from app.services.stand_by import lacks, stand_by
@@ -38,49 +41,74 @@ class FleetWatch:
     database: Database
     scenes: Scenes
     metrics: Metrics
+    drift: DriftWatch = field(init=False)
+    returns: Returns = field(init=False)
     after: str = ""
     """The fleet that was looked at last: where there are many, the next look goes on from it."""
+
+    def __post_init__(self) -> None:
+        self.drift = DriftWatch(self.worker_id, self.database)
+        self.returns = Returns(self.worker_id, self.database, self.scenes)
 
     async def look(self, within: Collection[int]) -> None:
         """Look at the fleets whose masters are in these shards, a limited number. Raises DatabaseUnavailableError."""
         async with self.database.transaction(self.worker_id) as tx:
             found = await fleets.after(tx, self.after, FLEETS_A_LOOK_MAX, within)
         self.after = found[-1].id if len(found) == FLEETS_A_LOOK_MAX else ""
-        for fleet in found:
-            await self._one(fleet)
+        with self.metrics.fleet_look_seconds.time():
+            for fleet in found:
+                await self._unless_it_fails(fleet, self._one(fleet))
 
     async def _one(self, fleet: Fleet) -> None:
+        async with self.database.transaction(self.worker_id) as tx:
+            books = await fleet_books.load(tx, fleet)
+            scene = await self.scenes.at(tx)
+        await self._unless_it_fails(fleet, self._tell_zone(fleet, scene, books))
+        await self._unless_it_fails(fleet, self._stand_by_all(fleet, scene, books))
+        await self._unless_it_fails(fleet, self.returns.look(fleet, scene, books))
+        await self._unless_it_fails(fleet, self.drift.look(fleet, scene, books))
+
+    async def _unless_it_fails(self, fleet: Fleet, step: Awaitable[None]) -> None:
+        """Take a step; one that can't be taken keeps nobody from another. Raises DatabaseUnavailableError."""
         try:
-            async with self.database.transaction(self.worker_id) as tx:
-                books = await fleet_books.load(tx, fleet)
-                scene = await self.scenes.at(tx)
-            await self._tell_zone(fleet, scene, books)
-            for agent_id in needy(scene, books):
-                await self._stand_by(fleet.master_id, agent_id)
+            await step
         except DatabaseUnavailableError as error:
             if error.code != "database_busy":
                 raise
         except PrimeriskError:  # a price lacks or is stale: nothing is told or moved
             log.info("nothing is decided on %s now", fleet.id, exc_info=True)
+        except Exception:
+            self.metrics.decision_failures.inc()
+            log.exception("%s can't be looked at", fleet.id)
+
+    async def _stand_by_all(self, fleet: Fleet, scene: Scene, books: FleetBooks) -> None:
+        """Stand by the members that can be judged now: where a price of one is stale, the others are not let down."""
+        known = [(member, held) for member, held in books.members if _can_be_judged(scene, held)]
+        for agent_id in needy(scene, replace(books, members=known)):
+            await self._unless_it_fails(fleet, self._stand_by(fleet.master_id, agent_id))
 
     async def _tell_zone(self, seen: Fleet, scene: Scene, books: FleetBooks) -> None:
+        """Tell a fleet's zone where it has changed, and restore its dry powder once it is out of its emergency."""
         figures = fleet_books.figures(scene, books)
         scene.require_fresh(figures)
         used = figures.health.utilization
         zone = settled_level(zones(scene.market.parameters.policy), seen.zone, used)
-        if zone == seen.zone:
+        is_over = zone in CALM and (seen.zone not in CALM or seen.in_emergency)
+        if zone == seen.zone and not is_over:
             return
         async with self.database.transaction(self.worker_id) as tx:
             await accounts.lock_account(tx, seen.master_id)
             fleet = await fleets.get(tx, seen.id, None)
-            if fleet.zone != seen.zone:
-                return  # another worker has told it
-            told: dict[str, Any] = {"utilization": used, "equity": figures.equity}
-            told["required_initial"] = figures.health.required_initial
-            moved = await fleets.tell_zone(tx, fleet, zone, told)
-            if zone in CALM and moved.released_at is not None and seen.zone not in CALM:
-                await fleets.restore_dry_powder(tx, moved, f"the fleet is in {zone} again")
-        self.metrics.fleet_zone_changes.labels(zone).inc()
+            if fleet.zone != seen.zone or fleet.released_at != seen.released_at:
+                return  # another worker has told it, or its coordinator has acted meanwhile: the next look sees
+            if zone != seen.zone:
+                told: dict[str, Any] = {"utilization": used, "equity": figures.equity}
+                told["required_initial"] = figures.health.required_initial
+                fleet = await fleets.tell_zone(tx, fleet, zone, told)
+            if is_over:
+                await fleets.restore_dry_powder(tx, fleet, f"the fleet is in {zone} again")
+        if zone != seen.zone:
+            self.metrics.fleet_zone_changes.labels(zone).inc()
 
     async def _stand_by(self, master_id: str, agent_id: str) -> None:
         try:
@@ -92,6 +120,17 @@ class FleetWatch:
             return
         if drawn:
             self.metrics.fleet_top_ups.inc()
+
+
+def _can_be_judged(scene: Scene, held: Book) -> bool:
+    """Tell whether all prices of an account that is under a call are there and fresh; of others none is needed."""
+    if held.live_call is None:
+        return True
+    try:
+        scene.require_fresh(scene.figures(held))
+    except (ConflictError, InvalidError):
+        return False
+    return True
 
 
 def needy(scene: Scene, books: FleetBooks) -> list[str]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import Numeric, Select, Text, bindparam, delete, func, insert, select, text, update
+from sqlalchemy import Numeric, Select, Text, bindparam, case, delete, func, insert, select, text, update
 
 from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
-from app.db.tables import agents
+from app.db.tables import balances
 from app.domain.book import PAYING_SERVICES, ZERO, permits
 from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
@@ -31,7 +31,10 @@ DRY_POWDER_MAX = Decimal("0.9")
 DRY_POWDER_ADVISED = Decimal("0.15"), Decimal("0.20")
 MEMBERS_MAX = 1_000
 """Members of one fleet, the invited ones too."""
-MEMBERS_A_PAGE_MAX = 200
+INVITATIONS_MAX = 50
+"""Agents that a fleet has invited and that have not answered yet."""
+INVITATION = timedelta(days=7)
+"""How long an invitation keeps others from inviting the agent."""
 FLEETS_A_PAGE_MAX = 200
 SERVICES_MAX = 32
 PRIORITY_MAX = 1_000
@@ -54,6 +57,9 @@ class Fleet:
     released_at: datetime | None
     release_reason: str | None
     zone: str
+    in_emergency: bool
+    """Whether the dry powder is released for the zone that the fleet was in, and so until it is out of it."""
+    drifted_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class Member:
     invited_at: datetime
     joined_at: datetime | None
     capped_at: datetime | None
+    made_for_fleet: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +110,15 @@ async def create(tx: Tx, master_id: str, name: str, dry_powder: Decimal = DRY_PO
 
 
 async def _require_unattached(tx: Tx, agent_id: str, pointer: str) -> None:
-    """Refuse an agent that leads a fleet or is in one: fleets are not nested. Raises ConflictError."""
+    """Refuse an agent that leads a fleet or is in one: fleets are not nested. Raises ConflictError.
+
+    Its account is locked. An invitation that it has left unanswered for too long gives way.
+    """
+    columns = fleet_members.c
+    lapsed = (columns.agent_id == agent_id) & columns.joined_at.is_(None) & (columns.invited_at < tx.now - INVITATION)
+    await tx.connection.execute(delete(fleet_members).where(lapsed))
     leads = select(fleets.c.id).where(fleets.c.master_id == agent_id)
-    belongs = select(fleet_members.c.fleet_id).where(fleet_members.c.agent_id == agent_id)
+    belongs = select(columns.fleet_id).where(columns.agent_id == agent_id)
     for query in (leads, belongs):
         if (await tx.connection.execute(query)).first() is not None:
             raise conflict(pointer, "already_in_a_fleet", "the agent leads a fleet or belongs to one already")
@@ -124,9 +137,54 @@ async def get(tx: Tx, fleet_id: str, master_id: str | None) -> Fleet:
     return Fleet(**row)
 
 
+_SIGNED = case((balances.c.bucket.in_(("owed", "borrowed")), -balances.c.amount), else_=balances.c.amount)
+_HELD = (
+    select(func.coalesce(func.sum(_SIGNED), 0))
+    .where(balances.c.agent_id == fleets.c.master_id, balances.c.asset == SETTLEMENT_ASSET)
+    .scalar_subquery()
+    .label("held")
+)
+_DELEGATED = (
+    select(func.coalesce(func.sum(fleet_members.c.max_margin), 0))
+    .where(fleet_members.c.fleet_id == fleets.c.id, fleet_members.c.joined_at.is_not(None))
+    .scalar_subquery()
+    .label("delegated")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wallet:
+    """A fleet, the USDC that its master holds less what it owes, and what is delegated to its members together."""
+
+    fleet: Fleet
+    held: Decimal
+    delegated: Decimal
+
+
+async def wallet_of(tx: Tx, fleet_id: str) -> Wallet:
+    """Return a fleet with its wallet, all as one statement sees them. Raises NotFoundError."""
+    found = await tx.connection.execute(select(fleets, _HELD, _DELEGATED).where(fleets.c.id == fleet_id))
+    known = found.mappings().first()
+    if known is None:
+        raise no_such_fleet()
+    row = dict(known)
+    held, delegated = row.pop("held"), row.pop("delegated")
+    return Wallet(Fleet(**row), held, delegated)
+
+
 def no_such_fleet() -> NotFoundError:
     """Return the refusal of a fleet that is not there, or not the caller's to see."""
     return NotFoundError("There is no such fleet.", code="fleet_not_found")
+
+
+async def disband(tx: Tx, fleet: Fleet) -> None:
+    """End a fleet that has no members. Raises ConflictError `fleet_not_empty` where it has, or has invited one."""
+    await accounts.lock_account(tx, fleet.master_id)
+    remaining = select(fleet_members.c.agent_id).where(fleet_members.c.fleet_id == fleet.id).limit(1)
+    if (await tx.connection.execute(remaining)).first() is not None:
+        raise conflict("", "fleet_not_empty", "it has members, or invitations that are unanswered: let them go first")
+    await tx.connection.execute(delete(fleets).where(fleets.c.id == fleet.id))
+    await audit.record(tx, "fleet.disbanded", fleet.id, fleet.master_id)
 
 
 async def list_fleets(tx: Tx, master_id: str | None, limit: int, before: int | None = None) -> list[Fleet]:
@@ -155,6 +213,13 @@ async def tell_zone(tx: Tx, fleet: Fleet, zone: str, figures: Mapping[str, Any])
     return changed
 
 
+async def tell_drift(tx: Tx, fleet: Fleet, figures: Mapping[str, Any], *, drifting: bool) -> None:
+    """Write and tell that correlations have drifted, or no more; the master is locked."""
+    since = tx.now if drifting else None
+    await tx.connection.execute(update(fleets).where(fleets.c.id == fleet.id).values(drifted_at=since))
+    await events.emit(tx, "fleet.drift", fleet.master_id, {"drifting": drifting, **figures})
+
+
 COMMANDS = """
     SELECT 1 FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
     WHERE m.agent_id = $1 AND f.master_id = $2 AND m.joined_at IS NOT NULL"""
@@ -169,10 +234,10 @@ async def commands(tx: Tx, master_id: str, agent_id: str) -> bool:
 
 async def made(tx: Tx, master_id: str, agent_id: str) -> bool:
     """Tell whether a member was made for the fleet that another one leads, and was nobody's before."""
-    made_for = (fleet_members.c.agent_id == agents.c.id) & (fleet_members.c.invited_at == agents.c.created_at)
-    query = select(fleets.c.id).join(fleet_members, fleet_members.c.fleet_id == fleets.c.id).join(agents, made_for)
-    found = await tx.connection.execute(query.where(fleets.c.master_id == master_id, agents.c.id == agent_id))
-    return found.first() is not None
+    columns = fleet_members.c
+    query = select(columns.agent_id).join(fleets, fleets.c.id == columns.fleet_id)
+    query = query.where(fleets.c.master_id == master_id, columns.agent_id == agent_id, columns.made_for_fleet)
+    return (await tx.connection.execute(query)).first() is not None
 
 
 # --- members
@@ -202,6 +267,18 @@ async def agents_of(tx: Tx, fleet: Fleet) -> list[str]:
     return [fleet.master_id, *(await tx.connection.execute(joined)).scalars()]
 
 
+async def lock(tx: Tx, fleet: Fleet) -> list[str]:
+    """Lock the books of a fleet's master and of its members, and return who they are: nobody joins or leaves then.
+
+    Raises ConflictError `fleet_changed` where one has while the locks were waited for.
+    """
+    found = await agents_of(tx, fleet)
+    await accounts.lock_accounts(tx, found)
+    if set(await agents_of(tx, fleet)) != set(found):
+        raise conflict("", "fleet_changed", "a member has joined or left meanwhile: ask again")
+    return found
+
+
 def checked_terms(terms: Terms) -> Terms:
     """Return the terms with their digits alone. Raises InvalidError."""
     if not 0 <= terms.max_margin < Decimal("1e15"):
@@ -216,23 +293,43 @@ def checked_terms(terms: Terms) -> Terms:
     return Terms(plain(terms.max_margin), sorted(set(terms.services)), terms.liquidation_priority, terms.delegation)
 
 
-async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bool) -> Member:
-    """Add an agent to a fleet: at once, or when it has agreed to it. Raises ConflictError, InvalidError, NotFoundError.
+async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bool, made: bool = False) -> Member:
+    """Add an agent to a fleet: at once, or when it has agreed to it; one that is `made` for it joins at once.
 
-    Both accounts are locked here.
+    Both accounts are locked here. Raises ConflictError, InvalidError, NotFoundError.
     """
     checked = checked_terms(terms)
     await accounts.lock_accounts(tx, {fleet.master_id, agent_id})
+    await get(tx, fleet.id, fleet.master_id)  # it may have been disbanded meanwhile
     await _require_unattached(tx, agent_id, "/agent_id")
-    columns = fleet_members.c
-    count = await tx.connection.execute(select(func.count()).where(columns.fleet_id == fleet.id))
-    if count.scalar_one() >= MEMBERS_MAX:
-        raise conflict("", "fleet_full", f"a fleet has at most {MEMBERS_MAX} members")
-    row = asdict(checked) | {"agent_id": agent_id, "fleet_id": fleet.id, "invited_at": tx.now}
+    await _require_room(tx, fleet, joins=joins or made)
+    row = asdict(checked) | {"agent_id": agent_id, "fleet_id": fleet.id, "invited_at": tx.now, "made_for_fleet": made}
     added = await tx.connection.execute(insert(fleet_members).values(row).returning(fleet_members))
     member = Member(**added.mappings().one())
     await audit.record(tx, "fleet.invited", fleet.id, agent_id, max_margin=str(checked.max_margin))
-    return await _join(tx, fleet, member) if joins else member
+    return await _join(tx, fleet, member) if joins or made else member
+
+
+async def _require_room(tx: Tx, fleet: Fleet, *, joins: bool) -> None:
+    """Refuse one more than a fleet may have, or may have invited; its master is locked. Raises ConflictError."""
+    columns = fleet_members.c
+    unanswered = func.count().filter(columns.joined_at.is_(None))
+    counted = await tx.connection.execute(select(func.count(), unanswered).where(columns.fleet_id == fleet.id))
+    everybody, invited = counted.one()
+    if everybody >= MEMBERS_MAX:
+        raise conflict("", "fleet_full", f"a fleet has at most {MEMBERS_MAX} members")
+    if invited >= INVITATIONS_MAX and not joins:
+        detail = f"{INVITATIONS_MAX} invitations are unanswered: withdraw some"
+        raise conflict("", "too_many_invitations", detail)
+
+
+async def membership(tx: Tx, agent_id: str) -> tuple[Member, Fleet]:
+    """Return what an agent has of the fleet that it is in or invited to, and that. Raises NotFoundError."""
+    query = select(fleet_members.c.fleet_id).where(fleet_members.c.agent_id == agent_id)
+    fleet_id = (await tx.connection.execute(query)).scalar_one_or_none()
+    if fleet_id is None:
+        raise NotFoundError("The agent is in no fleet, and is invited to none.", code="member_not_found")
+    return await get_member(tx, fleet_id, agent_id), await get(tx, fleet_id, None)
 
 
 async def join(tx: Tx, fleet_id: str, agent_id: str) -> Member:
@@ -272,11 +369,11 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
     """Change what is delegated. The accounts are locked, and what the member could spare is given back.
 
     Raises ConflictError `delegation_in_use` where more is drawn than would be delegated, unless the member is to reduce
-    then.
+    then, or is to already.
     """
     checked = checked_terms(terms)
     excess = member.drawn - checked.max_margin
-    if excess > 0 and not reduce_only_on_excess:
+    if excess > 0 and not reduce_only_on_excess and not member.reduce_only:
         detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn and in use"
         raise conflict("/max_margin", "delegation_in_use", detail, drawn=plain(member.drawn))
     if checked.delegation != member.delegation:
@@ -284,15 +381,19 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
     changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_at=None)
     told = {name: value for name, value in asdict(checked).items() if value != getattr(member, name)}
     if told or changed.reduce_only != member.reduce_only:
-        figures = told | {"reduce_only": changed.reduce_only, "drawn": plain(changed.drawn), "cause": cause}
-        await _tell(tx, "fleet.delegation_changed", changed, **figures)
+        if changed.joined_at is not None:  # who is only invited has no part in it
+            figures = told | {"reduce_only": changed.reduce_only, "drawn": plain(changed.drawn), "cause": cause}
+            await _tell(tx, "fleet.delegation_changed", changed, **figures)
         await audit.record(tx, "fleet.delegated", member.fleet_id, member.agent_id, max_margin=str(checked.max_margin))
     return changed
 
 
 async def redelegate(tx: Tx, members: Sequence[Member], amounts: Sequence[Decimal], policy: str) -> None:
-    """Give members new delegations, none below what it has drawn. All accounts are locked."""
-    for member, amount in zip(members, amounts, strict=True):
+    """Give members new delegations, none below what it has drawn. All accounts are locked.
+
+    They are told in the order of their ids, as whoever tells several agents does: their events are numbered one by one.
+    """
+    for member, amount in sorted(zip(members, amounts, strict=True), key=lambda of: of[0].agent_id):
         terms = Terms(amount, member.services, member.liquidation_priority, member.delegation)
         await change_terms(tx, member, terms, reduce_only_on_excess=False, cause=policy)
 
@@ -308,6 +409,16 @@ async def remove(tx: Tx, member: Member) -> None:
         await _tell(tx, "fleet.member_left", member)
     await tx.connection.execute(delete(fleet_members).where(fleet_members.c.agent_id == member.agent_id))
     await audit.record(tx, "fleet.left", member.fleet_id, member.agent_id)
+
+
+async def write_off(tx: Tx, member: Member) -> Member:
+    """Count what a member has drawn as lost, its fleet's no more. The accounts are locked."""
+    lost, known = member.drawn, fleets.c
+    await tx.connection.execute(update(fleets).where(known.id == member.fleet_id).values(drawn=known.drawn - lost))
+    changed = await _change(tx, member.agent_id, drawn=ZERO, capped_at=None)
+    await _tell(tx, "fleet.written_off", changed, amount=plain(lost))
+    await audit.record(tx, "fleet.written_off", member.fleet_id, member.agent_id, amount=str(plain(lost)))
+    return changed
 
 
 async def _change(tx: Tx, agent_id: str, **values: Any) -> Member:
@@ -436,20 +547,27 @@ async def tell_capped(tx: Tx, agent_id: str, figures: Mapping[str, Any]) -> bool
 # --- dry powder
 
 
-async def release_dry_powder(tx: Tx, fleet: Fleet, reason: str) -> Fleet:
-    """Let members reach the dry powder; the master is locked. Raises ConflictError where they do already."""
+async def release_dry_powder(tx: Tx, fleet: Fleet, reason: str, *, in_emergency: bool = False) -> Fleet:
+    """Let members reach the dry powder; the master is locked. Raises ConflictError where they do already.
+
+    What is released `in_emergency` is restored once the fleet is out of it, else when it is asked for.
+    """
     if fleet.released_at is not None:
         raise conflict("/action", "already_released", "the dry powder is released already")
     if not 1 <= len(reason) <= REASON_CHARACTERS_MAX:
         raise invalid("/reason", "invalid_reason", f"a reason has 1 to {REASON_CHARACTERS_MAX} characters")
-    return await _powder(tx, fleet, "fleet.dry_powder_released", reason, released_at=tx.now, release_reason=reason)
+    released = {"released_at": tx.now, "release_reason": reason, "in_emergency": in_emergency}
+    return await _powder(tx, fleet, "fleet.dry_powder_released", reason, **released)
 
 
 async def restore_dry_powder(tx: Tx, fleet: Fleet, reason: str) -> Fleet:
     """Put the dry powder out of reach again; again is the same. What is drawn of it comes back as members give back."""
     if fleet.released_at is None:
         return fleet
-    return await _powder(tx, fleet, "fleet.dry_powder_restored", reason, released_at=None, release_reason=None)
+    return await _powder(tx, fleet, "fleet.dry_powder_restored", reason, **_RESTORED)
+
+
+_RESTORED = {"released_at": None, "release_reason": None, "in_emergency": False}
 
 
 async def _powder(tx: Tx, fleet: Fleet, kind: str, reason: str, **values: Any) -> Fleet:

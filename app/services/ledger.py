@@ -61,6 +61,7 @@ Kind = Literal[
     "netting",
     "delegate",
     "undelegate",
+    "sweep",
 ]
 
 ENTRIES_A_PAGE_MAX = 200

@@ -108,6 +108,7 @@ _MODEL_RANGES = {
     "backtest_size": _MOVE,
     "sizing_free_margin_share": _FRACTION,
     "deleverage_utilization": _FRACTION_ABOVE_0,
+    "fleet_drift": Range(0, 2),
     "impact_coefficient": _FRACTION,
     "forced_sale_slippage": _FRACTION,
     "target_utilization": _LEVEL,

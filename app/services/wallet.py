@@ -13,7 +13,7 @@ from sqlalchemy import insert, select, update
 
 from app.db.session import Tx
 from app.db.tables import SERVICE_PATTERN, reservations
-from app.domain.book import ZERO, Book, OpenReservation
+from app.domain.book import PAYING_SERVICES, ZERO, Book, OpenReservation
 from app.domain.money import checked_amount, plain
 from app.domain.moves import SETTLEMENT_ASSET, Move, agent, house, pay_in
 from app.errors import ConflictError, InvalidError, NotFoundError, conflict, invalid
@@ -309,7 +309,9 @@ def require_delegated(held: Book, service: str) -> None:
 def not_delegated(service: str) -> ConflictError:
     """Return the refusal of a service that a fleet's coordinator has not permitted."""
     detail = f"the fleet's coordinator has not delegated {service} to this member"
-    return conflict("/service", "service_not_delegated", detail)
+    if service in PAYING_SERVICES:
+        detail += ": what may pay others is for those alone whose services name it"
+    return conflict("/service", "service_not_delegated", detail, service=service)
 
 
 async def _part(tx: Tx, held: Book, reservation_id: str, amount: Decimal | None) -> tuple[Reservation, Decimal]:

@@ -18,6 +18,7 @@ from app.db.session import Tx
 from app.db.tables import account_watch
 from app.domain import ladder
 from app.domain.book import Book
+from app.domain.health import ZONES
 from app.domain.money import plain, to_decimal, to_float
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.parameters import HealthPolicy
@@ -28,7 +29,6 @@ from app.services import events
 
 ORDERS_TOLD_MAX = 50
 
-_ZONES = ("GREEN", "YELLOW", "ORANGE", "RED")
 _LEVELS = ("OK", "WARNING", "DANGER", "EMERGENCY")
 
 
@@ -223,12 +223,12 @@ def _band(
 
 def ranks(zone: str, alert_level: str) -> tuple[int, int]:
     """Return the places of a zone and of an alert level, from good to bad."""
-    return _ZONES.index(zone), _LEVELS.index(alert_level)
+    return ZONES.index(zone), _LEVELS.index(alert_level)
 
 
 def zones(policy: HealthPolicy) -> Scale:
     """Return the scale of zones, by utilization."""
-    return Scale(_ZONES, (policy.zone_yellow, policy.zone_orange, policy.zone_red))
+    return Scale(ZONES, (policy.zone_yellow, policy.zone_orange, policy.zone_red))
 
 
 def levels(policy: HealthPolicy) -> Scale:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from ops.grafana import clearing, lending, margins, service
+from ops.grafana import clearing, fleets, lending, margins, service
 from ops.grafana.panels import plain
 
 DASHBOARDS: Mapping[str, Callable[[], Dashboard]] = {
@@ -16,6 +16,7 @@ DASHBOARDS: Mapping[str, Callable[[], Dashboard]] = {
     "margins": margins.dashboard,
     "lending": lending.dashboard,
     "clearing": clearing.dashboard,
+    "fleets": fleets.dashboard,
 }
 PLACE = Path(__file__).parent / "dashboards"
 

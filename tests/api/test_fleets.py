@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 ROUTES: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
     ("GET", "", None),
+    ("DELETE", "", None),
     ("GET", "/members", None),
     ("POST", "/members", {"name": "x", "max_margin": 1}),
     ("PATCH", "/members/{member}", {"max_margin": 1}),
     ("DELETE", "/members/{member}", None),
+    ("POST", "/members/{member}/sweep", {}),
+    ("POST", "/members/{member}/write-off", {}),
     ("POST", "/dry-powder", {"action": "release", "reason": "mine"}),
     ("GET", "/risk", None),
     ("POST", "/cascade", {"shock": -0.1}),

@@ -19,6 +19,7 @@ from app.domain.webhooks import EVENT_TYPES
 from app.services import heartbeat
 from app.services.figures import every
 from app.services.figures.clearing import AGREEMENTS
+from app.services.figures.fleets import WALLET
 from tests.api.bodies import WORKED
 from tests.api.service import MARGIN, connected, problem, running
 from tests.postgres import fresh_database
@@ -63,6 +64,7 @@ TYPES = {
     "primerisk_netting_movements_saved": "counter",
     "primerisk_fleet_zone_changes": "counter",
     "primerisk_fleet_top_ups": "counter",
+    "primerisk_fleet_look_seconds": "histogram",
     "primerisk_netting_fees_saved_usd": "counter",
     "primerisk_clearing_failures": "counter",
 }
@@ -106,6 +108,12 @@ OF_THE_SERVICE = {
     "primerisk_netting_obligations_open": "gauge",
     "primerisk_netting_default_seconds": "gauge",
     "primerisk_clearing_action_late_seconds": "gauge",
+    "primerisk_fleets": "gauge",
+    "primerisk_fleet_members": "gauge",
+    "primerisk_fleet_usdc": "gauge",
+    "primerisk_fleets_released": "gauge",
+    "primerisk_fleet_release_seconds": "gauge",
+    "primerisk_fleets_drifting": "gauge",
     "primerisk_figures_age_seconds": "gauge",
     "primerisk_figures_seconds": "gauge",
 }
@@ -116,7 +124,7 @@ LABELS: dict[str, set[str] | int] = {
     "method": {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "-"},
     "route": 120,
     "status": 40,
-    "kind": {"margin", "var", "stress", "sizing", "what_if", "plans", "backtest", "report", "stable", "coin"},
+    "kind": {"margin", "var", "stress", "sizing", "what_if", "plans", "backtest", "report", "stable", "coin", *WALLET},
     "le": 40,
     "version": 1,
     "result": {"filled", "pending", "refused", "delivered", "timeout", "unreachable", "blocked"},
@@ -126,7 +134,19 @@ LABELS: dict[str, set[str] | int] = {
     },
     "outcome": {"settled", "defaulted"},
     "pool": {"transactions", "reads"},
-    "state": {"in_use", "idle", "held", "free", "active", "recalled", *LIVE_STATES, *escrow.LIVE_STATES, *AGREEMENTS},
+    "state": {
+        "in_use",
+        "idle",
+        "held",
+        "free",
+        "active",
+        "recalled",
+        "invited",
+        "reduce_only",
+        *LIVE_STATES,
+        *escrow.LIVE_STATES,
+        *AGREEMENTS,
+    },
     "limit": {"requests_under_way", "database_connections", "price_age_seconds"},
     "figures": KINDS,
     "zone": {"GREEN", "YELLOW", "ORANGE", "RED"},

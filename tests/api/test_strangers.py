@@ -44,10 +44,13 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
 }
 ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls, escrows, netting and fleets
     "GET /api/fleets/{fleet_id}",
+    "DELETE /api/fleets/{fleet_id}",
     "POST /api/fleets/{fleet_id}/members",
     "GET /api/fleets/{fleet_id}/members",
     "PATCH /api/fleets/{fleet_id}/members/{agent_id}",
     "DELETE /api/fleets/{fleet_id}/members/{agent_id}",
+    "POST /api/fleets/{fleet_id}/members/{agent_id}/sweep",
+    "POST /api/fleets/{fleet_id}/members/{agent_id}/write-off",
     "POST /api/fleets/{fleet_id}/join",
     "POST /api/fleets/{fleet_id}/leave",
     "POST /api/fleets/{fleet_id}/dry-powder",

@@ -146,7 +146,7 @@ def _check_agreement(stack: Stack) -> None:
     """Check that both API processes and both workers say the same of the service."""
     addresses = [*stack.apis, *(f"http://{worker}" for worker in stack.workers)]
     shown = [httpx.get(f"{address}/metrics").text for address in addresses]
-    for name in ("accounts", "margin_calls", "shards", "loans", "escrows_open", "netting_agreements"):
+    for name in ("accounts", "margin_calls", "shards", "loans", "escrows_open", "netting_agreements", "fleets"):
         pattern = rf"^primerisk_{name}\{{.*$"
         told = [re.findall(pattern, text, re.MULTILINE) for text in shown]
         assert told[0]

@@ -66,6 +66,9 @@ def test_the_story_has_every_kind_of_end(place: Home) -> None:
         assert story[-1] == "completed", said
     lent = re.findall(r"(Mona|Nils) +(lends|borrows) ", said)
     assert {("Mona", "lends"), ("Nils", "borrows")} <= set(lent), said
+    assert re.search(r"Rosa +leads +2 members have drawn 13,500.00 of 16,500 USDC", said), said
+    assert re.search(r"Rosa +fleet (YELLOW|ORANGE|RED) ", said), said
+    assert re.search(r"Sven +margin call ", said), said
     assert said.count("loan is low") == 2, said
     assert said.count("loan is closed") == 2, said
     assert re.search(r"Otto +is paid +10,000.00 USDC, fee 100.00", said), said

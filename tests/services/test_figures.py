@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import asyncpg
@@ -18,15 +19,17 @@ from app.db import operator_views
 from app.db.session import Database
 from app.domain.tally import BANDS, Endangered, Tally
 from app.services import heartbeat
-from app.services.figures import accounts, backtest, books, calls, clearing, every, lending, webhooks
+from app.services.figures import accounts, backtest, books, calls, clearing, every, fleets, lending, webhooks
 from app.services.figures.accounts import Endangered as Shown
 from app.services.figures.keep import Figure, Keeper, Values, gauge
+from app.services.fleets import Terms, invite
 from app.settings import Settings
 from tests.services.calls import BREACH, PRICES, Calls
 from tests.services.clearing import Clearing
 from tests.services.desk import Desk
 from tests.services.hooks import Hooks, hooks_on
 from tests.services.lenders import Lenders
+from tests.services.squadron import Squadron
 
 Samples = Mapping[tuple[str, str], float]
 
@@ -391,6 +394,34 @@ async def test_escrows_and_agreements_and_what_goes_wrong_with_them(database: Da
     assert shown["primerisk_netting_default_seconds", ""] == pytest.approx(3_600, abs=5)
     assert shown["primerisk_clearing_action_late_seconds", ""] == pytest.approx(50, abs=5)
     assert shown["primerisk_netting_agreements", "defaulted"] == 1
+
+
+async def test_fleets_as_one_and_what_is_left_of_them(database: Database) -> None:
+    """Two fleets: of 10,000 with 3,000 drawn, 1,500 kept dry; and of 1,000, all of it within reach."""
+    squadron = Squadron(Desk(database))
+    first, second = await squadron.fleet(10_000), await squadron.fleet(1_000, "0.5")
+    member = await squadron.member(first, 8_000)
+    for fleet, most in ((first, 100), (second, 2_000)):
+        await squadron.member(fleet, most)
+    async with database.transaction("test") as tx:
+        await invite(tx, second, await squadron.desk.agent(), Terms(Decimal(5_000)), joins=False)
+    await squadron.reserve(member, 3_000)
+    await squadron.change(first, member, reduce_only=True, max_margin=Decimal(1_000))
+    await squadron.powder(second, release=True)
+    await _run(database, "UPDATE fleets SET zone = 'RED', drifted_at = now() WHERE drawn > 0")
+    await _run(database, "UPDATE fleets SET released_at = now() - interval '1 h' WHERE released_at IS NOT NULL")
+    shown = await _shown(database, fleets.FIGURE)
+    assert [shown["primerisk_fleets", zone] for zone in ("GREEN", "YELLOW", "ORANGE", "RED")] == [1, 0, 0, 1]
+    assert [shown["primerisk_fleet_members", s] for s in ("active", "reduce_only", "invited")] == [2, 1, 1]
+    kinds = ("balance", "delegated", "drawn", "available", "dry_powder")
+    assert [shown["primerisk_fleet_usdc", kind] for kind in kinds] == [11_000, 3_100, 3_000, 6_500, 2_000]
+    assert shown["primerisk_fleet_release_seconds", ""] == pytest.approx(3_600, abs=5)
+    assert [shown[name, ""] for name in ("primerisk_fleets_released", "primerisk_fleets_drifting")] == [1, 1]
+    rows = await squadron.desk.rows("SELECT master_id, balance, members, reduce_only, invited FROM operator_fleets")
+    assert {row[0]: row[1:] for row in rows} == {
+        first.master_id: (10_000, 2, 1, 0),
+        second.master_id: (1_000, 1, 0, 1),
+    }
 
 
 async def test_the_views_name_the_parties_of_what_is_open(database: Database) -> None:

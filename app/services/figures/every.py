@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from app.services.figures import accounts, backtest, books, calls, clearing, lending, webhooks
+from app.services.figures import accounts, backtest, books, calls, clearing, fleets, lending, webhooks
 from app.services.figures.keep import Figure
 
 
@@ -17,6 +17,7 @@ def kinds(poll_seconds: float, ledger_seconds: float) -> tuple[Figure, ...]:
         webhooks.FIGURE,
         lending.FIGURE,
         clearing.FIGURE,
+        fleets.FIGURE,
         ledger,
         backtest.FIGURE,
     )
