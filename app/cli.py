@@ -96,11 +96,11 @@ def migrate(
     """Bring the database to the schema of this release, beside whatever runs on it."""
     import asyncio  # noqa: PLC0415
 
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
     from app.db.migrate import head  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
-        asyncio.run(server.migrate_for(settings, reader))
+    with keeping.running_database(read_settings()) as settings:
+        asyncio.run(keeping.migrate_for(settings, reader))
     typer.echo(f"the database is at revision {head()}")
 
 
@@ -118,9 +118,9 @@ def health(
 def backup(file: Annotated[Path, typer.Argument(help="where the copy is written; it must not be there yet")]) -> None:
     """Write a copy of the whole database, as of one moment, while everything goes on."""
     from app import backup as copy  # noqa: PLC0415
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
+    with keeping.running_database(read_settings()) as settings:
         copy.backup(settings, file)
     typer.echo(f"{file}: {file.stat().st_size:,} bytes")
 
@@ -131,11 +131,11 @@ def restore(file: Annotated[Path, typer.Argument(help="what `primerisk backup` w
     import asyncio  # noqa: PLC0415
 
     from app import backup as copy  # noqa: PLC0415
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
+    with keeping.running_database(read_settings()) as settings:
         copy.restore(settings, file)
-        asyncio.run(server.prepare(settings))
+        asyncio.run(keeping.prepare(settings))
     typer.echo("restored")
 
 
@@ -144,10 +144,10 @@ def agent(name: Annotated[str, typer.Argument(help="what the agent is called")])
     """Make an agent and print its id and, on the next line, its API key, which is not shown again."""
     import asyncio  # noqa: PLC0415
 
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
-        for line in asyncio.run(server.make_agent(settings, name)):
+    with keeping.running_database(read_settings()) as settings:
+        for line in asyncio.run(keeping.make_agent(settings, name)):
             typer.echo(line)
 
 
@@ -159,10 +159,10 @@ def key(
     """Make an API key of the service and print it; it is not shown again."""
     import asyncio  # noqa: PLC0415
 
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
-        typer.echo(asyncio.run(server.make_key(settings, name, scope or ["agent"])))
+    with keeping.running_database(read_settings()) as settings:
+        typer.echo(asyncio.run(keeping.make_key(settings, name, scope or ["agent"])))
 
 
 @cli.command()
@@ -170,10 +170,10 @@ def revoke(key_id: Annotated[str, typer.Argument(help="what stands between pr_ a
     """Revoke an API key; running processes refuse it after PRIMERISK_KEY_CACHE_SECONDS at the latest."""
     import asyncio  # noqa: PLC0415
 
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
-        asyncio.run(server.revoke_key(settings, key_id))
+    with keeping.running_database(read_settings()) as settings:
+        asyncio.run(keeping.revoke_key(settings, key_id))
     typer.echo(f"the key {key_id} is revoked")
 
 
@@ -189,10 +189,10 @@ def import_history(
 
     found = history.read_closes(file)
 
-    from app import server  # noqa: PLC0415
+    from app import keeping  # noqa: PLC0415
 
-    with server.running_database(read_settings()) as settings:
-        tally = asyncio.run(server.import_history(settings, found, confirm=confirm))
+    with keeping.running_database(read_settings()) as settings:
+        tally = asyncio.run(history.import_all(settings, found, confirm=confirm))
     kept = confirm or not tally.flagged
     history.print_tally(tally, kept=kept)
     if not kept:
