@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +46,16 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Import without garbage collection: it takes an eighth of the time to find nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def read_settings(**overrides: Any) -> Settings:
     """Return the settings of the environment and .env with the command line's over them."""
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -61,7 +74,8 @@ def serve(host: Host = None, port: Port = None) -> None:
     """Run API and worker, with an embedded Postgres where PRIMERISK_DATABASE_URL is not set."""
     settings = read_settings(host=host, port=port)
 
-    from app import server  # noqa: PLC0415
+    with _loading():
+        from app import server  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format)
     server.serve(settings)
@@ -72,7 +86,8 @@ def api(host: Host = None, port: Port = None) -> None:
     """Run the API alone; `primerisk worker` runs beside it."""
     settings = read_settings(host=host, port=port)
 
-    from app import server  # noqa: PLC0415
+    with _loading():
+        from app import server  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format)
     server.serve(settings, with_worker=False)
@@ -83,7 +98,8 @@ def worker() -> None:
     """Run a worker alone: margin calls, liquidations, webhooks. Several may run at once."""
     settings = read_settings()
 
-    from app import server  # noqa: PLC0415
+    with _loading():
+        from app import server  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format)
     server.work(settings)
