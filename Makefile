@@ -1,6 +1,8 @@
 PYTHON ?= python3
-# A worker a processor; whoever has done its share takes from the other's.
-PYTEST_ARGS ?= -n logical --dist worksteal
+# A worker more than processors, since tests of deadlines and processes wait as often as they work; whoever has done
+# its share takes from the others'.
+PYTEST_WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1) + 1)))
+PYTEST_ARGS ?= -n $(PYTEST_WORKERS) --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin

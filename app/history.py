@@ -18,8 +18,10 @@ from rich.table import Table
 from app.db.session import Tx
 from app.domain.closes import Close, Gap
 from app.errors import StartupError
+from app.keeping import prepared
 from app.services import closes
 from app.services.closes import CLOSES_A_POST_MAX, Finding
+from app.settings import Settings
 
 LINES_SHOWN_MAX = 50
 LONG = {"asset", "date", "close"}
@@ -95,6 +97,20 @@ def _price(text: str, asset: str, path: Path, number: int) -> Decimal:
     if not price.is_finite() or "_" in text or not text.isascii():
         raise StartupError(f"{path}: line {number}, {asset}: {text!r} is no number")
     return price
+
+
+async def import_all(settings: Settings, found: Sequence[Close], *, confirm: bool) -> Tally:
+    """Store daily closes, all of them or none: none where some are flagged, unless they are confirmed.
+
+    Raises InvalidError for what is no close.
+    """
+    async with prepared(settings) as database, database.transaction("command-line") as tx:
+        with progress() as bar:
+            task = bar.add_task("closes", total=len(found))
+            tally = await import_closes(tx, found, settings.close_deviations_max, lambda done: bar.advance(task, done))
+        if tally.flagged and not confirm:
+            await tx.connection.rollback()
+        return tally
 
 
 async def import_closes(tx: Tx, found: Sequence[Close], deviations_max: float, advance: Callable[[int], None]) -> Tally:

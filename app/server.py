@@ -12,27 +12,24 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import cast
 
 import uvicorn
 import uvloop
 from prometheus_client import start_http_server
-from pydantic import SecretStr
 from sqlalchemy import URL
 
-from app import history, tracing
+from app import tracing
 from app.api import workshop
 from app.api.deps import Parts
 from app.api.front import KEEP_ALIVE_SECONDS, front
 from app.api.streams import Streams
-from app.db import embedded, migrate, operator_views
+from app.db import embedded
 from app.db.session import Database, parse_database_url
-from app.domain.closes import Close
 from app.errors import StartupError
-from app.history import Tally
+from app.keeping import prepare, running_database, url_of
 from app.main import create_app
 from app.services import accounts
 from app.settings import Settings
@@ -75,34 +72,6 @@ def _traced(settings: Settings) -> Iterator[None]:
         end()
 
 
-@contextlib.contextmanager
-def running_database(settings: Settings) -> Iterator[Settings]:
-    """Give settings whose database URL is that of a running server: the given one, else an embedded one."""
-    if settings.database_url is not None:
-        parse_database_url(settings.database_url.get_secret_value())
-        yield settings
-        return
-    with embedded.start(settings.data_dir) as server:
-        yield settings.model_copy(update={"database_url": SecretStr(server.url)})
-
-
-def _url(settings: Settings) -> URL:
-    if settings.database_url is None:
-        raise StartupError("no database: set PRIMERISK_DATABASE_URL")
-    return parse_database_url(settings.database_url.get_secret_value())
-
-
-async def prepare(settings: Settings) -> None:
-    """Check the server and bring the schema to this release. Raises StartupError."""
-    url = _url(settings)
-    database = Database(url, settings)
-    try:
-        await database.require()
-    finally:
-        await database.close()
-    await migrate.upgrade(url)
-
-
 async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | None, *, with_worker: bool) -> None:
     await prepare(settings)
     app = create_app(settings)
@@ -121,7 +90,7 @@ async def _run(settings: Settings, listener: socket.socket, embedded_in: Path | 
     server = _Server(config)
     server.streams = app.state.parts.streams
     server.greeting = greeting(_address(listener), key, has_admin_key=settings.admin_key is not None)
-    async with _watched(embedded_in, _url(settings)), _working(app.state.parts if with_worker else None):
+    async with _watched(embedded_in, url_of(settings)), _working(app.state.parts if with_worker else None):
         await server.serve(sockets=[listener])
 
 
@@ -327,56 +296,3 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-async def migrate_for(settings: Settings, reader: str | None) -> None:
-    """Bring the schema to this release, and let a role read the operator's views. Raises StartupError."""
-    async with _prepared(settings) as database:
-        if reader is not None:
-            async with database.transaction("command-line") as tx:
-                await operator_views.grant(tx, reader)
-
-
-async def make_key(settings: Settings, name: str, scopes: list[str]) -> str:
-    """Return a new key of the service. Raises InvalidError for an unknown scope."""
-    async with _prepared(settings) as database, database.transaction("command-line") as tx:
-        return (await accounts.create_key(tx, None, cast("list[accounts.Scope]", scopes), name)).text
-
-
-async def import_history(settings: Settings, found: Sequence[Close], *, confirm: bool) -> Tally:
-    """Store daily closes, all of them or none: none where some are flagged, unless they are confirmed.
-
-    Raises InvalidError for what is no close.
-    """
-    async with _prepared(settings) as database, database.transaction("command-line") as tx:
-        with history.progress() as bar:
-            task = bar.add_task("closes", total=len(found))
-            tally = await history.import_closes(
-                tx, found, settings.close_deviations_max, lambda done: bar.advance(task, done)
-            )
-        if tally.flagged and not confirm:
-            await tx.connection.rollback()
-        return tally
-
-
-async def make_agent(settings: Settings, name: str) -> tuple[str, str]:
-    """Return the id and the key of a new agent. Raises InvalidError for a name that is none."""
-    async with _prepared(settings) as database, database.transaction("command-line") as tx:
-        agent_id = await accounts.create_agent(tx, name)
-        return agent_id, (await accounts.create_key(tx, agent_id, {"agent"}, name)).text
-
-
-async def revoke_key(settings: Settings, key_id: str) -> None:
-    """Revoke a key. Raises NotFoundError."""
-    async with _prepared(settings) as database, database.transaction("command-line") as tx:
-        await accounts.revoke_key(tx, key_id)
-
-
-@contextlib.asynccontextmanager
-async def _prepared(settings: Settings) -> AsyncIterator[Database]:
-    await prepare(settings)
-    database = Database(_url(settings), settings)
-    try:
-        yield database
-    finally:
-        await database.close()

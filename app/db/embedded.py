@@ -489,12 +489,26 @@ def _pg_ctl_start(site: _Site, port: int) -> str | None:
     command += ["-D", str(site.cluster), "-o", options]
     with site.log.open("w") as log:
         site.log.chmod(0o600)
-        done = _run(command, site.account, stdout=log)
+        try:
+            done = _run(command, site.account, stdout=log)
+        except BaseException:
+            _wait_for_its_name(site.cluster)
+            raise
     if done.returncode == 0:
         return None
     if "in time" in done.stderr:
         raise _SlowStartError(_not_started(site, f"not ready after {_START_SECONDS_MAX} s"))
     return _reason(done.stderr)
+
+
+def _wait_for_its_name(cluster: Path) -> None:
+    """Wait until a server that pg_ctl was killed over has written down its pid, or is gone: else none could stop it."""
+    deadline = time.monotonic() + _STOP_SECONDS_MAX
+    while any(_is_server(pid, cluster) for pid in psutil.pids()) and time.monotonic() < deadline:
+        found = _read_postmaster(cluster)
+        if found is not None and _is_server(found.pid, cluster):
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _free_port() -> int:

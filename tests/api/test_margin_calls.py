@@ -118,9 +118,9 @@ async def test_acknowledging_records_and_strangers_find_nothing(worked: Service)
 async def test_stale_prices_open_nothing(database_url: URL) -> None:
     async with running(database_url, worker_poll_seconds=0.05, price_age_seconds_max=1) as service:
         worker = asyncio.create_task(worker_of(service.app.state.parts).run())
-        await service.prices(BTC=60_000)
         alice = await service.agent("Alice")
         await alice.deposit(USDC=20_000)
+        await service.prices(BTC=60_000)  # a second old, nothing is opened on it
         await alice.order("BTC-PERP", "buy", 0.7)
         await asyncio.sleep(1.2)
         old = {"prices": {"BTC": 40_000}, "as_of": (await alice.get("/account"))["as_of"]}
@@ -132,6 +132,13 @@ async def test_stale_prices_open_nothing(database_url: URL) -> None:
         worker.cancel()
         with pytest.raises(asyncio.CancelledError):
             await worker
+
+
+async def _peak(service: Service, agent: Agent, wanted: int) -> bool:
+    """Tell whether the worker has written down this peak of an account's equity."""
+    query = "SELECT peak_equity FROM account_watch WHERE agent_id = $1"
+    found = await service.app.state.parts.database.fetch_value(query, agent.id)
+    return found is not None and float(found) == pytest.approx(wanted)
 
 
 async def test_a_trailing_stop_follows_profits_and_not_withdrawals(worked: Service) -> None:
@@ -146,9 +153,9 @@ async def test_a_trailing_stop_follows_profits_and_not_withdrawals(worked: Servi
         events = (await alice.get("/events"))["events"]
         return [event["data"] for event in events if event["type"] == "trailing_stop.breached"]
 
-    await asyncio.sleep(1.5)
+    await until(lambda: _peak(worked, alice, 22_000))
     await alice.post("/wallet/withdrawals", {"asset": "USDC", "amount": 5_000})  # the peak: 17,000
-    await asyncio.sleep(1.5)
+    await until(lambda: _peak(worked, alice, 17_000))
     assert await breach() == []
     await worked.prices(BTC=58_800)  # 14,400 is .847 of it
     told = await until(breach)
@@ -159,10 +166,10 @@ async def test_a_trailing_stop_follows_profits_and_not_withdrawals(worked: Servi
 async def test_prices_that_stop_coming_are_told_once_and_when_they_come_again(database_url: URL) -> None:
     async with running(database_url, worker_poll_seconds=0.05, price_age_seconds_max=1) as service:
         worker = asyncio.create_task(worker_of(service.app.state.parts).run())
-        await service.prices(BTC=60_000, ETH=3_000)
         alice, bob = await service.agent("Alice"), await service.agent("Bob")
         await alice.deposit(USDC=20_000)
         await bob.deposit(USDC=20_000)
+        await service.prices(BTC=60_000, ETH=3_000)  # a second old, nothing is opened on it
         await alice.order("BTC-PERP", "buy", 0.1)
 
         async def told() -> Any:

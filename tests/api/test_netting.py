@@ -6,9 +6,16 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
 
+from sqlalchemy import text
+
 from app.services.ledger import imbalances
 from tests.api.service import Agent, Service, problem, until
 from tests.api.test_escrows import counted, funded, told
+
+AN_HOUR_PASSES = text(
+    "UPDATE netting_agreements SET activated_at = activated_at - interval '1 h',"
+    " next_action_at = next_action_at - interval '1 h' WHERE id = :id"
+)
 
 
 async def agreed(*members: Agent, **more: Any) -> str:
@@ -65,7 +72,7 @@ async def test_twenty_obligations_one_payment_one_fee(service: Service) -> None:
 
 async def test_the_worker_settles_at_the_cut_off_and_past_the_threshold(worked: Service) -> None:
     alice, bob, carol = await funded(worked, 3)
-    timely = await agreed(alice, bob, carol, interval_seconds=1)
+    timely = await agreed(alice, bob, carol, interval_seconds=3_600)
     large = await agreed(alice, bob, threshold="1000.5")
     await alice.post(f"{timely}/obligations", owes(bob, 50, "1"))
     await bob.post(f"{timely}/obligations", owes(carol, 50, "1"))
@@ -74,6 +81,9 @@ async def test_the_worker_settles_at_the_cut_off_and_past_the_threshold(worked: 
     async def runs(path: str) -> Any:
         return (await alice.get(path))["runs"]
 
+    assert await runs(timely) == []
+    async with worked.app.state.parts.database.transaction("test") as tx:
+        await tx.connection.execute(AN_HOUR_PASSES, {"id": timely.rpartition("/")[2]})
     [run] = await until(lambda: runs(timely))
     assert (run["cause"], run["outcome"]) == ("interval", "settled")
     assert run["movements"] == [{"payer": alice.id, "payee": carol.id, "asset": "USDC", "amount": 50}]

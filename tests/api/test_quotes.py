@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.api.bodies import ALL_MODELS, AS_OF, EVERYTHING, LINEAR, OPTION, WORKED
-from tests.api.service import MARGIN, problem, running
+from tests.api.service import MARGIN, problem
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
-
     from tests.api.service import Service
 
 PRIMERISK = Path(sys.executable).with_name("primerisk")
@@ -89,17 +88,19 @@ async def test_stored_prices_fill_the_marks_left_out(service: Service) -> None:
     assert (reply["positions"][0]["mark_price"], reply["prices"]["BTC"]["source"]) == (62_000, "request")
 
 
-async def test_a_stale_stored_price_is_told(database_url: URL) -> None:
-    async with running(database_url, price_age_seconds_max=0.2) as service:
-        await service.post("/api/market/prices", key="market", json={"prices": {"BTC": 61_000}})
-        body = {"positions": [], "collateral": [{"asset": "BTC", "amount": 1}]}
-        assert "stale_price" not in [a["code"] for a in (await service.quote(**body))["advisories"]]
-        await asyncio.sleep(0.3)
-        reply = await service.quote(**body)
-        advisory = next(a for a in reply["advisories"] if a["code"] == "stale_price")
-        assert advisory["value"] > advisory["limit"] == 0.2
-        given = await service.quote(**body, market={"prices": {"BTC": 61_000}})
-        assert "stale_price" not in [a["code"] for a in given["advisories"]]
+async def test_a_stale_stored_price_is_told(service: Service) -> None:
+    """A coin of which the last price is two minutes old, and one that has just been priced."""
+    long_ago = service.app.state.parts.database.clock.now() - timedelta(minutes=2)
+    for price in ({"prices": {"ETH": 3_000}}, {"prices": {"BTC": 61_000}, "as_of": long_ago.isoformat()}):
+        assert (await service.post("/api/market/prices", key="market", json=price)).status_code == 202
+    fresh, stale = ({"positions": [], "collateral": [{"asset": asset, "amount": 1}]} for asset in ("ETH", "BTC"))
+    assert "stale_price" not in [a["code"] for a in (await service.quote(**fresh))["advisories"]]
+    reply = await service.quote(**stale)
+    advisory = next(a for a in reply["advisories"] if a["code"] == "stale_price")
+    assert 120 <= advisory["value"] < 180
+    assert advisory["limit"] == 60
+    given = await service.quote(**stale, market={"prices": {"BTC": 61_000}})
+    assert "stale_price" not in [a["code"] for a in given["advisories"]]
 
 
 async def test_overrides_hold_for_one_quote_and_are_shown(service: Service) -> None:

@@ -8,7 +8,7 @@ import contextlib
 from sqlalchemy import URL, text
 
 from app.server import worker_of
-from tests.api.service import Agent, running
+from tests.api.service import Agent, running, until
 
 OWN = {"grace_period_seconds": 0, "trailing_stop": 0.15}
 
@@ -32,7 +32,12 @@ async def test_an_account_that_can_t_be_read_stops_no_decision_on_others(databas
             await tx.connection.execute(statement, {"agent_id": broken.id})
         worker = asyncio.create_task(worker_of(service.app.state.parts).run())
         try:
-            await asyncio.sleep(2.5)  # the trailing stop has had the broken account looked at
+
+            async def looked_at() -> bool:
+                name = "primerisk_decision_failures_total"
+                return bool(service.app.state.parts.metrics.registry.get_sample_value(name))
+
+            await until(looked_at)  # as the trailing stop asks for
             assert not worker.done()
             await service.prices(BTC=40_000)
             async with asyncio.timeout(10):

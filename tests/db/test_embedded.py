@@ -271,6 +271,25 @@ def test_an_interrupted_start_leaves_nothing_running(home: Path) -> None:
     assert not alive(pid)
 
 
+def test_a_start_interrupted_before_the_server_has_a_pid_file_leaves_nothing_running(home: Path) -> None:
+    """The server is held up where it reads its configuration: it opens a pipe that nobody writes to yet."""
+    pipe, file = home / "postgres" / "held", home / "postgres" / "let go"
+    os.mkfifo(pipe)
+    os.chown(pipe, (home / "postgres").stat().st_uid, -1)
+    file.touch()
+    with (home / "postgres" / "postgresql.conf").open("a") as configuration:
+        configuration.write("include 'held'\n")
+    process = python(OWNER, home)
+    wait_until(lambda: any(started.name() == "postgres" for started in at_work_in(home)))
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: not any(started.name() == "pg_ctl" for started in at_work_in(home)))
+    with pipe.open("w"):
+        file.rename(pipe)  # it is read more than once
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert at_work_in(home) == []
+
+
 @pytest.mark.skipif(not ROOT, reason="only root's server is another user's")
 async def test_a_private_parent_lets_the_server_through_and_shows_it_nothing(pristine: Path) -> None:
     with tempfile.TemporaryDirectory() as name:

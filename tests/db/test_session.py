@@ -177,7 +177,7 @@ async def test_a_silent_server_is_given_up_in_time(settings: Settings) -> None:
         await database.ping()
     with pytest.raises(StartupError, match="did not answer in time"):
         await database.require()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10, "it would have waited for ever"
     await database.close()
     server.close()
 

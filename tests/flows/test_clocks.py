@@ -1,34 +1,30 @@
-"""The clock of the machine that runs the app may be an hour off: the database's decides when anything is due."""
+"""The clocks of the machines that run the app may be hours apart: the database's decides when anything is due."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy import text
 
 from app.db.session import Database
-from tests.flows.process import ROOT, Home, home, running, serving
 from tests.flows.shifted import COMPILER, shifted
-from tests.flows.trader import ADMIN_KEY, BREACH, CALM, Trader, settings_of, trading, wait_for, wait_for_workers
+from tests.flows.topology import Process, Topology, process_watching, shared_out, standing
+from tests.flows.trader import ADMIN_KEY, BREACH, CALM, Trader, settings_of, trading, wait_for
 from tests.receiver import Received, Receiver, receiving
 
 HOUR = 3600
 NOTICE, GRACE, STALE = 1, 3, 4
 SLACK = 10.0
 """Seconds that a loaded machine may be late by; a clock that is off is off by 3,600."""
-
-
-@pytest.fixture
-def place() -> Iterator[Home]:
-    with home() as made:
-        yield made
 
 
 async def _now(database: Database) -> datetime:
@@ -77,6 +73,7 @@ async def _check_timers(trader: Trader, database: Database, receiver: Receiver) 
 
 async def _check_stale(database: Database, receiver: Receiver) -> None:
     """Prices that stop coming are told of when they have the age, not before."""
+    receiver.received[:] = [item for item in receiver.received if item.event["type"] != "market.stale"]
     stopped = await _now(database)
     await wait_for(receiver, "market.stale")
     assert STALE / 2 <= (await _now(database) - stopped).total_seconds() < STALE + SLACK
@@ -109,24 +106,36 @@ async def _check_requests(trader: Trader, database: Database) -> None:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler to shift a process's clock with")
-@pytest.mark.parametrize(("api", "worker"), [(HOUR, -HOUR), (-HOUR, HOUR)], ids=["api ahead", "worker ahead"])
-async def test_a_clock_that_is_off_changes_nothing(place: Home, database: Database, api: int, worker: int) -> None:
-    given = {"PYTHONPATH": str(ROOT), "PRIMERISK_PRICE_AGE_SECONDS_MAX": str(STALE), **settings_of(database)}
-    async with receiving() as receiver:
-        with (
-            serving(place, command="api", **given, **shifted(place.path, api)) as served,
-            running(place, "worker", **given, **shifted(place.path, worker)),
-        ):
-            await wait_for_workers(database, 1)
-            _check_is_shifted(served.greeting.address, api)
-            own = {"notice_delay_seconds": NOTICE, "grace_period_seconds": GRACE}
-            async with trading(served.greeting.address, database, receiver, **own) as (trader, _):
-                async with _quoted(trader, {**CALM, **BREACH}):
-                    await _check_timers(trader, database, receiver)
-                    await _check_requests(trader, database)
-                receiver.received[:] = [item for item in receiver.received if item.event["type"] != "market.stale"]
-                await _check_stale(database, receiver)
+async def test_clocks_that_are_off_change_nothing(tmp_path: Path, database: Database) -> None:
+    """Of two API processes and two workers one each is an hour ahead, the other behind; each worker has an account."""
+    given = {"PRIMERISK_PRICE_AGE_SECONDS_MAX": str(STALE), **settings_of(database)}
+    off = [shifted(tmp_path, seconds) for seconds in (HOUR, -HOUR)]
+    with standing(given, off, off[::-1]) as topology:
+        for address, seconds in zip(topology.addresses, (HOUR, -HOUR), strict=True):
+            _check_is_shifted(address, seconds)
+        await shared_out(database)
+        async with AsyncExitStack() as stack:
+            watched = [await _watched_by(worker, topology, database, stack) for worker in topology.workers]
+            feed = watched[0][0]
+            async with _quoted(feed, {**CALM, **BREACH}):
+                await asyncio.gather(*(_check_timers(trader, database, receiver) for trader, receiver in watched))
+                for address in topology.addresses:
+                    await _check_requests(replace(feed, address=address, others=()), database)
+            await asyncio.gather(*(_check_stale(database, receiver) for _, receiver in watched))
+            for _, receiver in watched:
                 await _check_received(database, receiver.received)
+
+
+async def _watched_by(
+    worker: Process, topology: Topology, database: Database, stack: AsyncExitStack
+) -> tuple[Trader, Receiver]:
+    """Make traders until there is one on a worker's screen, and return it with its receiver."""
+    own = {"notice_delay_seconds": NOTICE, "grace_period_seconds": GRACE}
+    while True:
+        receiver = await stack.enter_async_context(receiving())
+        trader, _ = await stack.enter_async_context(trading(topology.addresses, database, receiver, **own))
+        if await process_watching(topology, database, trader.agent_id) is worker:
+            return trader, receiver
 
 
 def _check_is_shifted(address: str, seconds: int) -> None:

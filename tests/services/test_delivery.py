@@ -216,7 +216,7 @@ async def test_receivers_that_misbehave(
         await hooks.emit()
         started = time.monotonic()
         assert await hooks.deliver() == 1
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10, "whoever hangs or drips takes thirty seconds"
         assert len(receiver.received) == 1
     (row,) = await hooks.deliveries()
     assert (row["state"], row["last_status"], row["last_error"]) == (state, status, error)
