@@ -20,7 +20,7 @@ from app.db.session import Tx
 from app.domain import fleet_plan
 from app.domain.book import ZERO
 from app.domain.fleet_plan import Bounds, Policy, Share
-from app.domain.money import checked_amount, plain, to_float
+from app.domain.money import AMOUNT_MAX, checked_amount, plain
 from app.domain.panel import HISTORY_DAYS
 from app.errors import ForbiddenError, invalid
 from app.services import accounts, book, calls, delegation, fleet_books, fleet_cascade, fleet_risk, fleets
@@ -377,10 +377,8 @@ async def post_cascade(request: Request, led: Leader, fleet_id: str) -> Response
     crash = Crash(
         shock=_move("/shock", wire.exact_or_none(asked.shock, "/shock") or ZERO),
         shocks={name: _move(f"/shocks/{name}", wire.exact(m, "/shocks")) for name, m in (asked.shocks or {}).items()},
-        adv={name: to_float(wire.exact(volume, "/adv")) for name, volume in (asked.adv or {}).items()},
+        adv={name: _volume(f"/adv/{name}", wire.exact(v, "/adv")) for name, v in (asked.adv or {}).items()},
     )
-    if any(volume <= 0.0 for volume in crash.adv.values()):
-        raise invalid("/adv", "number_out_of_range", "a daily volume is above 0")
     async with parts.database.transaction(led.caller.key_id) as tx:
         books = await fleet_books.load(tx, await fleets.get(tx, fleet_id, led.master_id))
         scene = await parts.scenes.at(tx)
@@ -389,10 +387,18 @@ async def post_cascade(request: Request, led: Leader, fleet_id: str) -> Response
     return wire.JsonResponse({"fleet_id": fleet_id, **found})
 
 
+def _volume(pointer: str, volume: Decimal) -> float:
+    found = float(volume)  # judged as it is used: what is too small for a float is 0, what is too large infinite
+    if not 0.0 < found < AMOUNT_MAX:
+        raise invalid(pointer, "number_out_of_range", f"a daily volume is above 0 and below {AMOUNT_MAX:f}")
+    return found
+
+
 def _move(pointer: str, move: Decimal) -> float:
-    if not -1 < move <= CRASH_MAX:
+    found = float(move)
+    if not -1.0 < found <= CRASH_MAX:
         raise invalid(pointer, "number_out_of_range", f"a move is above -1 and at most {CRASH_MAX}")
-    return to_float(move)
+    return found
 
 
 @router.get("/{fleet_id}/margin-calls", openapi_extra=document("Margin calls of a fleet", scope="coordinator"))

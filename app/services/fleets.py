@@ -20,7 +20,7 @@ from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
 from app.db.tables import balances
 from app.domain.book import PAYING_SERVICES, ZERO, permits
-from app.domain.money import plain
+from app.domain.money import checked_amount, plain
 from app.domain.moves import SETTLEMENT_ASSET
 from app.errors import ConflictError, NotFoundError, conflict, invalid
 from app.services import accounts, audit, calls, events, shards, wallet
@@ -100,6 +100,7 @@ async def create(tx: Tx, master_id: str, name: str, dry_powder: Decimal = DRY_PO
         raise invalid("/name", "invalid_name", f"a name has 1 to {accounts.NAME_CHARACTERS_MAX} characters")
     if not 0 <= dry_powder <= DRY_POWDER_MAX:
         raise invalid("/dry_powder", "number_out_of_range", f"dry powder is a share from 0 to {DRY_POWDER_MAX}")
+    dry_powder = _digits("/dry_powder", dry_powder)
     await accounts.lock_account(tx, master_id)
     await _require_unattached(tx, master_id, "")
     row = {"id": f"fleet_{secrets.token_hex(10)}", "master_id": master_id, "name": name, "dry_powder": dry_powder}
@@ -290,7 +291,13 @@ def checked_terms(terms: Terms) -> Terms:
     if not 0 <= terms.liquidation_priority <= PRIORITY_MAX:
         detail = f"liquidation_priority is 0 to {PRIORITY_MAX}: the lowest is liquidated first"
         raise invalid("/liquidation_priority", "number_out_of_range", detail)
-    return Terms(plain(terms.max_margin), sorted(set(terms.services)), terms.liquidation_priority, terms.delegation)
+    most = _digits("/max_margin", terms.max_margin)
+    return Terms(most, sorted(set(terms.services)), terms.liquidation_priority, terms.delegation)
+
+
+def _digits(pointer: str, number: Decimal) -> Decimal:
+    """Return a number that may be 0 with its digits alone. Raises InvalidError for more decimals than are kept."""
+    return checked_amount(pointer, number) if number else ZERO
 
 
 async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bool, made: bool = False) -> Member:
