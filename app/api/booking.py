@@ -87,6 +87,23 @@ async def _commands(database: Database, caller: Caller, agent_id: str) -> bool:
 
 BookOwner = Annotated[Owner, Depends(owner_of)]
 
+
+async def payer_of(request: Request, owner: BookOwner) -> Owner:
+    """Return whose book it is that money leaves for others. Raises ForbiddenError.
+
+    A member that was not made for its fleet keeps its own money: its coordinator trades it, and pays nobody with it.
+    """
+    caller = owner.caller
+    if caller.agent_id is None or caller.agent_id == owner.agent_id or caller.may("admin"):
+        return owner
+    async with parts_of(request).database.transaction(caller.key_id) as tx:
+        if await fleets.made(tx, caller.agent_id, owner.agent_id):
+            return owner
+    raise ForbiddenError("a member that was not made for the fleet pays others itself", code="scope_missing")
+
+
+Payer = Annotated[Owner, Depends(payer_of)]
+
 Effect = Callable[[Tx, Book, Scene], Awaitable[Reply]]
 """What a request does to a book: in its transaction, to the book under its lock, at the market read after that."""
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, idempotency_key, once, once_in, owner_for
+from app.api.booking import AgentRef, BookOwner, Label, Owner, Payer, Reply, idempotency_key, once, once_in, owner_for
 from app.api.deps import body_of, caller_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -73,7 +73,7 @@ StateOf = Annotated[State | None, Query(description="only these")]
 
 
 @router.post("", openapi_extra=document("Fund an escrow", request=EscrowPost, scope="agent", status=201))
-async def fund(request: Request, owner: BookOwner) -> Response:
+async def fund(request: Request, owner: Payer) -> Response:
     """Set money aside for a payee: the amount, and the payer's part of the fee."""
     asked = await body_of(request, _ESCROW)
     counter = asked.counter_leg
@@ -121,7 +121,7 @@ async def get_escrow(request: Request, owner: BookOwner, escrow_id: str) -> Resp
 @router.post(
     "/{escrow_id}/confirm", openapi_extra=document("Confirm an escrow", request=EscrowActionPost, scope="agent")
 )
-async def confirm(request: Request, owner: BookOwner, escrow_id: str) -> Response:
+async def confirm(request: Request, owner: Payer, escrow_id: str) -> Response:
     """Confirm as payer or payee; the payee accepts by it, and delivers its leg. When both have, it is released."""
     return await _act(request, owner, escrow_id, "confirm")
 

@@ -46,6 +46,11 @@ async def list_events(
     seen = request.headers.get("last-event-id")
     if seen is not None and not _NUMBER.fullmatch(seen):
         raise invalid_cursor()
-    stream = parts.streams.follow(owner, after if seen is None else int(seen), lambda: caller_of(request))
+
+    async def check() -> None:
+        async with parts.database.transaction(caller.key_id) as tx:
+            await owner_of(tx, await caller_of(request), agent_id)
+
+    stream = parts.streams.follow(owner, after if seen is None else int(seen), check)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy would hold events back
     return StreamingResponse(stream, 200, headers, MEDIA_TYPE)

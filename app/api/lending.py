@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from app.api import body as wire
 from app.api import lending_reply as replies
-from app.api.booking import BookOwner, Label, Reply, idempotency_key, once, once_in
+from app.api.booking import BookOwner, Label, Payer, Reply, idempotency_key, once, once_in
 from app.api.deps import AdminCaller, AnyCaller, body_of, document, parts_of
 from app.api.market import Version
 from app.api.pages import NUMBER_MAX, PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
@@ -129,7 +129,7 @@ Text = Annotated[str, Query(min_length=1, max_length=64)]
 @router.post(
     "/lending/create", openapi_extra=document("Offer units to lend", request=OfferPost, scope="agent", status=201)
 )
-async def create(request: Request, owner: BookOwner) -> Response:
+async def create(request: Request, owner: Payer) -> Response:
     """Set units aside for whoever borrows them; cheaper offers are taken first."""
     asked = await body_of(request, _OFFER)
     rate = _rate(asked.min_borrow_rate_apy, "/min_borrow_rate_apy")

@@ -13,7 +13,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from app.api import body as wire
-from app.api.booking import AgentRef, BookOwner, Owner, Reply, once_in
+from app.api.booking import AgentRef, BookOwner, Owner, Payer, Reply, once_in
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -132,7 +132,7 @@ async def _answer(
     "/{agreement_id}/obligations",
     openapi_extra=document("Book an obligation", request=ObligationPost, scope="agent", status=201),
 )
-async def book_obligation(request: Request, owner: BookOwner, agreement_id: str) -> Response:
+async def book_obligation(request: Request, owner: Payer, agreement_id: str) -> Response:
     """Book what the agent owes another member; its running net is reserved. The same reference again: 200."""
     asked = await body_of(request, _OBLIGATION)
     if asked.fact and not owner.caller.may("admin"):

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 
 from app.api.body import encoder
 from app.db.session import Database
-from app.errors import DatabaseUnavailableError, OverloadedError, PrimeriskError, RateLimitedError, UnauthorizedError
+from app.errors import (
+    DatabaseUnavailableError,
+    NotFoundError,
+    OverloadedError,
+    PrimeriskError,
+    RateLimitedError,
+    UnauthorizedError,
+)
 from app.services import events
 from app.services.events import Event
 from app.telemetry import Metrics
@@ -29,7 +36,7 @@ _OPENING = b"retry: 1000\n\n"
 _HEARTBEAT = b": nothing new\n\n"
 
 Check = Callable[[], Awaitable[object]]
-"""Raises UnauthorizedError once the caller's key is no longer good."""
+"""Raises UnauthorizedError once the caller's key is no longer good, NotFoundError once the agent is not its to see."""
 
 
 class Streams:
@@ -105,9 +112,9 @@ class Streams:
 
 
 class _Watch:
-    """Whether a stream may go on: its time is not up, and its caller's key was good when it was last looked at.
+    """Whether a stream may go on: its time is not up, and the agent was its caller's to see when it was last looked at.
 
-    The key is looked at again each period, whether the stream is busy or quiet.
+    That, and the key, is looked at again each period, whether the stream is busy or quiet.
     """
 
     def __init__(self, check: Check, seconds: float, ends: float) -> None:
@@ -126,7 +133,7 @@ class _Watch:
         self._checked = now
         try:
             await self._check()
-        except UnauthorizedError:
+        except (UnauthorizedError, NotFoundError):
             return False
         except PrimeriskError:
             pass  # it can't be told now: the next period asks again

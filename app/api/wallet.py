@@ -12,7 +12,7 @@ from starlette.responses import Response
 from app.api import account_reply as replies
 from app.api import body as wire
 from app.api.account import read_account
-from app.api.booking import BookOwner, Label, Reply, idempotency_key, once, require_custodian
+from app.api.booking import BookOwner, Label, Payer, Reply, idempotency_key, once, require_custodian
 from app.api.deps import body_of, document, parts_of
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.db.session import Tx
@@ -87,7 +87,7 @@ async def deposit(request: Request, owner: BookOwner) -> Response:
 @router.post(
     "/wallet/withdrawals", openapi_extra=document("Book a withdrawal", request=AmountIn, scope="agent", status=201)
 )
-async def withdraw(request: Request, owner: BookOwner) -> Response:
+async def withdraw(request: Request, owner: Payer) -> Response:
     """Book units of an asset that leave: what is free, and never past the gate."""
     asked = await body_of(request, _AMOUNT)
     amount = wire.exact(asked.amount, "/amount")

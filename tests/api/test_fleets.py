@@ -128,6 +128,30 @@ async def test_who_came_of_itself_keeps_its_keys_and_leaves_when_it_will(service
     problem(await other.lead.send("GET", f"/account{named}"), 404, "agent_not_found")
 
 
+async def test_the_money_of_who_came_of_itself_pays_nobody_at_its_coordinators_word(service: Service) -> None:
+    fleet, agent = await led(service), await service.agent("Bob")
+    services = ["escrow", "lending", "netting"]
+    await fleet.lead.post(f"/fleets/{fleet.id}/members", {"agent_id": agent.id, "max_margin": 1, "services": services})
+    await agent.post(f"/fleets/{fleet.id}/join")
+    await agent.deposit(USDC=1_000)
+    terms = {"payee": fleet.lead.id, "amount": 100, "timeout_seconds": 60, "on_timeout": "release"}
+    held = await agent.post("/escrows", terms)
+    agreement = await agent.post("/netting/agreements", {"members": [fleet.lead.id], "services": ["casino"]})
+    owed = {"payee": fleet.lead.id, "service": "casino", "asset": "USDC", "amount": 100, "reference": "a"}
+    for path, body in (
+        ("/wallet/withdrawals", {"asset": "USDC", "amount": 100}),
+        ("/escrows", terms),
+        (f"/escrows/{held['id']}/confirm", {}),
+        ("/lending/create", {"asset": "USDC", "amount": 100}),
+        (f"/netting/agreements/{agreement['id']}/obligations", owed),
+    ):
+        problem(await fleet.lead.ask(f"{path}?agent_id={agent.id}", body), 403, "scope_missing")
+    await agent.post("/wallet/withdrawals", {"asset": "USDC", "amount": 100})
+    made = await fleet.member()
+    await made.deposit(USDC=1)
+    await fleet.lead.post(f"/wallet/withdrawals?agent_id={made.id}", {"asset": "USDC", "amount": 1})
+
+
 async def test_drawn_money_pays_nobody_unless_that_service_is_named(service: Service) -> None:
     fleet, friend = await led(service), await service.agent("a friend")
     terms = {"payee": friend.id, "amount": 100, "timeout_seconds": 60, "on_timeout": "release"}
@@ -250,6 +274,8 @@ async def test_dry_powder_is_for_an_emergency_or_a_reason(service: Service) -> N
         ({"max_margin": 1, "name": "a", "agent_id": "agent_1"}, "/agent_id"),
         ({"max_margin": 1, "name": ""}, "/name"),
         ({"name": "a"}, "/max_margin"),
+        ({"max_margin": "1e-19", "name": "a"}, "/max_margin"),
+        ({"max_margin": "0.1234567890123456789", "name": "a"}, "/max_margin"),
     ],
 )
 async def test_terms_that_are_none(shared_fleet: Led, body: dict[str, Any], pointer: str) -> None:
@@ -411,7 +437,13 @@ async def test_what_is_sold_brings_down_the_next(service: Service) -> None:
     assert float(both["rounds"][0]["impact"]["BTC"]) == pytest.approx(-0.05)
     assert strong.id in {fall["agent_id"] for fall in both["rounds"][1]["liquidated"]}
     problem(await fleet.lead.ask(path, {"shock": -1}), 422, "number_out_of_range")
-    problem(await fleet.lead.ask(path, {"adv": {"BTC": 0}}), 422, "number_out_of_range")
+    for body in (
+        {"adv": {"BTC": 0}},
+        {"adv": {"BTC": "1e999"}},
+        {"adv": {"BTC": "1e-999"}},
+        {"shock": "-0." + "9" * 30},
+    ):
+        problem(await fleet.lead.ask(path, body), 422, "number_out_of_range")
 
 
 async def test_a_fleets_call_over_http(worked: Service) -> None:

@@ -6,13 +6,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from app.services import accounts, delivery, events
+from app.services import accounts, delivery, events, fleets
+from app.services.fleets import Terms
 from app.services.sender import Sender
 from tests.api.service import ADMIN_KEY, Service, problem, running
 from tests.api.wire import serving
@@ -216,12 +218,12 @@ class Stream:
 
 
 @asynccontextmanager
-async def _stream(port: int, key: str = ADMIN_KEY, **headers: str) -> AsyncIterator[Stream]:
+async def _stream(port: int, key: str = ADMIN_KEY, path: str = EVENTS, **headers: str) -> AsyncIterator[Stream]:
     given = {"Authorization": f"Bearer {key}", "Accept": "text/event-stream"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     async with (
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
-        client.stream("GET", EVENTS, headers=given) as reply,
+        client.stream("GET", path, headers=given) as reply,
     ):
         yield Stream(reply)
 
@@ -273,6 +275,27 @@ async def test_a_stream_ends_with_its_key(database_url: URL, database: Database)
                 pass
             async with database.transaction("test") as tx:
                 await accounts.revoke_key(tx, key.id)
+            async for _ in lines:
+                pass
+
+
+async def test_a_coordinators_stream_of_a_member_ends_when_that_has_left(database_url: URL, database: Database) -> None:
+    async with database.transaction("test") as tx:
+        lead, agent = await accounts.create_agent(tx, "Alice"), await accounts.create_agent(tx, "Bob")
+        key = (await accounts.create_key(tx, lead, {"agent", "coordinator"})).text
+        fleet = await fleets.create(tx, lead, "Alpha")
+        member = await fleets.invite(tx, fleet, agent, Terms(Decimal(0)), joins=True)
+    async with (
+        serving(database_url, heartbeat_seconds=0.2) as port,
+        _stream(port, key, f"{EVENTS}?agent_id={agent}") as stream,
+    ):
+        lines = stream.reply.aiter_lines()
+        async with asyncio.timeout(5):
+            while not (await anext(lines)).startswith(": "):
+                pass
+            async with database.transaction("test") as tx:
+                await accounts.lock_accounts(tx, {lead, agent})
+                await fleets.remove(tx, member)
             async for _ in lines:
                 pass
 
