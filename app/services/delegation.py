@@ -108,8 +108,10 @@ async def draw(tx: Tx, scene: Scene, pair: Pair, service: str, amount: Decimal) 
 
 
 def moves_of_draw(scene: Scene, pair: Pair, amount: Decimal) -> list[Move]:
-    """Return the moves of a draw. Raises ConflictError where the master's own book can't spare it."""
+    """Return the moves of a draw. Raises ConflictError where the master's book can't spare it, or its called pool."""
     member, master = pair.member, pair.master
+    if master.is_in_called_pool and member.delegation is not None and not member.delegation.is_pooled:
+        raise wallet.called_pool()
     free = master.holding(SETTLEMENT_ASSET).free
     if amount > free:
         detail = f"{amount:f} {SETTLEMENT_ASSET} more are needed, {free:f} are free with the master"

@@ -38,7 +38,7 @@ from app.services import accounts, book, events, holdings, ledger, loans, market
 from app.services.holdings import HoldingSettings
 from app.services.loans import Loan, Market, Offer, Sought
 from app.services.margin import Scene, Scenes
-from app.services.wallet import Names, require_delegated
+from app.services.wallet import Names, require_delegated, require_uncalled
 
 OFFERS_MAX, LOANS_TAKEN_MAX = 200, 500
 """Open offers, and live loans taken, of one agent."""
@@ -139,6 +139,7 @@ async def offer(tx: Tx, scenes: Scenes, lender_id: str, asked: NewOffer, named: 
     held, asset = on.books[lender_id], asked.asset
     amount = checked_amount("/amount", asked.amount, on.terms.decimals)
     require_delegated(held, SERVICE)
+    require_uncalled(held)
     if held.opens_nothing is not None:
         raise conflict("/amount", "reduce_only", held.opens_nothing)
     check_free(held, asset, amount, "/amount")

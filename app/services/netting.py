@@ -200,6 +200,7 @@ async def _cover(
         target = min(target, now + held.holding(asset).free)
     elif target > now:
         wallet.require_delegated(held, SERVICE)
+        wallet.require_uncalled(held)
         if held.opens_nothing is not None:
             raise conflict("/amount", "reduce_only", held.opens_nothing)
     after = await wallet.fit_bound(tx, held, _held(agreement, asset, target), Names(agreement.id))

@@ -93,8 +93,7 @@ async def withdraw(tx: Tx, scene: Scene, held: Book, asset: str, amount: Decimal
     amount = checked_amount("/amount", amount)
     _check_free(held, asset, amount)
     _check_own(held, asset, amount)
-    if held.is_in_called_pool:
-        raise conflict("/amount", "fleet_call_is_live", "the fleet is under a margin call: nothing leaves its pool")
+    require_uncalled(held)
     moves = [Move(asset, amount, agent(held.agent_id, "free"), house("external"))]
     after = held.after_moves(moves)
     scene.require_margin(held, after, "/amount")
@@ -109,6 +108,8 @@ async def reserve(tx: Tx, scene: Scene, held: Book, asked: NewReservation, named
     require_delegated(held, asked.service)
     market_rules.check_symbol("/asset", asked.asset)
     amount = checked_amount("/amount", asked.amount)
+    if asked.service in PAYING_SERVICES:
+        require_uncalled(held)
     if held.opens_nothing is not None:
         raise conflict("/amount", "reduce_only", held.opens_nothing)
     _check_free(held, asked.asset, amount)
@@ -304,6 +305,17 @@ def require_delegated(held: Book, service: str) -> None:
     """Refuse a service that the coordinator of the agent's fleet has not permitted. Raises ConflictError."""
     if held.delegation is not None and not held.delegation.permits(service):
         raise not_delegated(service)
+
+
+def require_uncalled(held: Book) -> None:
+    """Refuse to take out of a fleet's pool what may be needed for its margin call. Raises ConflictError."""
+    if held.is_in_called_pool:
+        raise called_pool()
+
+
+def called_pool() -> ConflictError:
+    """Return the refusal of what would leave a pool that is under a margin call."""
+    return conflict("/amount", "fleet_call_is_live", "the fleet is under a margin call: nothing leaves its pool")
 
 
 def not_delegated(service: str) -> ConflictError:

@@ -12,13 +12,20 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import URL
 
-from app.db.session import Database
+from app.db.session import Database, Tx
+from app.domain.book import Book
+from app.domain.escrow import Leg
 from app.errors import ConflictError
-from app.services import book, delegation, fleets
+from app.services import agreements, book, delegation, escrows, fleets, lending, netting
+from app.services.agreements import NewAgreement
 from app.services.delegation import Pair
+from app.services.escrows import NewEscrow
 from app.services.fleets import Terms
-from app.services.margin import Scenes
+from app.services.lending import NewOffer
+from app.services.margin import Scene, Scenes
 from app.services.market_cache import MarketCache
+from app.services.netting import NewObligation
+from app.services.wallet import Names
 from tests.database import make_settings
 from tests.services.calls import RULES
 from tests.services.desk import ACTOR, ITEMS_MAX, Desk
@@ -332,6 +339,46 @@ async def test_nobody_comes_or_goes_while_the_fleet_is_called(muster: Muster) ->
     await muster.expire()
     assert (await muster.sold("fleet"))[0][0] == muster.pooled[3]
     await leave()
+
+
+async def test_what_pays_others_takes_nothing_out_of_a_called_pool(muster: Muster) -> None:
+    squadron, fleet, master = muster.squadron, muster.fleet, muster.fleet.master_id
+    paying = ["casino", "escrow", "lending", "netting"]
+    rich = await squadron.member(fleet, 100, services=paying)
+    apart = await squadron.member(fleet, 100, services=paying, delegation="isolated")
+    await squadron.desk.deposit(rich, "USDC", 100)
+    await muster.crash()
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        agreement = await agreements.propose(
+            tx, await squadron.scenes.at(tx), rich, NewAgreement("n", [apart], ["casino"], None, None)
+        )
+        await agreements.accept(tx, apart, agreement.id)
+    asked = NewEscrow(apart, Leg("USDC", Decimal(10)), 60, "release")
+    owed = NewObligation(apart, "casino", "USDC", Decimal(10), "a")
+
+    async def fund(tx: Tx, held: Book, scene: Scene) -> None:
+        await escrows.fund(tx, scene, held, replace(asked, payee=muster.isolated), Names())
+
+    async def offer(agent_id: str) -> None:
+        async with squadron.desk.database.transaction(ACTOR) as tx:
+            await lending.offer(tx, squadron.scenes, agent_id, NewOffer("USDC", Decimal(10)), Names())
+
+    async def owe() -> None:
+        async with squadron.desk.database.transaction(ACTOR) as tx:
+            await netting.book_obligation(tx, squadron.scenes, rich, agreement.id, owed)
+
+    async def draw() -> None:
+        await squadron.reserve(apart, 10)
+
+    await squadron.powder(fleet, release=True)
+    attempts = [squadron.run(agent_id, "escrow", fund) for agent_id in (master, rich, apart)]
+    for attempt in (*attempts, offer(master), offer(rich), owe(), draw()):
+        with pytest.raises(ConflictError) as refused:
+            await attempt
+        assert refused.value.code == "fleet_call_is_live"
+    await squadron.desk.deposit(apart, "USDC", 10)
+    await draw()  # it draws nothing now: its own is no part of the pool
+    await squadron.reserve(rich, 10)  # and stays in it
 
 
 async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Muster) -> None:
