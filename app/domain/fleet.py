@@ -64,8 +64,13 @@ class Part:
 
 
 def total_of(parts: Iterable[Part]) -> Part:
-    """Return all parts together."""
-    return sum(parts, start=Part())
+    """Return all parts together: of each sum one addition an account, for pools are summed slice after slice."""
+    found = list(parts)
+    return Part(
+        sum(part.equity for part in found),
+        sum(part.required_initial for part in found),
+        sum(part.required_maintenance for part in found),
+    )
 
 
 def pool_policy(market: HealthPolicy, of_master: HealthPolicy) -> HealthPolicy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -54,15 +54,11 @@ class Account:
     stale: frozenset[str]
     priority: float
     call: StoredCall | None
-
-    def part(self, *, at_best: bool = False) -> Part:
-        """Return what it brings into the pool."""
-        return Part.of(self.best if at_best else self.figures.health, leveraged=self.held.is_leveraged)
-
-    @property
-    def targets(self) -> list[Target]:
-        """What of it may be closed."""
-        return liquidation.targets(self.held, self.figures, stale=self.stale)
+    part: Part
+    """What it brings into the pool."""
+    part_at_best: Part
+    targets: Sequence[Target]
+    """What of it may be closed."""
 
     def may_be_sold(self, scene: Scene, rules: Rules) -> bool:
         """Whether its turn can come: not while its venue fills nothing, nor while what was tried is put off."""
@@ -133,7 +129,7 @@ class Pool:
     @property
     def is_breached(self) -> bool:
         """Whether it is past its breach level, at best. What the master alone has at stake is its own call's."""
-        if not any(a.part().required_initial > 0.0 for name, a in self.accounts.items() if name != self.master_id):
+        if not any(a.part.required_initial > 0.0 for name, a in self.accounts.items() if name != self.master_id):
             return False
         return self.situation(anything_left=True).cause is not None
 
@@ -163,7 +159,7 @@ class Pool:
         )
 
     def _goal(self, agent_id: str) -> Goal:
-        others = total_of(account.part() for name, account in self.accounts.items() if name != agent_id)
+        others = total_of(account.part for name, account in self.accounts.items() if name != agent_id)
 
         def assess(held: Book) -> AccountFigures:
             figures = self.scene.figures(held)
@@ -194,11 +190,14 @@ class Pool:
 def _account(scene: Scene, held: Book, priority: float, call: StoredCall | None) -> Account:
     figures = scene.figures(held)
     stale = staleness.stale(scene, figures)
-    return Account(held, figures, staleness.at_best(scene, held, figures, stale), stale, priority, call)
+    best, leveraged = staleness.at_best(scene, held, figures, stale), held.is_leveraged
+    parts = Part.of(figures.health, leveraged=leveraged), Part.of(best, leveraged=leveraged)
+    return Account(held, figures, best, stale, priority, call, *parts, liquidation.targets(held, figures, stale=stale))
 
 
 def _health(accounts: Mapping[str, Account], policy: HealthPolicy, *, at_best: bool = False) -> Health:
-    return pool_health(total_of(account.part(at_best=at_best) for account in accounts.values()), policy)
+    parts = (account.part_at_best if at_best else account.part for account in accounts.values())
+    return pool_health(total_of(parts), policy)
 
 
 def _shown(account: Account) -> dict[str, Any]:

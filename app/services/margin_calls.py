@@ -65,7 +65,7 @@ STEP_SHARE_MIN = 0.005
 """A step of liquidation closes at least this share of what may be closed, however small the positions are."""
 SLICES_A_STEP_MAX, POSITIONS_USUAL = 3_000, 15
 """Slices in one step, times the positions of the book that each of them assesses: 200 of a usual book."""
-TURNS_AT_ONCE = 8
+TURNS_AT_ONCE = 16
 """Members named at once, whose turns follow each other: each is judged anew when it comes."""
 IN_DOUBT = "in_doubt"
 RETRY_STALE = timedelta(seconds=1)
