@@ -186,6 +186,8 @@ class Delegation:
     """The state of the margin call that the fleet as one is under."""
     fleet_in_doubt: bool = False
     """Whether that waits for prices."""
+    fleet_call_is_spent: bool = False
+    """Whether it has sold all that it will: it goes on, and holds nobody back any more."""
 
     @property
     def is_pooled(self) -> bool:
@@ -264,10 +266,14 @@ class Book:
 
     @property
     def is_in_called_pool(self) -> bool:
-        """Whether the account is in a fleet's pool that is under a margin call."""
+        """Whether the account is in a fleet's pool that is under a margin call, and held in it: a master always is.
+
+        Members are not by a call that is spent: it would hold what is their own for as long as nobody cures it.
+        """
+        of = self.delegation
         if self.leads is not None:
             return self.live_cause == "fleet"
-        return self.delegation is not None and self.delegation.is_pooled and self.delegation.fleet_call is not None
+        return of is not None and of.is_pooled and of.fleet_call is not None and not of.fleet_call_is_spent
 
     @property
     def is_leveraged(self) -> bool:

@@ -79,7 +79,8 @@ _BOOK_OF = f"""
             SELECT json_build_object(
                 'fleet_id', m.fleet_id, 'master_id', f.master_id, 'max_margin', m.max_margin, 'drawn', m.drawn,
                 'services', m.services, 'reduce_only', m.reduce_only, 'delegation', m.delegation,
-                'fleet_call', c.state, 'fleet_in_doubt', coalesce(jsonb_exists(c.figures, 'in_doubt'), false))
+                'fleet_call', c.state, 'fleet_in_doubt', coalesce(jsonb_exists(c.figures, 'in_doubt'), false),
+                'fleet_call_is_spent', coalesce(c.state = 'expired' OR c.exhausted_at IS NOT NULL, false))
             FROM fleet_members m JOIN fleets f ON f.id = m.fleet_id
             LEFT JOIN margin_calls c ON c.agent_id = f.master_id AND c.cause = 'fleet'
                 AND c.state IN ('noticed', 'open', 'expired', 'liquidating')

@@ -53,6 +53,11 @@ class StoredCall:
         """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
         return self.deficit + self.uncovered
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether it has sold all that it will, and goes on: nothing is left, or its account is not liquidated."""
+        return self.state == "expired" or self.exhausted_at is not None
+
     def as_call(self) -> Call:
         """Return what the pure step needs of it."""
         return Call(

@@ -356,10 +356,13 @@ async def joinable(tx: Tx, fleet_id: str, agent_id: str) -> Fleet:
     return await get(tx, fleet_id, None)
 
 
-async def _require_no_call(tx: Tx, fleet_id: str) -> None:
-    """Refuse who would come into a fleet's pool or leave it while that is under a call. The master is locked."""
+async def _require_no_call(tx: Tx, fleet_id: str, *, or_spent: bool = False) -> None:
+    """Refuse who would come into a fleet's pool or leave it while that is under a call. The master is locked.
+
+    Who leaves does so under a call that is spent too: it may never end.
+    """
     live = await calls.live(tx, (await get(tx, fleet_id, None)).master_id)
-    if live is not None and live.cause == "fleet":
+    if live is not None and live.cause == "fleet" and not (or_spent and live.is_spent):
         raise conflict("", "fleet_call_is_live", "the fleet is under a margin call: its pool stays as it is until then")
 
 
@@ -412,7 +415,7 @@ async def remove(tx: Tx, member: Member) -> None:
         raise conflict("/drawn", "delegation_in_use", detail, drawn=plain(member.drawn))
     if member.joined_at is not None:
         if member.delegation == "pooled":
-            await _require_no_call(tx, member.fleet_id)
+            await _require_no_call(tx, member.fleet_id, or_spent=True)
         await _tell(tx, "fleet.member_left", member)
     await tx.connection.execute(delete(fleet_members).where(fleet_members.c.agent_id == member.agent_id))
     await audit.record(tx, "fleet.left", member.fleet_id, member.agent_id)

@@ -341,6 +341,31 @@ async def test_nobody_comes_or_goes_while_the_fleet_is_called(muster: Muster) ->
     await leave()
 
 
+@pytest.mark.parametrize("keeps", ["the master", "every member"])
+async def test_a_call_by_which_nothing_more_is_sold_holds_nobody(muster: Muster, keeps: str) -> None:
+    squadron, fleet = muster.squadron, muster.fleet
+    rich = await squadron.member(fleet, 100)
+    await squadron.desk.deposit(rich, "USDC", 100)
+    for agent_id in [fleet.master_id] if keeps == "the master" else muster.pooled:
+        await muster.set(agent_id, auto_liquidate=False)
+    await muster.crash()
+    with pytest.raises(ConflictError) as refused:
+        await squadron.desk.withdraw(rich, "USDC", 60)
+    assert refused.value.code == "fleet_call_is_live"
+    await muster.expire()
+    [call] = await muster.calls.calls(fleet.master_id)
+    assert (call.cause, call.state) == ("fleet", "expired" if keeps == "the master" else "liquidating")
+    with pytest.raises(ConflictError) as refused:
+        await squadron.desk.withdraw(fleet.master_id, "USDC", 1)
+    assert refused.value.code in ("fleet_call_is_live", "insufficient_margin")
+    await squadron.desk.withdraw(rich, "USDC", 60)
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        await book.lock_all(tx, {fleet.master_id, rich})
+        await fleets.remove(tx, await fleets.get_member(tx, fleet.id, rich))
+    await squadron.desk.withdraw(rich, "USDC", 40)
+    await muster.settle()
+
+
 async def test_what_pays_others_takes_nothing_out_of_a_called_pool(muster: Muster) -> None:
     squadron, fleet, master = muster.squadron, muster.fleet, muster.fleet.master_id
     paying = ["casino", "escrow", "lending", "netting"]
