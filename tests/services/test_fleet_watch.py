@@ -269,3 +269,33 @@ async def test_what_a_member_did_not_ask_for_gives_back_too(watched: Watched) ->
     await squadron.desk.prices({"BTC": "80000"})
     await watched.look()
     assert await squadron.drawn(fleet) == {member: 15_000}
+
+
+async def test_what_a_stale_price_hides_is_given_back_once_it_is_fresh(watched: Watched) -> None:
+    squadron = watched.squadron
+    fleet = await squadron.fleet(100_000)
+    member = await squadron.member(fleet, 30_000)
+    await squadron.order(member, "buy", 1)
+    await squadron.desk.order(member, "sell", "0.5", reduce_only=True)
+    await watched.execute(OLD, symbol="BTC")
+    await watched.look()
+    assert await squadron.drawn(fleet) == {member: 22_500}
+    await squadron.desk.prices({"BTC": "60000"})
+    await watched.look()
+    assert await squadron.drawn(fleet) == {member: 15_000}
+
+
+async def test_a_call_that_is_made_meanwhile_keeps_all_where_it_is(watched: Watched) -> None:
+    """A worker has read the fleet while it was sound; before it has the locks the fleet is called."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(30_000, "0")
+    idle, busy = await squadron.member(fleet, 3_000), await squadron.member(fleet, 30_000)
+    await squadron.order(idle, "buy", "0.1")
+    await squadron.desk.order(idle, "sell", "0.1", reduce_only=True)
+    await squadron.order(busy, "buy", "24", "ETH-PERP")
+    before, known = await squadron.drawn(fleet), await seen(squadron, fleet)
+    await squadron.desk.prices({"ETH": "2400"})
+    await watched.decide(fleet.master_id)
+    assert (await squadron.desk.book(fleet.master_id)).live_cause == "fleet"
+    await watched.watches[0].returns.look(fleet, *known)
+    assert await squadron.drawn(fleet) == before
