@@ -102,7 +102,14 @@ def _missing(scene: Scene, refused: ConflictError) -> Decimal | None:
 
 
 async def draw(tx: Tx, scene: Scene, pair: Pair, service: str, amount: Decimal) -> Pair:
-    """Move USDC from the master to the member; return the books that it leaves. Raises ConflictError."""
+    """Move USDC from the master to the member; return the books that it leaves.
+
+    Raises ConflictError; `fleet_call_is_live` where it would leave a pool that is under a margin call.
+    """
+    of = pair.member.delegation
+    if of is not None and not of.is_pooled and pair.master.is_in_called_pool:
+        detail = "the fleet is under a margin call: who is isolated draws nothing out of its pool"
+        raise conflict("/amount", "fleet_call_is_live", detail)
     drawn = await fleets.take(tx, pair.master.agent_id, pair.member.agent_id, service, amount)
     return await _moved(tx, scene, pair, moves_of_draw(scene, pair, amount), drawn, amount)
 

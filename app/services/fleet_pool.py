@@ -155,6 +155,14 @@ class Pool:
                 found.append((account.priority, account.call is None, worst, agent_id))
         return [agent_id for *_, agent_id in sorted(found)]
 
+    @property
+    def passes_over(self) -> bool:
+        """Whether something may be closed of accounts whose turns can't come now: of a venue, or put off."""
+        return any(
+            account.held.settings.auto_liquidate and account.targets and not account.may_be_sold(self.scene, self.rules)
+            for account in self.accounts.values()
+        )
+
     def next_slice(self, agent_id: str) -> Slice:
         """Return what of an account is closed next, at least one target, as far as the pool's stop level asks."""
         account = self.accounts[agent_id]

@@ -264,9 +264,8 @@ async def _ask_the_fleet(tx: Tx, case: Case) -> Case:
 
 async def _wait(tx: Tx, case: Case, call: StoredCall, what: Wait, judged: Situation) -> Case:
     """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
-    is_exhausted = (
-        call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.is_unsure
-    )
+    is_left = judged.anything_left or judged.waiting or case.passes_over
+    is_exhausted = call.state == "liquidating" and not is_left and not case.is_unsure
     until = _next_look(case, what.until)
     if not is_exhausted:
         return replace(case, call=replace(call, next_action_at=until))

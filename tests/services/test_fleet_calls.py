@@ -347,6 +347,21 @@ async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Mus
     assert refused.value.code == "reduce_only"
 
 
+async def test_who_is_isolated_draws_nothing_out_of_a_called_pool(muster: Muster) -> None:
+    squadron, isolated = muster.squadron, muster.isolated
+    await muster.crash()
+    await squadron.desk.deposit(muster.fleet.master_id, "USDC", 5_000)
+    left = (await squadron.desk.money(isolated))["free"]
+    before = await squadron.drawn(muster.fleet)
+    with pytest.raises(ConflictError) as refused:
+        await squadron.reserve(isolated, left + 500)
+    assert refused.value.code == "fleet_call_is_live"
+    assert await squadron.drawn(muster.fleet) == before
+    await muster.crash(PRICES)
+    await squadron.desk.deposit(muster.fleet.master_id, "USDC", 20_000)
+    await squadron.reserve(isolated, left + 500)
+
+
 # --- venues, losses
 
 
@@ -374,6 +389,38 @@ async def test_a_turn_at_a_venue_waits_for_its_fills_and_no_longer_than_it_may(s
     # over with the fleet's call: what was asked for is withdrawn
     assert (first, "liquidation.completed") in await muster.settle([first])
     assert all(order.margin_call_id != turn.id for order in (await desk.book(first)).pending)
+
+
+async def test_a_turn_ends_with_its_call_whatever_is_called_next(squadron: Squadron) -> None:
+    """The fleet's call is over, and before the member is looked at there is another: its deadline is yet to come."""
+    muster = await Muster.gathered(squadron)
+    desk, master, first = squadron.desk, muster.fleet.master_id, muster.pooled[0]
+    await desk.rows("UPDATE accounts SET execution = 'venue' WHERE agent_id = :agent RETURNING 1", agent=first)
+    await muster.crash()
+    await muster.expire()
+    turn = await muster.calls.only(first)
+    await desk.deposit(master, "USDC", 8_000)
+    assert "liquidation.completed" in (await muster.decide(master)).told
+    await desk.prices({"BTC": "36000", "ETH": "1800", "SOL": "60"})
+    assert "margin_call.opened" in (await muster.decide(master)).told
+    await muster.calls.pass_time(first, 31)
+    assert (await muster.decide(first)).told == ("liquidation.completed",)
+    [ended] = [call for call in await muster.calls.calls(first) if call.id == turn.id]
+    assert (ended.state, ended.slices) == ("completed", 0)
+
+
+async def test_what_waits_for_a_venue_is_not_exhausted(squadron: Squadron) -> None:
+    """All have been asked for as often as the rules have it: there is still something to close."""
+    muster = await Muster.gathered(squadron)
+    muster.rules = replace(RULES, venue_attempts=0)
+    for member in muster.pooled:
+        await squadron.desk.rows("UPDATE accounts SET execution = 'venue' WHERE agent_id = :a RETURNING 1", a=member)
+    await muster.crash()
+    told = await muster.expire()
+    assert [agent for agent, kind in told if kind == "liquidation.requested"] == muster.pooled
+    told += await muster.settle([muster.fleet.master_id])
+    assert "liquidation.exhausted" not in [kind for _, kind in told]
+    assert (await muster.calls.only(muster.fleet.master_id)).state == "liquidating"
 
 
 async def test_what_a_member_loses_beyond_what_it_has_is_counted_once(squadron: Squadron) -> None:
