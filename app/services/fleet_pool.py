@@ -27,7 +27,8 @@ from app.domain.margin_calls import LIVE_STATES, Situation, situation
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
-from app.services import calls, fleet_books, liquidation, shards, staleness
+from app.errors import InvalidError
+from app.services import book, calls, fleet_books, liquidation, shards, staleness
 from app.services import fleets as stored
 from app.services.calls import StoredCall
 from app.services.fleet_books import FleetBooks
@@ -222,8 +223,8 @@ def _shown(account: Account) -> dict[str, Any]:
 async def load(tx: Tx, scene: Scene, rules: Rules, fleet_id: str) -> Pool:
     """Return a fleet's pool as one statement sees it. Raises InvalidError for a missing price, NotFoundError.
 
-    The master is locked. Members that are not may move on meanwhile: no more than if they had waited for it, for
-    nothing of theirs is written, and what they draw or give back waits for the master.
+    Where it is decided on, the master is locked. Members that are not may move on meanwhile: no more than if they had
+    waited for it, for nothing of theirs is written, and what they draw or give back waits for the master.
     """
     books = await fleet_books.load(tx, await stored.get(tx, fleet_id, None))
     turns = await calls.turns(tx, [held.agent_id for held in books.pooled])
@@ -245,3 +246,19 @@ async def called(tx: Tx, within: Collection[int]) -> list[str]:
     masters = select(of_fleet.master_id).join(margin_calls, of_call.agent_id == of_fleet.master_id)
     rows = await tx.connection.execute(union(members.where(*live, *pooled), masters.where(*live)))
     return list(rows.scalars())
+
+
+async def is_to_be_called(tx: Tx, scene: Scene, rules: Rules, master_id: str) -> bool:
+    """Tell whether a master's pool is past its breach level and under no call yet; one that is has a timer for it.
+
+    Nothing is locked: members' draws do not wait for what is but looked at. Whoever decides judges anew. Where a price
+    is missing nothing is to be called.
+    """
+    master = await book.load(tx, master_id)
+    if master.leads is None or master.live_cause == "fleet":
+        return False
+    try:
+        pool = await load(tx, scene, rules, master.leads)
+    except InvalidError:
+        return False
+    return pool.is_breached

@@ -14,7 +14,7 @@ from sqlalchemy import URL
 
 from app.db.session import Database
 from app.errors import ConflictError
-from app.services import book, delegation, fleets
+from app.services import book, delegation, fleet_pool, fleets
 from app.services.delegation import Pair
 from app.services.fleets import Terms
 from app.services.margin import Scenes
@@ -245,6 +245,26 @@ async def test_a_member_that_keeps_its_own_positions_is_passed_over(muster: Must
     await muster.crash()
     await muster.expire()
     assert (await muster.sold("fleet"))[0][0] == muster.pooled[1]
+
+
+async def test_a_pool_is_looked_at_without_a_lock_until_it_is_to_be_called(muster: Muster) -> None:
+    """A member's call makes no pool: 12 % down it is sound, 20 % down it is not, and then the timer has it."""
+    squadron, master, other = muster.squadron, muster.fleet.master_id, muster.pooled[0]
+
+    async def is_to_be_called() -> bool:
+        async with squadron.desk.database.transaction(ACTOR) as holder:
+            await book.lock_all(holder, {master, *muster.pooled})
+            async with asyncio.timeout(20), squadron.desk.scene() as (tx, scene):
+                return await fleet_pool.is_to_be_called(tx, scene, RULES, master)
+
+    await squadron.desk.prices({"BTC": "52800", "ETH": "2640", "SOL": "88"})
+    await muster.decide(other)
+    assert await muster.called() == [master]
+    assert not await is_to_be_called()
+    await squadron.desk.prices({"BTC": "48000", "ETH": "2400", "SOL": "80"})
+    assert await is_to_be_called()
+    await muster.decide(master)
+    assert not await is_to_be_called()
 
 
 # --- at once, and on what is not known

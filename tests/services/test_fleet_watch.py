@@ -185,6 +185,25 @@ async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watche
     assert {zone: counted[zone] for zone in ("YELLOW", "ORANGE")} == {"YELLOW": 2, "ORANGE": 1}
 
 
+async def test_a_live_call_is_an_emergency_in_every_zone(watched: Watched) -> None:
+    """Long and short of one coin net as one, GREEN, and are margined by themselves: 43,200 of 45,000."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(45_000, "0")
+    for side in ("buy", "sell"):
+        await squadron.order(await squadron.member(fleet, 30_000), side, 1)
+    await squadron.desk.prices({"BTC": "72000"})
+    await watched.decide(fleet.master_id)
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        await fleets.release_dry_powder(tx, await squadron.get(fleet), "the fleet is called", in_emergency=True)
+    await watched.look()
+    after = await squadron.get(fleet)
+    assert (after.zone, after.in_emergency) == ("GREEN", True)
+    await squadron.desk.prices({"BTC": "60000"})
+    await watched.decide(fleet.master_id)
+    await watched.look()
+    assert (await squadron.get(fleet)).released_at is None
+
+
 async def test_it_is_released_once_however_many_ask(watched: Watched) -> None:
     squadron = watched.squadron
     fleet = await squadron.fleet(1_000)
