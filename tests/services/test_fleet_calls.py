@@ -159,9 +159,8 @@ async def test_money_that_comes_while_members_wait_keeps_them(muster: Muster) ->
     await desk.deposit(master, "USDC", 40_000)
     told = await muster.settle([master])
     assert (master, "margin_call.cured") in told
-    due = {row[0] for row in await desk.rows("SELECT agent_id FROM margin_calls WHERE next_action_at <= now()")}
-    assert due == set(muster.pooled)  # nobody waits for a call that is over
-    await muster.settle(sorted(due))
+    assert set(await muster.due()) == set(muster.pooled)  # nobody waits for a call that is over
+    await muster.settle(muster.pooled)
     assert {(await muster.calls.only(m)).state for m in muster.pooled} == {"cured"}
     assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}
 
@@ -235,6 +234,7 @@ async def test_a_master_that_is_not_liquidated_leaves_its_members_to_themselves(
     assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}
     await muster.expire()
     assert (await muster.calls.only(muster.fleet.master_id)).state == "expired"
+    assert set(await muster.due()) >= set(muster.pooled)  # they wait no more
     await muster.settle()
     assert {agent for agent, *_ in await muster.sold()} == set(muster.members)
     assert await muster.sold("fleet") == []
@@ -319,6 +319,7 @@ async def test_where_the_pool_cannot_be_judged_each_member_is_by_itself(muster: 
     await muster.calls.pass_time(master, 61)
     assert await muster.settle([master]) == []
     assert (await muster.calls.only(master)).state == "open"
+    assert set(await muster.due()) >= set(muster.pooled[:3])  # they wait no more
     await muster.settle(muster.pooled)
     assert {agent for agent, *_ in await muster.sold()} == {*muster.pooled[:3], muster.isolated}
     await desk.prices({"DOGE": "0.1"})
@@ -456,6 +457,22 @@ async def test_what_a_member_loses_beyond_what_it_has_is_counted_once(squadron: 
         assert await muster.calls.sizes(member) == {}
     assert sum(call.lost for call in await muster.calls.calls(muster.fleet.master_id)) == 0
     assert (await squadron.desk.money(muster.fleet.master_id))["free"] > 0
+
+
+async def test_what_was_lost_beyond_all_can_be_written_off(squadron: Squadron) -> None:
+    """The member owes the house what it has lost beyond its own; of what it drew nothing comes back."""
+    muster = await Muster.gathered(squadron)
+    await muster.crash({"BTC": "24000", "ETH": "1200", "SOL": "40"})
+    await muster.expire()
+    await muster.settle()
+    lost = muster.pooled[1]
+    assert (await squadron.desk.money(lost))["owed"] > 0
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        books = await book.lock_all(tx, {muster.fleet.master_id, lost})
+        before = await fleets.get_member(tx, muster.fleet.id, lost)
+        after = await delegation.write_off(tx, books[lost], before)
+        await fleets.remove(tx, after)
+    assert (before.drawn, after.drawn) == (Decimal(12_375), Decimal(0))
 
 
 async def test_a_master_whose_members_hold_nothing_has_a_call_of_its_own(squadron: Squadron) -> None:
