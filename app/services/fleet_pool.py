@@ -191,12 +191,17 @@ class Pool:
         members = [_shown(self.accounts[agent_id]) for agent_id in line[:MEMBERS_TOLD_MAX]]
         return {"deposit": {"asset": SETTLEMENT_ASSET, "amount": amount}, "members": members}
 
+    @property
+    def members(self) -> list[str]:
+        """Whose accounts it is made of besides the master's."""
+        return [agent_id for agent_id in self.accounts if agent_id != self.master_id]
+
     def about_to_open(self) -> list[str]:
         """Return the members with orders at a venue that would open something."""
         return [
             agent_id
-            for agent_id, account in self.accounts.items()
-            if agent_id != self.master_id and any(not order.reduce_only for order in account.held.pending)
+            for agent_id in self.members
+            if any(not order.reduce_only for order in self.accounts[agent_id].held.pending)
         ]
 
 
