@@ -461,10 +461,12 @@ def _planned(member: Share, amount: Decimal) -> dict[str, Any]:
 
 
 async def _emergency(request: Request, tx: Tx, fleet: Fleet) -> str:
-    """Return why the dry powder may be released without a reason: the zone last told, or that of this moment.
+    """Return why the dry powder may be released without a reason: its call, the zone last told, or that of this moment.
 
     Raises ConflictError where prices are stale, InvalidError where there is no emergency.
     """
+    if (await book.load(tx, fleet.master_id)).live_cause == "fleet":
+        return "the fleet is under a margin call"
     if fleet.zone not in EMERGENCIES:
         scene = await parts_of(request).scenes.at(tx)
         figures = fleet_books.figures(scene, await fleet_books.load(tx, fleet))
