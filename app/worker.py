@@ -153,6 +153,7 @@ class Worker:
                 asyncio.create_task(self._forever(self._take_snapshots)),
                 asyncio.create_task(self._forever(self._keep_loans)),
                 asyncio.create_task(self._forever(self._watch_fleets)),
+                asyncio.create_task(self._forever(self._watch_pools)),
                 asyncio.create_task(self._forever(lambda: self._deliver(sender))),
                 *(asyncio.create_task(self._forever(self._decide_on)) for _ in range(DECISIONS_AT_ONCE)),
             ]
@@ -215,10 +216,31 @@ class Worker:
         while True:
             if self._shards and self._market.view.read_at is not None:
                 await self._fleets.look(self._shards)
+            await asyncio.sleep(fleet_watch.EVERY_SECONDS)
+
+    async def _watch_pools(self) -> None:
+        """Name the masters in this worker's shards whose pools are in breach: an account of theirs has a call."""
+        while True:
+            if self._shards and self._market.view.read_at is not None:
                 async with self._database.transaction(self.id) as tx:
                     called = await fleet_pool.called(tx, self._shards)
-                self._agenda.add(called, urgent=True)  # an account of theirs is in breach: so may they be
-            await asyncio.sleep(fleet_watch.EVERY_SECONDS)
+                for master_id in called:
+                    await self._look_at_pool(master_id)
+            await asyncio.sleep(fleet_pool.LOOK.total_seconds())
+
+    async def _look_at_pool(self, master_id: str) -> None:
+        """Name a master whose pool is to be called; one that can't be looked at holds up no other."""
+        try:
+            async with self._database.transaction(self.id) as tx:
+                scene = await self._scenes.at(tx)
+                is_named = await fleet_pool.is_to_be_called(tx, scene, self._rules, master_id)
+        except DatabaseUnavailableError:
+            raise
+        except Exception:
+            self._metrics.decision_failures.inc()
+            log.exception("the pool of the fleet of %s can't be looked at", master_id)
+        else:
+            self._agenda.add([master_id] if is_named else [], urgent=True)
 
     async def _take_snapshots(self) -> None:
         """Write down what each account of this worker's shards is worth, once a UTC day."""

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from app.api import body as wire
 from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, once_in, owner_for
-from app.api.deps import body_of, caller_of, document, parts_of
+from app.api.deps import Parts, body_of, caller_of, document, parts_of
 from app.api.margin_calls import call_reply
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
 from app.api.risk_book import history_of, history_shown
@@ -21,7 +21,6 @@ from app.domain import fleet_plan
 from app.domain.book import ZERO
 from app.domain.fleet_plan import Bounds, Policy, Share
 from app.domain.money import AMOUNT_MAX, checked_amount, plain
-from app.domain.panel import HISTORY_DAYS
 from app.errors import ForbiddenError, invalid
 from app.services import accounts, book, calls, delegation, fleet_books, fleet_cascade, fleet_risk, fleets
 from app.services.accounts import Caller
@@ -351,18 +350,19 @@ async def get_risk(
     fleet_id: str,
     confidence: Confidence = 0.99,
     horizon_days: Horizon = 1.0,
-    window_days: Window = 500,
+    window_days: Window | None = None,
 ) -> Response:
     """Show the fleet's margin, VaR, concentration and drift, netted across members, and each member's part of it."""
     parts = parts_of(request)
-    asked = Asked(confidence, horizon_days, window_days)
+    days = window_days or _window_days(parts)
+    asked = Asked(confidence, horizon_days, days)
     async with parts.database.transaction(led.caller.key_id) as tx:
         books = await fleet_books.load(tx, await fleets.get(tx, fleet_id, led.master_id))
         scene = await parts.scenes.at(tx)
         agents = [books.master.agent_id, *(held.agent_id for _, held in books.members)]
-        returns = await fleet_risk.daily_returns(tx, agents, window_days)
+        returns = await fleet_risk.daily_returns(tx, agents, days)
     names = fleet_risk.names_of(books, scene)
-    known = await history_of(parts, names, window_days, "/window_days")
+    known = await history_of(parts, names, days, "/window_days")
     recent = await history_of(parts, names, fleet_risk.RECENT_DAYS, "/window_days")
     found = await parts.workshop.run(fleet_risk.risk, books, scene, known.panel, recent.panel, returns, asked)
     return wire.JsonResponse({"fleet_id": fleet_id, **found, "history": history_shown(known, scene.now)})
@@ -429,7 +429,7 @@ async def rebalance(request: Request, led: Leader, fleet_id: str) -> Response:
         agents = await (fleets.lock(tx, fleet) if asked.apply else fleets.agents_of(tx, fleet))
         scene = await parts.scenes.at(tx)
         books = await fleet_books.load(tx, await fleets.get(tx, fleet.id, fleet.master_id))
-        returns = await fleet_risk.daily_returns(tx, agents, HISTORY_DAYS)
+        returns = await fleet_risk.daily_returns(tx, agents, _window_days(parts))
         members = await parts.workshop.run(fleet_risk.members_to_plan, books, scene, known.panel, returns)
         planned = fleet_plan.plan(members, fleet_books.to_share_out(books), asked.policy, bounds)
         if asked.apply:
@@ -445,7 +445,11 @@ async def _history(request: Request, led: Led, fleet: Fleet) -> Known:
     parts = parts_of(request)
     async with parts.database.transaction(led.caller.key_id) as tx:
         books, scene = await fleet_books.load(tx, fleet), await parts.scenes.at(tx)
-    return await history_of(parts, fleet_risk.names_of(books, scene), HISTORY_DAYS, "/policy")
+    return await history_of(parts, fleet_risk.names_of(books, scene), _window_days(parts), "/policy")
+
+
+def _window_days(parts: Parts) -> int:
+    return int(parts.market.view.parameters.models.var_window_days)
 
 
 def _bounds(asked: RebalancePost) -> tuple[float, float]:
@@ -463,10 +467,12 @@ def _planned(member: Share, amount: Decimal) -> dict[str, Any]:
 
 
 async def _emergency(request: Request, tx: Tx, fleet: Fleet) -> str:
-    """Return why the dry powder may be released without a reason: the zone last told, or that of this moment.
+    """Return why the dry powder may be released without a reason: its call, the zone last told, or that of this moment.
 
     Raises ConflictError where prices are stale, InvalidError where there is no emergency.
     """
+    if (await book.load(tx, fleet.master_id)).live_cause == "fleet":
+        return "the fleet is under a margin call"
     if fleet.zone not in EMERGENCIES:
         scene = await parts_of(request).scenes.at(tx)
         figures = fleet_books.figures(scene, await fleet_books.load(tx, fleet))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -78,7 +79,7 @@ async def _of_fleet(tx: Tx, scene: Scene, held: Book, call: StoredCall, rules: R
         pool = await fleet_pool.load(tx, scene, rules, held.leads)
     except InvalidError:
         return {"cure": None, "turns": turns}
-    return {"cure": pool.cure(), "turns": turns}
+    return {"cure": await asyncio.to_thread(pool.cure), "turns": turns}
 
 
 @router.post(

@@ -27,8 +27,11 @@ LIVE_STATES: tuple[State, ...] = ("noticed", "open", "expired", "liquidating")
 
 LAST_REMINDER = timedelta(seconds=30)
 """The last reminder goes out so long before the deadline, the first at half-time."""
-HELD_BACK = timedelta(seconds=5)
-"""How often a call is looked at that waits for its fleet's: when that ends it is looked at besides."""
+HELD_BACK = timedelta(seconds=30)
+"""How often a call is looked at that waits for its fleet's: where it waits no more it is looked at besides.
+
+A fleet may have 1,000 that wait, and a worker decides on some 60 a second.
+"""
 
 
 @dataclass(frozen=True, slots=True)

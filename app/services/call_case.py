@@ -74,6 +74,11 @@ class Case:
         return self.in_doubt if self.pool is None else self.pool.in_doubt
 
     @property
+    def passes_over(self) -> bool:
+        """Whether the fleet's call waits for members whose turns can't come now, though something is left of theirs."""
+        return self.pool is not None and self.leads and self.pool.passes_over
+
+    @property
     def targets(self) -> list[Target]:
         """What may be closed for the call."""
         alone = self.call is not None and self.call.cause == "isolated"
@@ -245,10 +250,11 @@ async def _led(tx: Tx, case: Case, fleet_id: str, rules: Rules) -> Case:
 async def _of_member(tx: Tx, case: Case, master: Book, rules: Rules, pool: Pool | None) -> Case:
     """Return the case of a pooled member whose master is locked: its turn, or its own, held back or stood by."""
     call, of = case.call, case.held.delegation
-    is_turn = call is not None and call.fleet_call_id is not None
+    turn_under = None if call is None else call.fleet_call_id
+    is_turn = turn_under is not None
     live = None if master.live_call is None else await calls.live(tx, master.agent_id)
     fleet_call = live if live is not None and live.cause == "fleet" else None
-    if is_turn and fleet_call is None:
+    if is_turn and (fleet_call is None or fleet_call.id != turn_under):
         return replace(case, is_over=True)
     if of is None or master.leads is None:
         return case

@@ -102,16 +102,21 @@ def _missing(scene: Scene, refused: ConflictError) -> Decimal | None:
 
 
 async def draw(tx: Tx, scene: Scene, pair: Pair, service: str, amount: Decimal) -> Pair:
-    """Move USDC from the master to the member; return the books that it leaves. Raises ConflictError."""
+    """Move USDC from the master to the member; return the books that it leaves.
+
+    Raises ConflictError; `fleet_call_is_live` where it would leave a pool that is under a margin call.
+    """
+    of = pair.member.delegation
+    if of is not None and not of.is_pooled and pair.master.is_in_called_pool:
+        detail = "the fleet is under a margin call: who is isolated draws nothing out of its pool"
+        raise conflict("/amount", "fleet_call_is_live", detail)
     drawn = await fleets.take(tx, pair.master.agent_id, pair.member.agent_id, service, amount)
     return await _moved(tx, scene, pair, moves_of_draw(scene, pair, amount), drawn, amount)
 
 
 def moves_of_draw(scene: Scene, pair: Pair, amount: Decimal) -> list[Move]:
-    """Return the moves of a draw. Raises ConflictError where the master's book can't spare it, or its called pool."""
+    """Return the moves of a draw. Raises ConflictError where the master's own book can't spare it."""
     member, master = pair.member, pair.master
-    if master.is_in_called_pool and member.delegation is not None and not member.delegation.is_pooled:
-        raise wallet.called_pool()
     free = master.holding(SETTLEMENT_ASSET).free
     if amount > free:
         detail = f"{amount:f} {SETTLEMENT_ASSET} more are needed, {free:f} are free with the master"
@@ -161,11 +166,14 @@ async def sweep(tx: Tx, scene: Scene, pair: Pair, amount: Decimal | None) -> Dec
 async def write_off(tx: Tx, member: Book, stored: Member) -> Member:
     """Count what a member has drawn and lost as lost. Both are locked, and what it could spare is given back.
 
-    Raises ConflictError `positions_open` while anything is open, set aside or held that may still bring some back.
+    Raises ConflictError `positions_open` while anything is open, set aside or held that may still bring some back. What
+    it owes the house, having lost more than it had, brings nothing back.
     """
     if stored.drawn <= 0:
         return stored
-    if member.is_leveraged or member.reservations or member.holding(SETTLEMENT_ASSET).held > 0:
+    borrows = any(holding.borrowed > 0 for holding in member.holdings.values())
+    is_open = bool(member.positions or member.pending or member.reservations) or borrows
+    if is_open or member.holding(SETTLEMENT_ASSET).held > 0:
         raise conflict("/drawn", "positions_open", "something is open or held: what is lost shows when nothing is")
     return await fleets.write_off(tx, stored)
 

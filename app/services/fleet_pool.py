@@ -27,7 +27,8 @@ from app.domain.margin_calls import LIVE_STATES, Situation, situation
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.parameters import HealthPolicy
 from app.domain.quote import AccountFigures
-from app.services import calls, fleet_books, liquidation, shards, staleness
+from app.errors import InvalidError
+from app.services import book, calls, fleet_books, liquidation, shards, staleness
 from app.services import fleets as stored
 from app.services.calls import StoredCall
 from app.services.fleet_books import FleetBooks
@@ -151,6 +152,14 @@ class Pool:
                 found.append((account.priority, account.call is None, worst, agent_id))
         return [agent_id for *_, agent_id in sorted(found)]
 
+    @property
+    def passes_over(self) -> bool:
+        """Whether something may be closed of accounts whose turns can't come now: of a venue, or put off."""
+        return any(
+            account.held.settings.auto_liquidate and account.targets and not account.may_be_sold(self.scene, self.rules)
+            for account in self.accounts.values()
+        )
+
     def next_slice(self, agent_id: str) -> Slice:
         """Return what of an account is closed next, at least one target, as far as the pool's stop level asks."""
         account = self.accounts[agent_id]
@@ -178,12 +187,17 @@ class Pool:
         members = [_shown(self.accounts[agent_id]) for agent_id in line[:MEMBERS_TOLD_MAX]]
         return {"deposit": {"asset": SETTLEMENT_ASSET, "amount": amount}, "members": members}
 
+    @property
+    def members(self) -> list[str]:
+        """Whose accounts it is made of besides the master's."""
+        return [agent_id for agent_id in self.accounts if agent_id != self.master_id]
+
     def about_to_open(self) -> list[str]:
         """Return the members with orders at a venue that would open something."""
         return [
             agent_id
-            for agent_id, account in self.accounts.items()
-            if agent_id != self.master_id and any(not order.reduce_only for order in account.held.pending)
+            for agent_id in self.members
+            if any(not order.reduce_only for order in self.accounts[agent_id].held.pending)
         ]
 
 
@@ -213,8 +227,8 @@ def _shown(account: Account) -> dict[str, Any]:
 async def load(tx: Tx, scene: Scene, rules: Rules, fleet_id: str) -> Pool:
     """Return a fleet's pool as one statement sees it. Raises InvalidError for a missing price, NotFoundError.
 
-    The master is locked. Members that are not may move on meanwhile: no more than if they had waited for it, for
-    nothing of theirs is written, and what they draw or give back waits for the master.
+    Where it is decided on, the master is locked. Members that are not may move on meanwhile: no more than if they had
+    waited for it, for nothing of theirs is written, and what they draw or give back waits for the master.
     """
     books = await fleet_books.load(tx, await stored.get(tx, fleet_id, None))
     turns = await calls.turns(tx, [held.agent_id for held in books.pooled])
@@ -236,3 +250,19 @@ async def called(tx: Tx, within: Collection[int]) -> list[str]:
     masters = select(of_fleet.master_id).join(margin_calls, of_call.agent_id == of_fleet.master_id)
     rows = await tx.connection.execute(union(members.where(*live, *pooled), masters.where(*live)))
     return list(rows.scalars())
+
+
+async def is_to_be_called(tx: Tx, scene: Scene, rules: Rules, master_id: str) -> bool:
+    """Tell whether a master's pool is past its breach level and under no call yet; one that is has a timer for it.
+
+    Nothing is locked: members' draws do not wait for what is but looked at. Whoever decides judges anew. Where a price
+    is missing nothing is to be called.
+    """
+    master = await book.load(tx, master_id)
+    if master.leads is None or master.live_cause == "fleet":
+        return False
+    try:
+        pool = await load(tx, scene, rules, master.leads)
+    except InvalidError:
+        return False
+    return pool.is_breached

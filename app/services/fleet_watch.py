@@ -93,7 +93,7 @@ class FleetWatch:
         scene.require_fresh(figures)
         used = figures.health.utilization
         zone = settled_level(zones(scene.market.parameters.policy), seen.zone, used)
-        is_over = zone in CALM and (seen.zone not in CALM or seen.in_emergency)
+        is_over = zone in CALM and _is_over(seen, books)
         if zone == seen.zone and not is_over:
             return
         async with self.database.transaction(self.worker_id) as tx:
@@ -120,6 +120,14 @@ class FleetWatch:
             return
         if drawn:
             self.metrics.fleet_top_ups.inc()
+
+
+def _is_over(fleet: Fleet, books: FleetBooks) -> bool:
+    """Tell whether an emergency is over for which dry powder may be out, the zone being calm.
+
+    What was released for an emergency stays out while the fleet is called: what nets as one may be in breach by parts.
+    """
+    return books.master.live_cause != "fleet" if fleet.in_emergency else fleet.zone not in CALM
 
 
 def _can_be_judged(scene: Scene, held: Book) -> bool:

@@ -39,6 +39,7 @@ from app.services import (
     delegation,
     events,
     fleet_pool,
+    fleets,
     liquidation,
     prevention,
     prices,
@@ -136,9 +137,9 @@ async def _decide(
         case = Case(held, scene, figures, call, call, stale, in_doubt)
         case = await call_case.placed(tx, case, master, rules, pool)
     except InvalidError:  # a price lacks, here or in the fleet
-        return Decided(await calls.save(tx, call, _postponed(call, scene.now))), None
+        return Decided(await calls.save(tx, call, await _postponed(tx, held, call, scene.now))), None
     if case.is_unsure and case.hangs_on_stale():
-        case = await _saved(tx, replace(case, call=_postponed(call, scene.now)))
+        case = await _saved(tx, replace(case, call=await _postponed(tx, held, call, scene.now)))
         return await _look(tx, case, rules), case.pool
     case = await _without_openings(tx, await _without_moot(tx, _beyond_doubt(case)))
     for _ in range(STEPS_MAX):
@@ -264,9 +265,8 @@ async def _ask_the_fleet(tx: Tx, case: Case) -> Case:
 
 async def _wait(tx: Tx, case: Case, call: StoredCall, what: Wait, judged: Situation) -> Case:
     """Wait; and tell once where nothing is left to close although the breach stands, with what is not covered."""
-    is_exhausted = (
-        call.state == "liquidating" and not judged.anything_left and not judged.waiting and not case.is_unsure
-    )
+    is_left = judged.anything_left or judged.waiting or case.passes_over
+    is_exhausted = call.state == "liquidating" and not is_left and not case.is_unsure
     until = _next_look(case, what.until)
     if not is_exhausted:
         return replace(case, call=replace(call, next_action_at=until))
@@ -312,6 +312,8 @@ async def _become(tx: Tx, case: Case, call: StoredCall, what: Become) -> tuple[b
             held, offers = await recalls.withdraw_offers(tx, case.scene, case.held, call.id, call.cause)
             asked_back = await recalls.arm(tx, case.scene, held, case.judged, call.id, call.cause)
             case = case.with_book(held)
+            if case.pool is not None and case.leads and not held.settings.auto_liquidate:
+                await calls.wake(tx, case.pool.members)  # from now on they are by themselves
             told = {"cancelled_orders": cancelled, "cancelled_offers": offers, "recalls": asked_back}
             await _tell(tx, "margin_call.expired", case.shown(), moved, **told)
             return False, case.with_call(moved, "margin_call.expired")
@@ -341,8 +343,7 @@ async def _end_of_turns(tx: Tx, case: Case, call: StoredCall) -> dict[str, Any]:
     """Have the members looked at who waited for their fleet's call, and return what it has closed of each."""
     if case.pool is None or not case.leads:
         return {}
-    members = [agent_id for agent_id in case.pool.accounts if agent_id != case.held.agent_id]
-    await calls.wake(tx, members)
+    await calls.wake(tx, case.pool.members)
     turns = (await calls.under(tx, call.id))[: fleet_pool.MEMBERS_TOLD_MAX]
     return {"members": [{"agent_id": t.agent_id, "margin_call_id": t.id, "slices": t.slices} for t in turns]}
 
@@ -516,15 +517,20 @@ async def _tell(tx: Tx, kind: str, figures: Mapping[str, Any], call: StoredCall,
     await events.emit(tx, kind, call.agent_id, data)
 
 
-def _postponed(call: StoredCall | None, now: datetime) -> StoredCall | None:
+async def _postponed(tx: Tx, held: Book, call: StoredCall | None, now: datetime) -> StoredCall | None:
     """Return a call that is looked at again soon: nothing is decided on prices that are stale or missing.
 
-    A fleet's says so in its figures: meanwhile its members are by themselves.
+    A fleet's says so in its figures: meanwhile its members are by themselves, and are looked at now.
     """
     if call is None:
         return None
-    figures = {**call.figures, IN_DOUBT: True} if call.cause == "fleet" else call.figures
-    return replace(call, next_action_at=now + RETRY_STALE, figures=figures)
+    later = replace(call, next_action_at=now + RETRY_STALE)
+    if call.cause != "fleet" or IN_DOUBT in call.figures:
+        return later
+    if held.leads is not None:
+        members = await fleets.list_members(tx, held.leads, fleets.MEMBERS_MAX)
+        await calls.wake(tx, [member.agent_id for member in members])
+    return replace(later, figures={**call.figures, IN_DOUBT: True})
 
 
 def _beyond_doubt(case: Case) -> Case:

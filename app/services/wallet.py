@@ -310,12 +310,7 @@ def require_delegated(held: Book, service: str) -> None:
 def require_uncalled(held: Book) -> None:
     """Refuse to take out of a fleet's pool what may be needed for its margin call. Raises ConflictError."""
     if held.is_in_called_pool:
-        raise called_pool()
-
-
-def called_pool() -> ConflictError:
-    """Return the refusal of what would leave a pool that is under a margin call."""
-    return conflict("/amount", "fleet_call_is_live", "the fleet is under a margin call: nothing leaves its pool")
+        raise conflict("/amount", "fleet_call_is_live", "the fleet is under a margin call: nothing leaves its pool")
 
 
 def not_delegated(service: str) -> ConflictError:

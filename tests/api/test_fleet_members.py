@@ -12,7 +12,7 @@ from scipy.stats import norm
 from sqlalchemy import text
 
 from app.services import accounts, fleet_books, fleets, ledger
-from tests.api.service import Agent, Service, problem
+from tests.api.service import Agent, Service, problem, until
 from tests.api.test_fleets import Led, code, coordinator, crowd, led
 from tests.api.test_quotes_var import drawn as drawn_closes
 from tests.api.test_quotes_var import post_closes
@@ -20,6 +20,7 @@ from tests.api.test_quotes_var import post_closes
 if TYPE_CHECKING:
     import httpx
 
+WAITS_FOR_US = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
 Z99 = float(norm.ppf(0.99))
 
 
@@ -187,11 +188,11 @@ async def test_a_member_that_leaves_meanwhile_is_not_rebalanced(service: Service
     async with database.transaction("test") as tx:
         await accounts.lock_account(tx, idle.id)
         waiting = asyncio.create_task(fleet.lead.ask(path, {"policy": "to_need", "apply": True}))
-        for _ in range(100):
-            waits = await tx.connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
-            if waits.scalar_one():
-                break
-            await asyncio.sleep(0.02)
+
+        async def waits() -> bool:
+            return bool((await tx.connection.execute(text(WAITS_FOR_US))).scalar_one())
+
+        await until(waits)
         await fleets.remove(tx, await fleets.get_member(tx, fleet.id, idle.id))
     assert code(await waiting) == "fleet_changed"
     listed = (await fleet.lead.get(f"/fleets/{fleet.id}/members"))["members"]

@@ -264,6 +264,24 @@ async def test_dry_powder_is_for_an_emergency_or_a_reason(service: Service) -> N
     assert shown["release_reason"] == "the fleet is in ORANGE"
 
 
+async def test_a_called_fleet_is_in_an_emergency_whatever_nets(worked: Service) -> None:
+    await worked.prices(BTC=60_000)
+    fleet = await led(worked, 45_000, dry_powder=0)
+    for side in ("buy", "sell"):
+        await (await fleet.member(30_000)).order("BTC-PERP", side, 1)
+    await worked.prices(BTC=72_000)
+    causes: set[str] = set()
+    for _ in range(200):
+        causes = {c["cause"] for c in (await fleet.lead.get(f"/fleets/{fleet.id}/margin-calls"))["margin_calls"]}
+        if "fleet" in causes:
+            break
+        await asyncio.sleep(0.05)
+    assert "fleet" in causes
+    assert (await fleet.lead.get(f"/fleets/{fleet.id}/risk"))["zone"] == "GREEN"
+    shown = await fleet.lead.post(f"/fleets/{fleet.id}/dry-powder", {"action": "release"})
+    assert (shown["release_reason"], shown["in_emergency"]) == ("the fleet is under a margin call", True)
+
+
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from app.services import accounts, fleet_books, fleet_cascade, fleet_pool, fleets, margin_calls, shards
+from app.services import accounts, calls, fleet_books, fleet_cascade, fleet_pool, fleets, margin_calls, shards
 from app.services.delegation import MasterNeeded
 from app.services.fleet_cascade import Crash
 from app.services.fleets import Fleet
@@ -142,6 +142,11 @@ class Muster:
         async with self.squadron.desk.scene() as (tx, scene):
             books = await fleet_books.load(tx, await fleets.get(tx, self.fleet.id, None))
         return fleet_cascade.cascade(books, scene, Crash(shock=shock), self.rules)
+
+    async def due(self) -> list[str]:
+        """Return whose calls are due."""
+        async with self.squadron.desk.database.transaction(ACTOR) as tx:
+            return await calls.due(tx, 100)
 
     async def called(self) -> list[str]:
         async with self.squadron.desk.database.transaction(ACTOR) as tx:

@@ -16,7 +16,7 @@ from app.db.session import Database, Tx
 from app.domain.book import Book
 from app.domain.escrow import Leg
 from app.errors import ConflictError
-from app.services import agreements, book, delegation, escrows, fleets, lending, netting
+from app.services import agreements, book, delegation, escrows, fleet_pool, fleets, lending, netting
 from app.services.agreements import NewAgreement
 from app.services.delegation import Pair
 from app.services.escrows import NewEscrow
@@ -166,9 +166,8 @@ async def test_money_that_comes_while_members_wait_keeps_them(muster: Muster) ->
     await desk.deposit(master, "USDC", 40_000)
     told = await muster.settle([master])
     assert (master, "margin_call.cured") in told
-    due = {row[0] for row in await desk.rows("SELECT agent_id FROM margin_calls WHERE next_action_at <= now()")}
-    assert due == set(muster.pooled)  # nobody waits for a call that is over
-    await muster.settle(sorted(due))
+    assert set(await muster.due()) == set(muster.pooled)  # nobody waits for a call that is over
+    await muster.settle(muster.pooled)
     assert {(await muster.calls.only(m)).state for m in muster.pooled} == {"cured"}
     assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}
 
@@ -242,6 +241,7 @@ async def test_a_master_that_is_not_liquidated_leaves_its_members_to_themselves(
     assert {agent for agent, *_ in await muster.sold()} == {muster.isolated}
     await muster.expire()
     assert (await muster.calls.only(muster.fleet.master_id)).state == "expired"
+    assert set(await muster.due()) >= set(muster.pooled)  # they wait no more
     await muster.settle()
     assert {agent for agent, *_ in await muster.sold()} == set(muster.members)
     assert await muster.sold("fleet") == []
@@ -252,6 +252,26 @@ async def test_a_member_that_keeps_its_own_positions_is_passed_over(muster: Must
     await muster.crash()
     await muster.expire()
     assert (await muster.sold("fleet"))[0][0] == muster.pooled[1]
+
+
+async def test_a_pool_is_looked_at_without_a_lock_until_it_is_to_be_called(muster: Muster) -> None:
+    """A member's call makes no pool: 12 % down it is sound, 20 % down it is not, and then the timer has it."""
+    squadron, master, other = muster.squadron, muster.fleet.master_id, muster.pooled[0]
+
+    async def is_to_be_called() -> bool:
+        async with squadron.desk.database.transaction(ACTOR) as holder:
+            await book.lock_all(holder, {master, *muster.pooled})
+            async with asyncio.timeout(20), squadron.desk.scene() as (tx, scene):
+                return await fleet_pool.is_to_be_called(tx, scene, RULES, master)
+
+    await squadron.desk.prices({"BTC": "52800", "ETH": "2640", "SOL": "88"})
+    await muster.decide(other)
+    assert await muster.called() == [master]
+    assert not await is_to_be_called()
+    await squadron.desk.prices({"BTC": "48000", "ETH": "2400", "SOL": "80"})
+    assert await is_to_be_called()
+    await muster.decide(master)
+    assert not await is_to_be_called()
 
 
 # --- at once, and on what is not known
@@ -306,6 +326,7 @@ async def test_where_the_pool_cannot_be_judged_each_member_is_by_itself(muster: 
     await muster.calls.pass_time(master, 61)
     assert await muster.settle([master]) == []
     assert (await muster.calls.only(master)).state == "open"
+    assert set(await muster.due()) >= set(muster.pooled[:3])  # they wait no more
     await muster.settle(muster.pooled)
     assert {agent for agent, *_ in await muster.sold()} == {*muster.pooled[:3], muster.isolated}
     await desk.prices({"DOGE": "0.1"})
@@ -419,6 +440,21 @@ async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Mus
     assert refused.value.code == "reduce_only"
 
 
+async def test_who_is_isolated_draws_nothing_out_of_a_called_pool(muster: Muster) -> None:
+    squadron, isolated = muster.squadron, muster.isolated
+    await muster.crash()
+    await squadron.desk.deposit(muster.fleet.master_id, "USDC", 5_000)
+    left = (await squadron.desk.money(isolated))["free"]
+    before = await squadron.drawn(muster.fleet)
+    with pytest.raises(ConflictError) as refused:
+        await squadron.reserve(isolated, left + 500)
+    assert refused.value.code == "fleet_call_is_live"
+    assert await squadron.drawn(muster.fleet) == before
+    await muster.crash(PRICES)
+    await squadron.desk.deposit(muster.fleet.master_id, "USDC", 20_000)
+    await squadron.reserve(isolated, left + 500)
+
+
 # --- venues, losses
 
 
@@ -448,6 +484,38 @@ async def test_a_turn_at_a_venue_waits_for_its_fills_and_no_longer_than_it_may(s
     assert all(order.margin_call_id != turn.id for order in (await desk.book(first)).pending)
 
 
+async def test_a_turn_ends_with_its_call_whatever_is_called_next(squadron: Squadron) -> None:
+    """The fleet's call is over, and before the member is looked at there is another: its deadline is yet to come."""
+    muster = await Muster.gathered(squadron)
+    desk, master, first = squadron.desk, muster.fleet.master_id, muster.pooled[0]
+    await desk.rows("UPDATE accounts SET execution = 'venue' WHERE agent_id = :agent RETURNING 1", agent=first)
+    await muster.crash()
+    await muster.expire()
+    turn = await muster.calls.only(first)
+    await desk.deposit(master, "USDC", 8_000)
+    assert "liquidation.completed" in (await muster.decide(master)).told
+    await desk.prices({"BTC": "36000", "ETH": "1800", "SOL": "60"})
+    assert "margin_call.opened" in (await muster.decide(master)).told
+    await muster.calls.pass_time(first, 31)
+    assert (await muster.decide(first)).told == ("liquidation.completed",)
+    [ended] = [call for call in await muster.calls.calls(first) if call.id == turn.id]
+    assert (ended.state, ended.slices) == ("completed", 0)
+
+
+async def test_what_waits_for_a_venue_is_not_exhausted(squadron: Squadron) -> None:
+    """All have been asked for as often as the rules have it: there is still something to close."""
+    muster = await Muster.gathered(squadron)
+    muster.rules = replace(RULES, venue_attempts=0)
+    for member in muster.pooled:
+        await squadron.desk.rows("UPDATE accounts SET execution = 'venue' WHERE agent_id = :a RETURNING 1", a=member)
+    await muster.crash()
+    told = await muster.expire()
+    assert [agent for agent, kind in told if kind == "liquidation.requested"] == muster.pooled
+    told += await muster.settle([muster.fleet.master_id])
+    assert "liquidation.exhausted" not in [kind for _, kind in told]
+    assert (await muster.calls.only(muster.fleet.master_id)).state == "liquidating"
+
+
 async def test_what_a_member_loses_beyond_what_it_has_is_counted_once(squadron: Squadron) -> None:
     """Everything falls by more than half: members' losses are in their own calls, and the master's money is its own."""
     muster = await Muster.gathered(squadron)
@@ -461,6 +529,22 @@ async def test_what_a_member_loses_beyond_what_it_has_is_counted_once(squadron: 
         assert await muster.calls.sizes(member) == {}
     assert sum(call.lost for call in await muster.calls.calls(muster.fleet.master_id)) == 0
     assert (await squadron.desk.money(muster.fleet.master_id))["free"] > 0
+
+
+async def test_what_was_lost_beyond_all_can_be_written_off(squadron: Squadron) -> None:
+    """The member owes the house what it has lost beyond its own; of what it drew nothing comes back."""
+    muster = await Muster.gathered(squadron)
+    await muster.crash({"BTC": "24000", "ETH": "1200", "SOL": "40"})
+    await muster.expire()
+    await muster.settle()
+    lost = muster.pooled[1]
+    assert (await squadron.desk.money(lost))["owed"] > 0
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        books = await book.lock_all(tx, {muster.fleet.master_id, lost})
+        before = await fleets.get_member(tx, muster.fleet.id, lost)
+        after = await delegation.write_off(tx, books[lost], before)
+        await fleets.remove(tx, after)
+    assert (before.drawn, after.drawn) == (Decimal(12_375), Decimal(0))
 
 
 async def test_a_master_whose_members_hold_nothing_has_a_call_of_its_own(squadron: Squadron) -> None:

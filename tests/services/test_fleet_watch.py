@@ -185,6 +185,25 @@ async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watche
     assert {zone: counted[zone] for zone in ("YELLOW", "ORANGE")} == {"YELLOW": 2, "ORANGE": 1}
 
 
+async def test_a_live_call_is_an_emergency_in_every_zone(watched: Watched) -> None:
+    """Long and short of one coin net as one, GREEN, and are margined by themselves: 43,200 of 45,000."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(45_000, "0")
+    for side in ("buy", "sell"):
+        await squadron.order(await squadron.member(fleet, 30_000), side, 1)
+    await squadron.desk.prices({"BTC": "72000"})
+    await watched.decide(fleet.master_id)
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        await fleets.release_dry_powder(tx, await squadron.get(fleet), "the fleet is called", in_emergency=True)
+    await watched.look()
+    after = await squadron.get(fleet)
+    assert (after.zone, after.in_emergency) == ("GREEN", True)
+    await squadron.desk.prices({"BTC": "60000"})
+    await watched.decide(fleet.master_id)
+    await watched.look()
+    assert (await squadron.get(fleet)).released_at is None
+
+
 async def test_it_is_released_once_however_many_ask(watched: Watched) -> None:
     squadron = watched.squadron
     fleet = await squadron.fleet(1_000)
@@ -269,3 +288,33 @@ async def test_what_a_member_did_not_ask_for_gives_back_too(watched: Watched) ->
     await squadron.desk.prices({"BTC": "80000"})
     await watched.look()
     assert await squadron.drawn(fleet) == {member: 15_000}
+
+
+async def test_what_a_stale_price_hides_is_given_back_once_it_is_fresh(watched: Watched) -> None:
+    squadron = watched.squadron
+    fleet = await squadron.fleet(100_000)
+    member = await squadron.member(fleet, 30_000)
+    await squadron.order(member, "buy", 1)
+    await squadron.desk.order(member, "sell", "0.5", reduce_only=True)
+    await watched.execute(OLD, symbol="BTC")
+    await watched.look()
+    assert await squadron.drawn(fleet) == {member: 22_500}
+    await squadron.desk.prices({"BTC": "60000"})
+    await watched.look()
+    assert await squadron.drawn(fleet) == {member: 15_000}
+
+
+async def test_a_call_that_is_made_meanwhile_keeps_all_where_it_is(watched: Watched) -> None:
+    """A worker has read the fleet while it was sound; before it has the locks the fleet is called."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(30_000, "0")
+    idle, busy = await squadron.member(fleet, 3_000), await squadron.member(fleet, 30_000)
+    await squadron.order(idle, "buy", "0.1")
+    await squadron.desk.order(idle, "sell", "0.1", reduce_only=True)
+    await squadron.order(busy, "buy", "24", "ETH-PERP")
+    before, known = await squadron.drawn(fleet), await seen(squadron, fleet)
+    await squadron.desk.prices({"ETH": "2400"})
+    await watched.decide(fleet.master_id)
+    assert (await squadron.desk.book(fleet.master_id)).live_cause == "fleet"
+    await watched.watches[0].returns.look(fleet, *known)
+    assert await squadron.drawn(fleet) == before
