@@ -409,9 +409,9 @@ def _is_enough(offers: Sequence[OpenOffer], wanted: Wanted) -> bool:
 
 
 def _may_lend(on: Stage, lender_id: str, amount: Decimal) -> bool:
-    """Whether the lender's own gates let so many of its units go."""
+    """Whether the lender's own gates let so many of its units go, and its fleet's margin call does."""
     held = on.books[lender_id]
-    if held.opens_nothing is not None:
+    if held.opens_nothing is not None or held.is_in_called_pool:
         return False
     moves = [Move(on.asset, amount, agent(held.agent_id, "offered"), agent(held.agent_id, "lent"))]
     try:

@@ -307,8 +307,8 @@ def _paid(held: Book, agreement: Agreement, asset: str, extra: Decimal) -> Book:
 
 
 def _may_go(scene: Scene, before: Book, after: Book) -> bool:
-    """Tell whether the gates let an account go from one book to the other."""
-    if before.opens_nothing is not None:
+    """Tell whether the gates let an account go from one book to the other, as they would let a withdrawal."""
+    if before.opens_nothing is not None or before.is_in_called_pool:
         return False
     try:
         scene.require_margin(before, after, "")

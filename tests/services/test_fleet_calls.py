@@ -21,7 +21,7 @@ from app.services.agreements import NewAgreement
 from app.services.delegation import Pair
 from app.services.escrows import NewEscrow
 from app.services.fleets import Terms
-from app.services.lending import NewOffer
+from app.services.lending import NewOffer, Wanted
 from app.services.margin import Scene, Scenes
 from app.services.market_cache import MarketCache
 from app.services.netting import NewObligation
@@ -425,6 +425,49 @@ async def test_what_pays_others_takes_nothing_out_of_a_called_pool(muster: Muste
     await squadron.desk.deposit(apart, "USDC", 10)
     await draw()  # it draws nothing now: its own is no part of the pool
     await squadron.reserve(rich, 10)  # and stays in it
+
+
+async def test_what_was_offered_or_is_owed_leaves_no_called_pool(muster: Muster) -> None:
+    """Before the call the master offered a loan, and an admin booked what it owes, for which nothing was free."""
+    squadron, desk, master = muster.squadron, muster.squadron.desk, muster.fleet.master_id
+    database, scenes = desk.database, squadron.scenes
+    creditor, borrower = await desk.agent(1), await desk.agent()
+    await desk.deposit(borrower, "BTC", 1)
+    async with database.transaction(ACTOR) as tx:
+        scene = await scenes.at(tx)
+        agreement = await agreements.propose(
+            tx, scene, creditor, NewAgreement("n", [master], ["casino"], interval_seconds=None, threshold=None)
+        )
+        await agreements.accept(tx, master, agreement.id)
+        await lending.offer(tx, scenes, master, NewOffer("USDC", Decimal(500)), Names())
+    free = (await desk.money(master))["free"]
+    async with database.transaction(ACTOR) as tx:
+        owed = NewObligation(creditor, "casino", "USDC", free + 100, "a", fact=True)
+        await netting.book_obligation(tx, scenes, master, agreement.id, owed)
+    await muster.crash()
+    assert (await muster.calls.only(master)).cause == "fleet"
+    await desk.deposit(master, "USDC", 1_000)
+
+    async def run() -> str:
+        async with database.transaction(ACTOR) as tx:
+            ran = await netting.run(tx, scenes, agreement.id, creditor)
+        assert ran is not None
+        return ran.run.outcome
+
+    async def borrow() -> Decimal:
+        wanted = Wanted("USDC", Decimal(500), "BTC")
+        async with database.transaction(ACTOR) as tx:
+            return sum((loan.principal for loan in await lending.borrow(tx, scenes, borrower, wanted, Names())), Decimal(0))
+
+    assert await run() == "defaulted"
+    with pytest.raises(ConflictError) as refused:
+        await borrow()
+    assert refused.value.code == "not_enough_offered"
+    await muster.crash(PRICES)
+    await desk.deposit(master, "USDC", 100_000)
+    await muster.settle([master])
+    assert await run() == "settled"
+    assert await borrow() == Decimal(500)
 
 
 async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Muster) -> None:
