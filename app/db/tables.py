@@ -420,12 +420,18 @@ margin_calls = Table(
     Column("uncovered", Numeric, nullable=False, server_default=text("0")),
     moment("exhausted_at", nullable=True),
     Column("fleet_call_id", Text, ForeignKey("margin_calls.id")),  # the fleet's, that liquidates a member by this one
+    Column("own_cause", Text),  # what it was before it became one of the fleet's
+    moment("own_deadline_at", nullable=True),
     check("uncovered", "uncovered >= 0"),
     check("state", "state IN ('noticed', 'open', 'expired', 'liquidating', 'lapsed', 'cured', 'completed')"),
     check("cause", "cause IN ('utilization', 'maintenance', 'isolated', 'fleet')"),
     check("ended", "(state IN ('lapsed', 'cured', 'completed')) = (ended_at IS NOT NULL)"),
     check("opened", "state IN ('noticed', 'lapsed') OR opened_at IS NOT NULL AND deadline_at IS NOT NULL"),
     check("deadline", "deadline_at >= opened_at"),
+    check(
+        "own",
+        "(own_cause IS NULL) = (own_deadline_at IS NULL) AND own_cause IN ('utilization', 'maintenance', 'isolated')",
+    ),
     check("deficit", "deficit >= 0"),
     check("attempts", "attempts >= 0 AND (attempts = 0) = (respond_by IS NULL)"),
     Index(

@@ -173,7 +173,8 @@ def step(call: Call | None, now_is: Situation, settings: AccountSettings, now: d
     """Return the next step of an account's call, None where there is nothing to do.
 
     A call that was made for isolated positions ends with them; a breach of the pool takes it over, with a new deadline,
-    as a breach of its fleet's pool does a master's own. Raises ValueError for a call that is over.
+    and is not cured before them. A breach of its fleet's pool takes over a master's own, which `goes_on` after it.
+    Raises ValueError for a call that is over.
     """
     if call is None:
         return None if now_is.cause is None else _begin(now_is, settings, now)
@@ -257,6 +258,23 @@ def _while_liquidating(call: Call, now_is: Situation, now: datetime) -> Step:
         return Wait(now + HELD_BACK) if now_is.held_back else Liquidate()
     # what is left is not ours to close: the call lives on, or the next look would begin another
     return Become("completed") if now_is.cause is None else Wait(None)
+
+
+def due_by(call: Call, settings: AccountSettings) -> datetime:
+    """Return a call's deadline; of one that is but noticed, the one that it would have at the earliest."""
+    if call.deadline_at is not None:
+        return call.deadline_at
+    return call.noticed_at + timedelta(seconds=settings.notice_delay_seconds + settings.grace_period_seconds)
+
+
+def goes_on(now_is: Situation, *, is_isolated: bool) -> bool:
+    """Whether an account's own call goes on when the fleet's has ended that took its place: it is not cured either.
+
+    `is_isolated`: it was made for isolated positions alone.
+    """
+    if now_is.cause is not None:
+        return True
+    return not is_isolated and now_is.anything_left and not now_is.is_cured
 
 
 def reminders(opened_at: datetime, deadline_at: datetime) -> Sequence[datetime]:

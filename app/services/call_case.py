@@ -17,7 +17,7 @@ from app.db.session import Tx
 from app.domain.book import ZERO, Book
 from app.domain.health import Health
 from app.domain.liquidate import Slice, Target
-from app.domain.margin_calls import Become, Cause, Liquidate, Situation, Step, situation, step
+from app.domain.margin_calls import Become, Cause, Liquidate, Situation, Step, due_by, goes_on, situation, step
 from app.domain.money import to_decimal
 from app.domain.moves import SETTLEMENT_DECIMALS
 from app.domain.quote import AccountFigures
@@ -162,6 +162,10 @@ class Case:
         pool = None if self.pool is None else self.pool.with_book(held)
         return replace(self, held=held, figures=self.scene.figures(held), pool=pool)
 
+    def by_itself(self) -> Case:
+        """Return the case of the account alone, whatever becomes of its fleet's call, and with no call yet."""
+        return replace(self, call=None, stored=None, pool=None, is_over=False)
+
     def with_call(self, call: StoredCall, *told: str) -> Case:
         """Return the case after the call has moved, and what was told of it."""
         return replace(self, call=call, told=(*self.told, *told))
@@ -214,6 +218,20 @@ def begun(case: Case, cause: Cause, figures: Mapping[str, Any]) -> StoredCall:
     )
 
 
+def put_aside(held: Book, call: StoredCall) -> StoredCall:
+    """Return a call that becomes one of the fleet's, with what it was of its own."""
+    if call.cause == "fleet":
+        return call
+    return replace(call, own_cause=call.cause, own_deadline_at=due_by(call.as_call(), held.settings))
+
+
+def still_own(case: Case, call: StoredCall) -> bool:
+    """Whether the account's own call, of which one of the fleet's took the place, is not over meanwhile."""
+    return call.own_cause is not None and goes_on(
+        case.by_itself().situation(), is_isolated=call.own_cause == "isolated"
+    )
+
+
 async def placed(tx: Tx, case: Case, master: Book | None, rules: Rules, pool: Pool | None) -> Case:
     """Return the case as the account's fleet has it, if it is of one. `master`: the fleet's, locked too; `pool`: read.
 
@@ -236,6 +254,8 @@ async def placed(tx: Tx, case: Case, master: Book | None, rules: Rules, pool: Po
 async def _led(tx: Tx, case: Case, fleet_id: str, rules: Rules) -> Case:
     """Return the case of a master: the fleet's where its pool is in breach or has a call, else its own."""
     is_fleets = case.call is not None and case.call.cause == "fleet"
+    if case.call is not None and not case.in_doubt and not still_own(case, case.call):
+        case = replace(case, call=replace(case.call, own_cause=None, own_deadline_at=None))
     try:
         pool = await fleet_pool.load(tx, case.scene, rules, fleet_id)
     except InvalidError:
@@ -283,7 +303,8 @@ def _taken(case: Case, fleet_call: StoredCall) -> StoredCall:
     call = case.call or begun(case, "fleet", shown(case.figures))
     if call.fleet_call_id is not None:
         return call
-    taken = replace(call, cause="fleet", fleet_call_id=fleet_call.id, next_action_at=now)
+    own = put_aside(case.held, call)
+    taken = replace(own, cause="fleet", fleet_call_id=fleet_call.id, next_action_at=now)
     if call.state not in ("noticed", "open"):
         return taken
     return replace(taken, state="open", opened_at=call.opened_at or fleet_call.opened_at or now, deadline_at=now)

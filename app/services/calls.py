@@ -47,6 +47,9 @@ class StoredCall:
     exhausted_at: datetime | None = None
     fleet_call_id: str | None = None
     """The call of the fleet by which this member is liquidated."""
+    own_cause: str | None = None
+    """What it was made for before it became one of the fleet's, with the deadline that it had then."""
+    own_deadline_at: datetime | None = None
 
     @property
     def lost(self) -> Decimal:

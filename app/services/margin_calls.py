@@ -280,10 +280,11 @@ async def _wait(tx: Tx, case: Case, call: StoredCall, what: Wait, judged: Situat
 
 
 async def _open(tx: Tx, case: Case, call: StoredCall, what: Open, judged: Situation) -> StoredCall:
+    cause = judged.cause or call.cause
     moved = replace(
-        call,
+        call_case.put_aside(case.held, call) if cause == "fleet" else call,
         state="open",
-        cause=judged.cause or call.cause,
+        cause=cause,
         opened_at=case.scene.now,
         deadline_at=what.deadline,
         next_action_at=what.deadline,
@@ -336,7 +337,25 @@ async def _become(tx: Tx, case: Case, call: StoredCall, what: Become) -> tuple[b
             await _end_of_turns(tx, case, call)
     await audit.record(tx, f"margin_call.{moved.state}", moved.id, moved.agent_id, deficit=str(moved.lost))
     kind = {"completed": "liquidation.completed", "cured": "margin_call.cured"}.get(moved.state)
-    return True, case.with_call(moved, *(() if kind is None else (kind,)))
+    return await _go_on(tx, case.with_call(moved, *(() if kind is None else (kind,))), moved)
+
+
+async def _go_on(tx: Tx, case: Case, ended: StoredCall) -> tuple[bool, Case]:
+    """Go on with the account's own call, by its own deadline, where that of the fleet's has ended that took its place.
+
+    A master's is decided on at once, so that the pool is in no breach again before it is.
+    """
+    if ended.own_deadline_at is None or not call_case.still_own(case, ended):
+        return True, case
+    await _saved(tx, case)  # one live call an account
+    own, now = case.by_itself(), case.scene.now
+    judged = own.situation()
+    call = call_case.begun(own, judged.cause or "utilization", own.shown())
+    opened = await _open(tx, own, call, Open(max(now, ended.own_deadline_at)), judged)
+    after = replace(case, stored=None).with_call(replace(opened, next_action_at=now), "margin_call.opened")
+    if case.held.leads is None or case.in_doubt:
+        return True, after
+    return False, replace(after, pool=None)
 
 
 async def _end_of_turns(tx: Tx, case: Case, call: StoredCall) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from app.domain.margin_calls import (
     Situation,
     Step,
     Wait,
+    due_by,
+    goes_on,
     reminders,
     situation,
     step,
@@ -146,6 +148,7 @@ SOLD = replace(ASKED, slices=1)
         (ALONE_LIQUIDATING, SHORT, own(), 300, Open(at(600))),
         (ALONE_EXPIRED, BREACH, own(auto=False), 300, Open(at(600))),  # else a grain would keep the pool from a call
         (opened(), ISOLATED, own(), 10, Wait(at(150))),  # and that of the pool waits for both
+        (opened(reminded=2), replace(CURED, isolated=True, is_cured=False), own(), 300, Become("expired")),
         # what has begun is finished
         (LIQUIDATING, BREACH, own(auto=False), 300, Liquidate()),
         # a venue was asked: its time, then again; what was filled or taken back leads to the next slice
@@ -170,6 +173,24 @@ def test_the_next_step(
     call: Call | None, now_is: Situation, settings: AccountSettings, seconds: float, expected: Step | None
 ) -> None:
     assert step(call, now_is, settings, at(seconds)) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "due"), [(opened(), 300), (EXPIRED, 300), (NOTICED, 60 + 500), (opened(seconds=7, grace=0), 7)]
+)
+def test_when_an_own_call_is_due_that_becomes_the_fleets(call: Call, due: float) -> None:
+    assert due_by(call, own(notice=60, grace=500)) == at(due)
+
+
+@pytest.mark.parametrize("now_is", [SAFE, CURED, NEAR, TREMBLES, BREACH, SHORT, EMPTY, replace(EMPTY, pool=None)])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_own_call_goes_on_where_it_would_have_gone_on_by_itself(now_is: Situation, isolated: bool) -> None:
+    """What a call does that was never the fleet's: cured it is over, and so it is where nothing is left and required."""
+    now_is, alone = replace(now_is, isolated=isolated, is_cured=now_is.is_cured and not isolated), opened(reminded=2)
+    for call in (alone, replace(alone, cause="isolated")):
+        is_idle = not now_is.anything_left and not now_is.cause
+        is_over = step(call, now_is, own(), at(280)) == Become("cured") or is_idle
+        assert goes_on(now_is, is_isolated=call.is_isolated) is not is_over
 
 
 @pytest.mark.parametrize("state", ["lapsed", "cured", "completed"])

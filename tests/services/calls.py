@@ -72,7 +72,15 @@ class Calls:
 
     async def pass_time(self, agent_id: str, seconds: float) -> None:
         """Let a call be so much older."""
-        moments = ("noticed_at", "opened_at", "deadline_at", "expired_at", "next_action_at", "respond_by")
+        moments = (
+            "noticed_at",
+            "opened_at",
+            "deadline_at",
+            "expired_at",
+            "next_action_at",
+            "respond_by",
+            "own_deadline_at",
+        )
         changes = ", ".join(f"{name} = {name} - make_interval(secs => :seconds)" for name in moments)
         statement = text(f"UPDATE margin_calls SET {changes} WHERE agent_id = :agent_id AND ended_at IS NULL")
         async with self.desk.database.transaction(ACTOR) as tx:
