@@ -156,7 +156,7 @@ class _Round:
             return False
         amount = stand_by.missing(self.scene, held, policy.cure_utilization)
         reach = fleet_books.reach(self.books) - self.books.fleet.drawn
-        if member.reduce_only or amount > min(member.max_margin - member.drawn, reach):
+        if member.reduce_only or not 0 < amount <= min(member.max_margin - member.drawn, reach):
             return False
         try:
             moves = delegation.moves_of_draw(self.scene, Pair(held, self.books.master), amount)

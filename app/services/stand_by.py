@@ -31,9 +31,14 @@ def lacks(scene: Scene, held: Book) -> Decimal:
 
 
 def missing(scene: Scene, held: Book, level: float) -> Decimal:
-    """Return the USDC that brings utilization to a level, in whole cents. Raises ConflictError on stale prices."""
+    """Return the USDC that brings utilization to a level, in whole cents. Raises ConflictError on stale prices.
+
+    0 for who has lost more than all it had: the fleet's money would fill that hole first. It is contained instead.
+    """
     figures = scene.figures(held)
     scene.require_fresh(figures)
+    if figures.health.equity < 0.0:
+        return ZERO
     worth = scene.worth(SETTLEMENT_ASSET, Decimal(1))
     lack = max(0.0, figures.health.required_initial / level - figures.health.equity)
     return to_decimal(lack / worth).quantize(_CENT, ROUND_CEILING) if worth > 0.0 else ZERO

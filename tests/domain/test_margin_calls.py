@@ -185,7 +185,7 @@ def test_when_an_own_call_is_due_that_becomes_the_fleets(call: Call, due: float)
 @pytest.mark.parametrize("now_is", [SAFE, CURED, NEAR, TREMBLES, BREACH, SHORT, EMPTY, replace(EMPTY, pool=None)])
 @pytest.mark.parametrize("isolated", [False, True])
 def test_an_own_call_goes_on_where_it_would_have_gone_on_by_itself(now_is: Situation, isolated: bool) -> None:
-    """What a call does that was never the fleet's: cured it is over, and so it is where nothing is left and required."""
+    """As a call does that was never the fleet's: cured it is over, and where nothing is left and nothing required."""
     now_is, alone = replace(now_is, isolated=isolated, is_cured=now_is.is_cured and not isolated), opened(reminded=2)
     for call in (alone, replace(alone, cause="isolated")):
         is_idle = not now_is.anything_left and not now_is.cause

@@ -139,9 +139,12 @@ class Muster:
         return used
 
     async def cascade(self, shock: float = SHOCK) -> dict[str, Any]:
+        return await self.cascade_of(Crash(shock=shock))
+
+    async def cascade_of(self, crash: Crash) -> dict[str, Any]:
         async with self.squadron.desk.scene() as (tx, scene):
             books = await fleet_books.load(tx, await fleets.get(tx, self.fleet.id, None))
-        return fleet_cascade.cascade(books, scene, Crash(shock=shock), self.rules)
+        return fleet_cascade.cascade(books, scene, crash, self.rules)
 
     async def due(self) -> list[str]:
         """Return whose calls are due."""

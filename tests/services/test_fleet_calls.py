@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 
 import pytest
-from sqlalchemy import URL
 
-from app.db.session import Database, Tx
+from app.db.session import Tx
 from app.domain.book import Book
 from app.domain.escrow import Leg
 from app.errors import ConflictError
@@ -21,34 +19,17 @@ from app.services.agreements import NewAgreement
 from app.services.delegation import Pair
 from app.services.escrows import NewEscrow
 from app.services.fleets import Terms
-from app.services.lending import NewOffer, Wanted
+from app.services.lending import NewOffer
 from app.services.margin import Scene, Scenes
 from app.services.market_cache import MarketCache
 from app.services.netting import NewObligation
 from app.services.wallet import Names
-from tests.database import make_settings
 from tests.services.calls import RULES
-from tests.services.desk import ACTOR, ITEMS_MAX, Desk
-from tests.services.muster import FALLEN, PRICES, Muster
+from tests.services.desk import ACTOR, ITEMS_MAX
+from tests.services.muster import PRICES, Muster
 from tests.services.squadron import Squadron
 
 STOP = 0.75
-
-
-@pytest.fixture
-async def squadron(database_url: URL) -> AsyncIterator[Squadron]:
-    database = Database(database_url, make_settings(database_pool_size=20, database_connect_seconds=20))
-    desk = Desk(database)
-    await desk.prices(PRICES)
-    await desk.market.refresh()
-    yield Squadron(desk)
-    assert await desk.imbalances() == {}
-    await database.close()
-
-
-@pytest.fixture
-async def muster(squadron: Squadron) -> Muster:
-    return await Muster.gathered(squadron)
 
 
 def by_hand(muster: Muster) -> list[tuple[str, str, Decimal]]:
@@ -220,90 +201,6 @@ async def test_a_masters_own_call_becomes_the_fleets_with_the_fleets_time(muster
     assert call.deadline_at is not None
     assert call.opened_at is not None
     assert call.deadline_at - call.opened_at == timedelta(seconds=600)
-
-
-async def _master_in_breach(muster: Muster) -> datetime:
-    """Give the master 13 BTC of its own, and a call for them at 55,500; return its deadline."""
-    desk, master = muster.squadron.desk, muster.fleet.master_id
-    await desk.deposit(master, "USDC", 300_000)
-    await desk.deposit(muster.pooled[2], "USDC", 20_000)
-    await muster.squadron.order(master, "buy", 13)  # 780,000 of notional, 234,000 of margin
-    await muster.crash({"BTC": "55500"})
-    call = await muster.calls.only(master)
-    assert (call.state, call.cause) == ("open", "utilization")
-    assert call.deadline_at is not None
-    return call.deadline_at
-
-
-SAVED = FALLEN | {"SOL": "1100"}
-"""Two members gain 185,000 and need 61,000 more: the pool is cured, the master by itself is where it was."""
-
-
-async def test_a_master_does_not_put_off_its_own_deadline_by_the_fleets_call(muster: Muster) -> None:
-    """Its pool is in breach and cured again and again: each time its own call goes on, and in the end it is sold."""
-    master, deadline = muster.fleet.master_id, await _master_in_breach(muster)
-    await muster.set(master, grace_period_seconds=900)
-    for _ in range(2):
-        told = await muster.crash()
-        assert (await muster.calls.calls(master))[0].cause == "fleet"
-        told = await muster.crash(SAVED)
-        assert [kind for agent, kind in told if agent == master] == ["margin_call.cured", "margin_call.opened"]
-        call = (await muster.calls.calls(master))[0]
-        assert (call.state, call.cause, call.deadline_at) == ("open", "utilization", deadline)
-        assert (call.own_deadline_at, call.own_cause) == (None, None)
-    await muster.crash()
-    await muster.calls.pass_time(master, 301)  # of the fleet's 900
-    assert await muster.settle([master]) == []
-    await muster.squadron.desk.prices(SAVED)
-    assert (await muster.decide(master)).told == (
-        "margin_call.cured",
-        "margin_call.opened",
-        "margin_call.expired",
-        "liquidation.executed",
-    )
-    await muster.settle()
-    assert (await muster.calls.calls(master))[0].state == "completed"
-    assert (await muster.calls.sizes(master))["BTC-PERP"] < 13
-
-
-async def test_an_own_call_that_is_cured_under_the_fleets_is_over(muster: Muster) -> None:
-    master, deadline = muster.fleet.master_id, await _master_in_breach(muster)
-    await muster.crash()
-    assert (await muster.calls.only(master)).own_deadline_at == deadline
-    # 229,320 of 292,750 by itself (.783), and members that need 14,500 more have next to nothing: .82
-    await muster.crash({"BTC": "58800", "ETH": "400", "SOL": "30"})
-    call = await muster.calls.only(master)
-    assert (call.state, call.cause, call.own_deadline_at) == ("open", "fleet", None)
-    await muster.crash(SAVED)
-    own, _ = await muster.calls.calls(master)
-    assert own.deadline_at is not None
-    assert own.deadline_at > deadline
-
-
-@pytest.mark.parametrize("grace", [200, 2_000])
-async def test_a_members_own_deadline_stands_though_it_has_had_its_turn(squadron: Squadron, grace: int) -> None:
-    """Its turn ends with the pool at its stop level, itself at .966: it has no grace anew, and loses none either."""
-    muster = await Muster.gathered(squadron, grace=grace)
-    second = muster.pooled[1]
-    await muster.crash()
-    own = await muster.calls.only(second)
-    assert own.deadline_at is not None
-    await muster.calls.pass_time(second, 301)
-    await muster.settle([second])
-    assert (await muster.calls.only(second)).state == ("expired" if grace == 200 else "open")
-    told = await muster.expire()
-    assert [kind for agent, kind in told if agent == second][-2:] == ["liquidation.completed", "margin_call.opened"]
-    again, turn = await muster.calls.calls(second)
-    assert (turn.cause, turn.own_cause) == ("fleet", own.cause)
-    told = await muster.settle([second])
-    sold = [agent for agent, *_ in await muster.sold() if agent == second]
-    if grace == 200:
-        assert [kind for _, kind in told][:2] == ["margin_call.expired", "liquidation.executed"]
-        assert len(sold) > 1
-    else:
-        assert told == []
-        assert again.deadline_at == own.deadline_at - timedelta(seconds=301)
-        assert len(sold) == 1
 
 
 async def test_the_masters_own_positions_come_last(muster: Muster) -> None:
@@ -509,51 +406,6 @@ async def test_what_pays_others_takes_nothing_out_of_a_called_pool(muster: Muste
     await squadron.desk.deposit(apart, "USDC", 10)
     await draw()  # it draws nothing now: its own is no part of the pool
     await squadron.reserve(rich, 10)  # and stays in it
-
-
-async def test_what_was_offered_or_is_owed_leaves_no_called_pool(muster: Muster) -> None:
-    """Before the call the master offered a loan, and an admin booked what it owes, for which nothing was free."""
-    squadron, desk, master = muster.squadron, muster.squadron.desk, muster.fleet.master_id
-    database, scenes = desk.database, squadron.scenes
-    creditor, borrower = await desk.agent(1), await desk.agent()
-    await desk.deposit(borrower, "BTC", 1)
-    async with database.transaction(ACTOR) as tx:
-        scene = await scenes.at(tx)
-        agreement = await agreements.propose(
-            tx, scene, creditor, NewAgreement("n", [master], ["casino"], interval_seconds=None, threshold=None)
-        )
-        await agreements.accept(tx, master, agreement.id)
-        await lending.offer(tx, scenes, master, NewOffer("USDC", Decimal(500)), Names())
-    free = (await desk.money(master))["free"]
-    async with database.transaction(ACTOR) as tx:
-        owed = NewObligation(creditor, "casino", "USDC", free + 100, "a", fact=True)
-        await netting.book_obligation(tx, scenes, master, agreement.id, owed)
-    await muster.crash()
-    assert (await muster.calls.only(master)).cause == "fleet"
-    await desk.deposit(master, "USDC", 1_000)
-
-    async def run() -> str:
-        async with database.transaction(ACTOR) as tx:
-            ran = await netting.run(tx, scenes, agreement.id, creditor)
-        assert ran is not None
-        return ran.run.outcome
-
-    async def borrow() -> Decimal:
-        wanted = Wanted("USDC", Decimal(500), "BTC")
-        async with database.transaction(ACTOR) as tx:
-            return sum(
-                (loan.principal for loan in await lending.borrow(tx, scenes, borrower, wanted, Names())), Decimal(0)
-            )
-
-    assert await run() == "defaulted"
-    with pytest.raises(ConflictError) as refused:
-        await borrow()
-    assert refused.value.code == "not_enough_offered"
-    await muster.crash(PRICES)
-    await desk.deposit(master, "USDC", 100_000)
-    await muster.settle([master])
-    assert await run() == "settled"
-    assert await borrow() == Decimal(500)
 
 
 async def test_members_open_nothing_once_the_fleets_call_has_run_out(muster: Muster) -> None:
