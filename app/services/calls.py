@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import case, func, insert, select, update
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
@@ -88,13 +88,20 @@ _ADD = insert(margin_calls).returning(margin_calls.c.seq)
 
 
 async def save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> StoredCall | None:
-    """Write what has changed of a call since it was `before`, None: it is new. Return it as it is then stored."""
+    """Write what has changed of a call since it was `before`, None: it is new. Return it.
+
+    Whoever writes has its account locked, but for who `wake`s it: a call that was woken meanwhile stays awake.
+    """
     if after is None or after == before:
         return after
     if before is None:
         row = {name: getattr(after, name) for name in StoredCall.__slots__ if name != "seq"}
         return replace(after, seq=(await tx.connection.execute(_ADD, row)).scalar_one())
     changed = {name: value for name in StoredCall.__slots__ if (value := getattr(after, name)) != getattr(before, name)}
+    if changed.get("next_action_at") is not None:
+        known, later = margin_calls.c.next_action_at, changed["next_action_at"]
+        is_woken = known.is_distinct_from(before.next_action_at)
+        changed["next_action_at"] = case((is_woken, func.least(known, later)), else_=later)
     await tx.connection.execute(update(margin_calls).where(margin_calls.c.id == after.id).values(**changed))
     return after
 

@@ -179,8 +179,12 @@ def no_such_fleet() -> NotFoundError:
 
 
 async def disband(tx: Tx, fleet: Fleet) -> None:
-    """End a fleet that has no members. Raises ConflictError `fleet_not_empty` where it has, or has invited one."""
+    """End a fleet that has no members. Raises ConflictError `fleet_not_empty` where it has, or has invited one.
+
+    Raises NotFoundError where another has ended it meanwhile.
+    """
     await accounts.lock_account(tx, fleet.master_id)
+    await get(tx, fleet.id, fleet.master_id)
     remaining = select(fleet_members.c.agent_id).where(fleet_members.c.fleet_id == fleet.id).limit(1)
     if (await tx.connection.execute(remaining)).first() is not None:
         raise conflict("", "fleet_not_empty", "it has members, or invitations that are unanswered: let them go first")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
 import pytest
 
 from app.errors import ConflictError
-from app.services import agreements, fleet_books, lending, netting
+from app.services import agreements, book, calls, fleet_books, lending, netting
 from app.services.agreements import NewAgreement
 from app.services.fleet_cascade import Crash
 from app.services.fleet_watch import needy
@@ -124,6 +125,21 @@ async def test_a_members_own_deadline_stands_though_it_has_had_its_turn(squadron
         assert told == []
         assert again.deadline_at == own.deadline_at - timedelta(seconds=301)
         assert len(sold) == 1
+
+
+async def test_a_call_that_is_woken_while_it_is_decided_on_stays_awake(muster: Muster) -> None:
+    """The fleet's call ends after a member's decision has seen it, and before that says when to look again."""
+    database, member = muster.squadron.desk.database, muster.pooled[0]
+    await muster.crash()
+    async with database.transaction(ACTOR) as deciding:
+        await book.hold(deciding, member)
+        seen = await calls.live(deciding, member)
+        assert seen is not None
+        assert seen.next_action_at is not None
+        async with database.transaction(ACTOR) as ending:
+            await calls.wake(ending, [member])
+        await calls.save(deciding, seen, replace(seen, next_action_at=seen.next_action_at + timedelta(seconds=30)))
+    assert member in await muster.due()
 
 
 async def test_what_was_offered_or_is_owed_leaves_no_called_pool(muster: Muster) -> None:

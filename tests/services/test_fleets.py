@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import URL
 
 from app.db.session import Database
-from app.errors import ConflictError
+from app.errors import ConflictError, NotFoundError
 from app.services import fleets
 from app.services.fleets import Fleet, Terms
 from tests.database import make_settings
@@ -185,6 +185,23 @@ async def test_an_agent_is_in_one_fleet_however_many_ask_at_once(squadron: Squad
     with pytest.raises(ConflictError):
         async with squadron.desk.database.transaction(ACTOR) as tx:
             await fleets.create(tx, agent, "of a member")
+
+
+async def test_a_fleet_is_disbanded_once_however_many_ask_at_once(squadron: Squadron) -> None:
+    fleet = await squadron.fleet(1_000)
+
+    async def disband() -> str:
+        try:
+            async with squadron.desk.database.transaction(ACTOR) as tx:
+                await fleets.disband(tx, fleet)
+        except NotFoundError as gone:
+            return str(gone.code)
+        return "disbanded"
+
+    outcomes = await asyncio.gather(*(disband() for _ in range(5)))
+    assert sorted(outcomes) == ["disbanded", *["fleet_not_found"] * 4]
+    [[recorded]] = await squadron.desk.rows("SELECT count(*) FROM audit_log WHERE action = 'fleet.disbanded'")
+    assert recorded == 1
 
 
 async def test_members_and_masters_cross_each_other_without_a_deadlock(squadron: Squadron) -> None:
