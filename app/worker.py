@@ -327,7 +327,7 @@ class Worker:
             self._metrics.decision_failures.inc()
             log.exception("no turn of %s", agent_id)
             async with self._database.transaction(self.id) as tx:
-                await calls.put_off(tx, agent_id, TURN_RETRY_SECONDS)
+                await margin_calls.pass_over(tx, self._scenes, agent_id, master_id, self._rules, TURN_RETRY_SECONDS)
             return True
 
     async def _decided(self, agent_id: str, master_id: str | None) -> Decided:

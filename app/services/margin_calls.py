@@ -123,6 +123,20 @@ async def take_turns(tx: Tx, scenes: Scenes, master_id: str, agents: Sequence[st
     return made
 
 
+async def pass_over(tx: Tx, scenes: Scenes, agent_id: str, master_id: str, rules: Rules, seconds: float) -> None:
+    """Let a member's call wait whose turn has failed, one that is made for that where it has none of the fleet's yet.
+
+    The line goes on with who comes after it: else it would begin with the one that fails for ever.
+    """
+    books = await book.hold_all(tx, {agent_id, master_id})
+    held, call, scene = books[agent_id], await calls.live(tx, agent_id), await scenes.at(tx)
+    case = await call_case.placed(tx, Case(held, scene, scene.figures(held), call), books[master_id], rules, None)
+    if case.pool is not None:
+        await accounts.lock_account(tx, agent_id)
+        await calls.save(tx, call, case.call)
+    await calls.put_off(tx, agent_id, seconds)
+
+
 async def _decide(
     tx: Tx, scene: Scene, held: Book, master: Book | None, rules: Rules, pool: Pool | None = None
 ) -> tuple[Decided, Pool | None]:

@@ -7,9 +7,11 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from app.errors import ConflictError
-from app.services import agreements, book, calls, fleet_books, lending, netting
+from app.services import agreements, book, calls, fleet_books, lending, margin_calls, netting
 from app.services.agreements import NewAgreement
 from app.services.fleet_cascade import Crash
 from app.services.fleet_watch import needy
@@ -125,6 +127,37 @@ async def test_a_members_own_deadline_stands_though_it_has_had_its_turn(squadron
         assert told == []
         assert again.deadline_at == own.deadline_at - timedelta(seconds=301)
         assert len(sold) == 1
+
+
+FAILS = "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'a fault'; END $$"
+FAULT = """
+    CREATE TRIGGER fault BEFORE INSERT ON events FOR EACH ROW
+    WHEN (NEW.type = 'margin_call.expired' AND NEW.agent_id = '{}') EXECUTE FUNCTION fail()
+"""
+
+
+async def test_a_turn_that_fails_at_once_holds_up_no_other(squadron: Squadron) -> None:
+    """Its own deadline is yet to come, so that there is no call of the fleet's that could be put off."""
+    muster = await Muster.gathered(squadron, grace=1_000)
+    database, master, first = squadron.desk.database, muster.fleet.master_id, muster.pooled[0]
+    async with database.transaction(ACTOR) as tx:
+        await tx.connection.execute(text(FAILS))
+        await tx.connection.execute(text(FAULT.format(first)))
+    await muster.crash()
+    await muster.calls.pass_time(master, 301)
+    turns = (await muster.decide(master)).turns
+    assert turns[0] == first
+    with pytest.raises(DBAPIError, match="a fault"):
+        await muster.take_turns(turns)
+    async with database.transaction(ACTOR) as tx:
+        await margin_calls.pass_over(tx, squadron.scenes, first, master, muster.rules, 10)
+    assert first not in await muster.due()
+    turns = (await muster.decide(master)).turns
+    assert turns[0] == muster.pooled[1]
+    await muster.take_turns(turns)
+    assert muster.pooled[1] in {agent for agent, *_ in await muster.sold("fleet")}
+    await muster.calls.pass_time(first, 11)
+    assert first in await muster.due()
 
 
 async def test_a_call_that_is_woken_while_it_is_decided_on_stays_awake(muster: Muster) -> None:
