@@ -107,10 +107,13 @@ async def save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> S
 
 
 async def wake(tx: Tx, agents: Collection[str]) -> None:
-    """Have the calls of these agents that have expired looked at now: what they waited for is over."""
+    """Have the live calls of these agents looked at now: what those that have expired waited for is over.
+
+    One that is still open may be expiring in another transaction, which has seen what it would wait for.
+    """
     columns = margin_calls.c
-    expired = (columns.agent_id.in_(agents), columns.state.in_(("expired", "liquidating")))
-    await tx.connection.execute(update(margin_calls).where(*expired).values(next_action_at=tx.now))
+    live = (columns.agent_id.in_(agents), columns.state.in_(LIVE_STATES))
+    await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=tx.now))
 
 
 async def turns(tx: Tx, agents: Collection[str]) -> dict[str, StoredCall]:

@@ -40,6 +40,12 @@ BOOKED = text(
     SELECT agent_id, symbol, size FROM orders WHERE reason = 'liquidation' AND status = 'filled' ORDER BY seq
     """
 )
+LIVE = text(
+    """
+    SELECT agent_id, state, cause, fleet_call_id, slices, deadline_at, own_deadline_at, next_action_at, now()
+    FROM margin_calls WHERE state IN ('open', 'expired', 'liquidating')
+    """
+)
 EARLY = text(
     """
     SELECT count(*) FROM events
@@ -99,13 +105,11 @@ class Five:
 
     async def until_quiet(self, count: int) -> None:
         """Wait until so many slices were closed, and no call is to liquidate any more."""
-        live = text("SELECT count(*) FROM margin_calls WHERE state IN ('open', 'expired', 'liquidating')")
-        async with asyncio.timeout(30):
-            while True:
-                [[left]] = await self.rows(live)
-                if left == 0 and len(await self.rows(SOLD)) >= count:
-                    return
-                await asyncio.sleep(0.05)
+        deadline = asyncio.get_running_loop().time() + 30
+        while left := await self.rows(LIVE) or len(await self.rows(SOLD)) < count:
+            if asyncio.get_running_loop().time() > deadline:
+                pytest.fail(f"{count} slices are due; {left} goes on, and sold is {await self.rows(SOLD)}")
+            await asyncio.sleep(0.05)
 
     async def check(self, falls: list[dict[str, Any]]) -> None:
         """Check that what was foretold is what was done, each slice once, the fleet's in its order."""

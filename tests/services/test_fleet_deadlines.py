@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -10,6 +11,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from app.db.session import Database
 from app.errors import ConflictError
 from app.services import agreements, book, calls, fleet_books, lending, margin_calls, netting
 from app.services.agreements import NewAgreement
@@ -173,6 +175,36 @@ async def test_a_call_that_is_woken_while_it_is_decided_on_stays_awake(muster: M
             await calls.wake(ending, [member])
         await calls.save(deciding, seen, replace(seen, next_action_at=seen.next_action_at + timedelta(seconds=30)))
     assert member in await muster.due()
+
+
+async def test_a_call_that_expires_while_its_fleets_ends_is_looked_at_again(squadron: Squadron) -> None:
+    muster = await Muster.gathered(squadron, grace=300)
+    database, member = squadron.desk.database, muster.pooled[0]
+    await muster.crash()
+    await muster.calls.pass_time(member, 301)
+    assert (await muster.calls.only(member)).state == "open"
+
+    async def end() -> None:
+        async with database.transaction(ACTOR) as ending:
+            await calls.wake(ending, [member])
+
+    async with database.transaction(ACTOR) as deciding:
+        decided = await margin_calls.decide(deciding, squadron.scenes, member, muster.rules)
+        assert decided.call is not None
+        assert decided.call.state == "expired"  # and waits for its fleet's, as it sees it
+        ended = asyncio.create_task(end())
+        while not (ended.done() or await _waits_for_a_lock(database)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await ended
+    assert member in await muster.due()
+
+
+async def _waits_for_a_lock(database: Database) -> bool:
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    async with database.transaction(ACTOR) as tx:
+        return bool((await tx.connection.execute(waiting)).scalar_one())
 
 
 async def test_what_was_offered_or_is_owed_leaves_no_called_pool(muster: Muster) -> None:
