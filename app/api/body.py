@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -45,6 +45,9 @@ BRACKETS_MAX = 200_000
 
 Number = Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["number", "string"]})]
 """A number with all its digits, read by `exact`: the decoder's own Decimal takes `1_000` and Arabic digits as well."""
+
+NOT_GIVEN = cast("msgspec.Raw", None)
+"""The default of a number that may be left out: Raw takes null by itself, and no union with None."""
 
 _NUMBER = re.compile(
     rb"""\s*(?P<quote>"?)(?P<digits>-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,9})?)(?P=quote)\s*"""

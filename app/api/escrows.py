@@ -59,8 +59,8 @@ class EscrowActionPost(wire.Request):
 class ResolvePost(wire.Request):
     """POST /api/escrows/{id}/resolve: what the payee receives, as an amount or as a share of it, 0 to 1."""
 
-    to_payee: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
-    payee_share: wire.Number = None  # type: ignore[assignment]
+    to_payee: wire.Number = wire.NOT_GIVEN
+    payee_share: wire.Number = wire.NOT_GIVEN
     note: Label | None = None
 
 

@@ -44,7 +44,7 @@ class FleetPost(wire.Request):
     """POST /api/fleets: the key's own agent leads it, its wallet is the master's."""
 
     name: str
-    dry_powder: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    dry_powder: wire.Number = wire.NOT_GIVEN
 
 
 class MemberPost(wire.Request):
@@ -61,7 +61,7 @@ class MemberPost(wire.Request):
 class MemberPatch(wire.Request):
     """PATCH /api/fleets/{id}/members/{agent_id}: `on_excess` says what happens where more is in use."""
 
-    max_margin: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    max_margin: wire.Number = wire.NOT_GIVEN
     services: list[str] | None = None
     liquidation_priority: int | None = None
     delegation: Delegated | None = None
@@ -71,7 +71,7 @@ class MemberPatch(wire.Request):
 class SweepPost(wire.Request):
     """POST /api/fleets/{id}/members/{agent_id}/sweep: all that the member can do without where `amount` is left out."""
 
-    amount: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    amount: wire.Number = wire.NOT_GIVEN
 
 
 class DryPowderPost(wire.Request):
@@ -86,14 +86,14 @@ class RebalancePost(wire.Request):
 
     policy: Policy
     apply: bool | None = None
-    share_min: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
-    share_max: wire.Number = None  # type: ignore[assignment]
+    share_min: wire.Number = wire.NOT_GIVEN
+    share_max: wire.Number = wire.NOT_GIVEN
 
 
 class CascadePost(wire.Request):
     """POST /api/fleets/{id}/cascade: relative moves of prices; volumes by which sales move them further."""
 
-    shock: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    shock: wire.Number = wire.NOT_GIVEN
     shocks: dict[str, wire.Number] | None = None
     adv: dict[str, wire.Number] | None = None
 

@@ -37,7 +37,7 @@ class AgreementPost(wire.Request):
     services: list[str]
     name: Name | None = None
     interval_seconds: int | None = None
-    threshold: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    threshold: wire.Number = wire.NOT_GIVEN
 
 
 class ObligationPost(wire.Request):

@@ -49,7 +49,7 @@ class OrderPost(wire.Request):
     size: wire.Number
     order_type: Literal["market"] | None = None
     reduce_only: bool | None = None
-    leverage: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    leverage: wire.Number = wire.NOT_GIVEN
     margin_mode: MarginMode | None = None
     meta: dict[str, Any] | None = None
 
@@ -80,7 +80,7 @@ class FillPost(wire.Request):
     fill_id: FillId
     size: wire.Number
     price: wire.Number
-    fee: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    fee: wire.Number = wire.NOT_GIVEN
     confirm: bool | None = None
 
 

@@ -51,7 +51,7 @@ class ReservationPost(wire.Request):
 class PartIn(wire.Request):
     """POST /api/reservations/{id}/release and /settle: an amount, or all that remains."""
 
-    amount: wire.Number = None  # type: ignore[assignment]  # Raw takes null, no union does
+    amount: wire.Number = wire.NOT_GIVEN
     reference: Label | None = None
 
 
