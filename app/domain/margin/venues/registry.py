@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from app.domain.margin.venues.deribit import DERIBIT
+from app.domain.margin.venues.derive import DERIVE
+from app.domain.margin.venues.okx import OKX
 from app.domain.margin.venues.venue import Venue
 
-VENUES: Mapping[str, Venue[Any, Any]] = MappingProxyType({venue.name: venue for venue in (DERIBIT,)})
+VENUES: Mapping[str, Venue[Any, Any]] = MappingProxyType({venue.name: venue for venue in (DERIBIT, OKX, DERIVE)})
