@@ -251,9 +251,9 @@ class Contingencies:
 
 
 def contingencies(
-    unit: Unit, symbols: Sequence[str], confidence: float | None, parameters: DeriveParameters
+    unit: Unit, symbols: Sequence[str], sizes: Floats, confidence: float | None, parameters: DeriveParameters
 ) -> Contingencies:
-    """Return the contingencies at the unit's spot.
+    """Return the contingencies at the unit's spot; `sizes` (m,) are notionals in units of the underlying.
 
     On the net of each perpetual or future and on the net short options of each strike and expiry, at their rates; for
     oracles below the least confidence (1 - confidence) x notional.
@@ -267,20 +267,18 @@ def contingencies(
         short_option=p.short_option_rate * short,
         perpetual_initial=p.perpetual_rate_initial * delta_one,
         short_option_initial=p.short_option_rate_initial * short,
-        confidence_initial=doubt * spot * _sizes(unit),
+        confidence_initial=doubt * spot * sizes,
     )
 
 
 def _coins(unit: Unit) -> Floats:
     """Return the signed deltas (m,) of linear and greeks positions in units of the underlying, 0 for options."""
-    return unit.exposure / np.where(np.isnan(unit.mark), unit.spot(), unit.mark)
+    return unit.exposure / _marks(unit)
 
 
-def _sizes(unit: Unit) -> Floats:
-    """Return each position's size (m,) in units of the underlying, an option's whatever its delta."""
-    sizes: Floats = np.abs(_coins(unit))
-    sizes[unit.options.row] = np.abs(unit.options.quantity)
-    return sizes
+def _marks(unit: Unit) -> Floats:
+    """Return the marks (m,), the spot price where a greeks position has none."""
+    return np.where(np.isnan(unit.mark), unit.spot(), unit.mark)
 
 
 def _codes(keys: Sequence[object]) -> Rows:
@@ -317,7 +315,9 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
     by_scenario = pnl.sum(axis=0)
     binding = worst_scenario(by_scenario)
     worst = pnl[:, binding] if by_scenario[binding] <= total(basis) else basis
-    extra = contingencies(unit, [portfolio.symbols[i] for i in unit.rows.tolist()], inputs.confidence, parameters)
+    sizes = portfolio.notional[unit.rows] / _marks(unit)
+    symbols = [portfolio.symbols[i] for i in unit.rows.tolist()]
+    extra = contingencies(unit, symbols, sizes, inputs.confidence, parameters)
     haircut_initial, haircut = inputs.collateral_initial or 0.0, inputs.collateral_maintenance or 0.0
     stable = terms.stable_prices.get(CASH_ASSET, 1.0)
     factor_initial = parameters.loss_factor_initial + stable_add(stable, parameters)
@@ -348,16 +348,15 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
             "net_initial": cash + to_market - required,
             "net_maintenance": cash + to_market - kept,
         },
-        initial_share=initial + _spread(unit, haircut_initial),
-        maintenance_share=maintenance + _spread(unit, haircut),
+        initial_share=initial + _spread(sizes, haircut_initial),
+        maintenance_share=maintenance + _spread(sizes, haircut),
         not_modelled=inputs.missing,
     )
 
 
-def _spread(unit: Unit, amount: float) -> Floats:
-    """Return an amount in parts (m,) by size in units of the underlying."""
-    sizes = _sizes(unit)
-    return sizes * (amount / total(sizes))  # a unit has an open position
+def _spread(sizes: Floats, amount: float) -> Floats:
+    """Return an amount in parts (m,) by size; a unit has an open position."""
+    return sizes * (amount / total(sizes))
 
 
 _LAYOUT = Layout(

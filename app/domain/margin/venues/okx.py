@@ -192,53 +192,66 @@ class Charges:
 
 @record(frozen=True, eq=False)
 class _Deltas:
-    """Signed Δ of each position (m,), USD: at its mark times the price of what it is quoted in."""
+    """Signed Δ of each position (m,), USD: at its mark times the price of what it is quoted in.
+
+    `notional` (m,) >= 0; `instrument` and `bucket` (m,) tell what nets in MR7 and in MR4, `keys` (B,) are the buckets'.
+    """
 
     each: Floats
+    notional: Floats
     instrument: Rows
     bucket: Rows
-    rates: Floats
+    keys: Floats
 
-    def basis(self) -> Floats:
-        """Return each position's signed part (m,) of MR4 = Σ over buckets of rate x |Σ Δ|."""
-        net = sums(self.bucket, self.each, len(self.rates))
-        part: Floats = (self.rates * np.sign(net))[self.bucket] * self.each
+    def basis(self, rates: Floats) -> Floats:
+        """Return each position's signed part (m,) of MR4 = Σ over buckets of rate (B,) x |Σ Δ|."""
+        net = sums(self.bucket, self.each, len(rates))
+        part: Floats = (rates * np.sign(net))[self.bucket] * self.each
         return part
 
     def gross(self) -> float:
         """Return Σ over instruments of |Σ Δ|: what there is to close."""
         return total(np.abs(sums(self.instrument, self.each, len(self.each))))
 
+    def by_delta(self, amount: float) -> Floats:
+        """Return an amount above 0, which some Δ has made, in parts (m,) by |Δ|."""
+        size: Floats = np.abs(self.each)
+        return size * (amount / total(size))
+
     def spread(self, amount: float) -> Floats:
-        """Return an amount in parts (m,) by |Δ|; nothing where there is none."""
-        size = np.abs(self.each)
-        whole = total(size)
-        return size * (amount / whole) if whole > 0.0 else np.zeros(len(size))
+        """Return an amount in parts (m,) by notional; a unit has an open position."""
+        return self.notional * (amount / total(self.notional))
+
+
+def stress_pnl(unit: Unit, shocks: Scenarios, at_index: Floats, parameters: OkxParameters) -> Floats:
+    """Return each position's profit and loss in each scenario, USD (m, S), weighted.
+
+    `at_index` (m,) is what a contract is worth at the index over what it is worth at its mark, both USD.
+    """
+    shocked = replace(unit, exposure=unit.exposure * at_index)
+    pnl = shocked.pnl(shocks.moves, shocks.vol_moves, shocked_volatilities(unit, shocks, parameters))
+    pnl *= shocks.weights
+    return pnl
 
 
 def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMargin:
     parameters, inputs = OKX.parameters_of(terms.parameters, unit.name), OKX.inputs_of(terms, unit.name)
     symbols = [portfolio.symbols[i] for i in unit.rows.tolist()]
     settle = _settlement_prices(symbols, terms)
-    deltas = _deltas(unit, symbols, settle, parameters, terms.parameters)
+    deltas = _deltas(unit, symbols, portfolio.notional[unit.rows], settle, terms.parameters)
     shocks = scenarios(parameters)
     index = inputs.index_price or unit.price
     at_index = np.where(np.isnan(unit.mark) | np.isnan(index), 1.0, index / unit.mark)
-    shocked = replace(unit, exposure=unit.exposure * settle * at_index)
-    pnl = shocked.pnl(shocks.moves, shocks.vol_moves, shocked_volatilities(unit, shocks, parameters))
-    pnl *= shocks.weights
+    pnl = stress_pnl(unit, shocks, settle * at_index, parameters)
     by_scenario = pnl.sum(axis=0)
     binding = worst_scenario(by_scenario)
-    basis = deltas.basis()
+    basis = deltas.basis(basis_rates(deltas.keys, parameters))
     charges = Charges(
+        **{name: getattr(inputs, name) or 0.0 for name in ("mr2", "mr3", "mr5", "mr9")},
         mr1=max(0.0, -float(by_scenario[: shocks.spot_count].min())),
-        mr2=inputs.mr2 or 0.0,
-        mr3=inputs.mr3 or 0.0,
         mr4=total(basis),
-        mr5=inputs.mr5 or 0.0,
         mr6=max(0.0, -float(by_scenario[shocks.spot_count :].min())),
         mr7=minimum_charge(parameters.minimum_rate * deltas.gross(), parameters.minimum_tiers),
-        mr9=inputs.mr9 or 0.0,
     )
     share = _shares(charges, deltas, basis, pnl[:, binding])
     return UnitMargin(
@@ -262,22 +275,20 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
 def _shares(charges: Charges, deltas: _Deltas, basis: Floats, worst: Floats) -> Floats:
     """Return each position's part (m,) of the unit's MMR: of what binds, the stress by its loss there."""
     if charges.mr7 > charges.stress + charges.supplied + charges.mr4:
-        return deltas.spread(charges.mr7)
+        return deltas.by_delta(charges.mr7)
     by_scenario = charges.stress == max(charges.mr1, charges.mr6)
     stress = -worst if by_scenario and charges.stress > 0.0 else deltas.spread(charges.stress)
     return stress + basis + deltas.spread(charges.supplied)
 
 
-def _deltas(
-    unit: Unit, symbols: Sequence[str], settle: Floats, parameters: OkxParameters, market: MarketParameters
-) -> _Deltas:
+def _deltas(unit: Unit, symbols: Sequence[str], notional: Floats, settle: Floats, market: MarketParameters) -> _Deltas:
     each = unit.exposure * settle
     if len(unit.options):
         each[unit.options.row] = unit.options.dollar_delta()
     code = {symbol: k for k, symbol in enumerate(dict.fromkeys(symbols))}
     keys, bucket = buckets(unit, [_is_spot(symbol, unit.name, market) for symbol in symbols])
     instrument = np.array([code[symbol] for symbol in symbols], dtype=np.intp)
-    return _Deltas(each, instrument, bucket, basis_rates(keys, parameters))
+    return _Deltas(each, notional, instrument, bucket, keys)
 
 
 def _is_spot(symbol: str, underlying: str, market: MarketParameters) -> bool:
