@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
 
 from app.domain.black76 import Floats
+from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
@@ -24,6 +26,8 @@ from app.domain.record import record
 from app.domain.scenarios import floored
 
 CASH_ASSET = "USDC"
+SCENARIOS_KEPT = 64
+"""Sets of parameters whose scenarios are kept."""
 _UP, _SAME, _DOWN, _LINEAR, _ABSOLUTE = range(5)
 
 
@@ -117,12 +121,13 @@ class Scenarios:
         """+1, 0, -1 where volatility moves up, not at all, down (S,); 0 in the skews."""
         return np.array([1.0, 0.0, -1.0, 0.0, 0.0])[self.vols]
 
-    @property
+    @computed
     def labels(self) -> tuple[Label, ...]:
         """The scenarios as they are shown; volatility moves are multiples of the expiry's own."""
         return tuple(map(Label, self.moves.tolist(), self.vol_directions.tolist(), self.weights.tolist()))
 
 
+@lru_cache(maxsize=SCENARIOS_KEPT)
 def scenarios(parameters: DeriveParameters) -> Scenarios:
     """Return the edge upwards, the inner moves with volatility up, same and down, the edge downwards, tails, skews."""
     edges = [(move, _UP, 1.0) for move in parameters.edge_moves]

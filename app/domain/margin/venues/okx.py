@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 
 import numpy as np
 
 from app.domain.black76 import VOLATILITY_MIN, Floats
+from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
@@ -23,6 +25,8 @@ from app.domain.portfolio import Portfolio, Rows, sums, total
 from app.domain.record import record
 from app.domain.scenarios import floored
 
+SCENARIOS_KEPT = 64
+"""Sets of parameters whose scenarios are kept."""
 _SPOT = -1.0
 _PERPETUAL = np.inf
 """Keys of the buckets that have no expiry; an expiry's are its years."""
@@ -98,7 +102,7 @@ class Scenarios:
     vol_moves: Floats
     weights: Floats
 
-    @property
+    @computed
     def labels(self) -> tuple[Label, ...]:
         """The scenarios as they are shown."""
         return tuple(map(Label, self.moves.tolist(), self.vol_moves.tolist(), self.weights.tolist()))
@@ -109,6 +113,7 @@ class Scenarios:
         return len(self.moves) - 2
 
 
+@lru_cache(maxsize=SCENARIOS_KEPT)
 def scenarios(parameters: OkxParameters) -> Scenarios:
     """Return the scenarios of a unit, by price, volatility up before down; the price no lower than 1e-6 of itself."""
     sizes = parameters.spot_moves
