@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from app.domain.margin.venues.deribit import DERIBIT
+from app.domain.margin.venues.paradex import PARADEX
 from app.domain.margin.venues.venue import Venue
 
-VENUES: Mapping[str, Venue[Any, Any]] = MappingProxyType({venue.name: venue for venue in (DERIBIT,)})
+VENUES: Mapping[str, Venue[Any, Any]] = MappingProxyType({venue.name: venue for venue in (DERIBIT, PARADEX)})
