@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from types import GenericAlias
 from typing import Annotated, Any, cast, get_type_hints
 
 import msgspec
@@ -37,6 +38,19 @@ def _parameters_type(venue: Venue[Any, Any]) -> type[Struct]:
 PARAMETERS_IN: Mapping[str, type[Struct]] = {name: _parameters_type(venue) for name, venue in VENUES.items()}
 
 
+def _put_type(venue: Venue[Any, Any]) -> type[Struct]:
+    doc = f"PUT /api/market/venues/{venue.name}/{{underlying}}; `version`, when given, must be the stored one."
+    return msgspec.defstruct(
+        f"{_name(venue.name)}ParametersPut",
+        [("version", Annotated[int, Meta(ge=0)] | None, None)],
+        bases=(PARAMETERS_IN[venue.name],),
+        namespace={"__doc__": doc},
+    )
+
+
+PARAMETERS_PUT: Mapping[str, type[Struct]] = {name: _put_type(venue) for name, venue in VENUES.items()}
+
+
 def _unit_type(venue: Venue[Any, Any]) -> type[Struct]:
     hints = get_type_hints(venue.inputs)
     names = [(f.name, hints[f.name], None) for f in fields(venue.inputs)]
@@ -51,7 +65,7 @@ def _unit_type(venue: Venue[Any, Any]) -> type[Struct]:
 _UNITS: dict[str, Any] = {name: _unit_type(venue) for name, venue in VENUES.items()}
 VenuesIn = msgspec.defstruct(
     "VenuesIn",
-    [(name, dict[Underlying, unit] | None, None) for name, unit in _UNITS.items()],
+    [(name, GenericAlias(dict, (Underlying, unit)) | None, None) for name, unit in _UNITS.items()],
     bases=(Request,),
     namespace={"__doc__": "What a quote says of underlyings, by venue."},
 )
@@ -93,7 +107,8 @@ def venue_parameters(market: MarketParameters, given: Struct | None) -> Mapping[
 
 def parameters_given(own: Struct) -> dict[str, Any]:
     """Return the parameters that a body sets."""
-    return {name: value for name in own.__struct_fields__ if (value := getattr(own, name)) is not UNSET}
+    names = (name for name in own.__struct_fields__ if name != "version")
+    return {name: value for name in names if (value := getattr(own, name)) is not UNSET}
 
 
 def merged_parameters(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.domain.margin.result import Worst
 from app.domain.margin.venues.okx import OKX, OkxInputs, OkxParameters, minimum_charge
 from app.domain.parameters import MarketParameters
 from tests.domain.book import PRICES, Row, greeks, is_option, linear, option
@@ -49,6 +50,7 @@ def test_worked_unit() -> None:
     assert result.worst is not None
     assert result.scenarios is not None
     assert result.scenarios.price_move[result.worst.index or 0] == 0.12
+    assert result.worst.rule == "mr1"
     assert result.not_modelled == ("mr2", "mr3", "mr5", "mr8", "mr9")
 
 
@@ -110,6 +112,7 @@ def test_minimum_charge_binds_on_a_hedged_unit() -> None:
     # .45 % of 120M is 540,000: 250k x 1 + 250k x 2 + 40k x 4
     assert result.maintenance_margin == pytest.approx(910_000.0, rel=1e-12)
     assert result.position_maintenance == pytest.approx([455_000.0, 455_000.0])
+    assert result.worst == Worst("mr7", None, pytest.approx(-910_000.0))
 
 
 def test_sides_of_one_contract_net() -> None:
@@ -155,6 +158,7 @@ def test_supplied_charges() -> None:
     assert full.add_ons["mr8"] == 500.0
     assert full.position_maintenance.sum() == pytest.approx(unit)
     assert full.maintenance_margin > bare.maintenance_margin
+    assert full.worst == Worst("mr2", None, -2_000.0)
 
 
 def test_borrowing_counts_for_an_asset_without_positions() -> None:

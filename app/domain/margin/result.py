@@ -90,7 +90,7 @@ class MarginResult:
     add_ons: Mapping[str, float] = field(default_factory=dict)
     worst: Worst | None = None
     scenarios: ScenarioTable | None = None
-    notes: Mapping[str, Figure | Sequence[str]] = field(default_factory=dict)
+    notes: Mapping[str, Figure] = field(default_factory=dict)
     not_modelled: tuple[str, ...] = ()
 
 

@@ -47,7 +47,7 @@ class DeribitParameters(VenueParameters):
     extended_factor: float = bounded(1.0, 0.0, 1.0)
     extended_dampener: float = bounded(100_000.0)
     pnl_offset: float = bounded(0.0, 0.0, 1.0)
-    annual_roll: float = bounded(0.075, 0.0, 10.0)
+    annual_roll: float = bounded(0.075, 0.0, 2.0)
     minimum_roll: float = bounded(0.01, 0.0, 1.0)
     maintenance_fraction: float = bounded(0.80, 0.01, 1.0)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from app.domain.black76 import Floats
 from app.domain.computed import computed
-from app.domain.margin.result import MarginResult, MarginTerms, worst_scenario
+from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
 from app.domain.margin.venues.unit import VOLATILITY_LEAST, YEAR_DAYS, Unit, units
@@ -356,6 +356,7 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
         initial_share=initial + _spread(sizes, haircut_initial),
         maintenance_share=maintenance + _spread(sizes, haircut),
         not_modelled=inputs.missing,
+        worst=None if worst is not basis else Worst("basis", None, total(basis)),
     )
 
 

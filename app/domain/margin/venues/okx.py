@@ -15,7 +15,7 @@ import numpy as np
 
 from app.domain.black76 import VOLATILITY_MIN, Floats
 from app.domain.computed import computed
-from app.domain.margin.result import MarginResult, MarginTerms, worst_scenario
+from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
 from app.domain.margin.venues.unit import Unit, term_scale, units
@@ -258,7 +258,8 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
         mr6=max(0.0, -float(by_scenario[shocks.spot_count :].min())),
         mr7=minimum_charge(parameters.minimum_rate * deltas.gross(), parameters.minimum_tiers),
     )
-    share = _shares(charges, deltas, basis, pnl[:, binding])
+    worst = _worst(charges, binding, shocks)
+    share = _shares(charges, deltas, basis, pnl[:, binding], worst.rule)
     return UnitMargin(
         unit=unit,
         initial=parameters.initial_factor * charges.maintenance,
@@ -274,15 +275,25 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
         initial_share=parameters.initial_factor * share,
         maintenance_share=share,
         not_modelled=_not_modelled(unit, inputs),
+        worst=worst,
     )
 
 
-def _shares(charges: Charges, deltas: _Deltas, basis: Floats, worst: Floats) -> Floats:
-    """Return each position's part (m,) of the unit's MMR: of what binds, the stress by its loss there."""
+def _worst(charges: Charges, scenario: int, shocks: Scenarios) -> Worst:
+    """Return what binds: MR7, MR2, or the scenario of MR1 or MR6."""
     if charges.mr7 > charges.stress + charges.supplied + charges.mr4:
+        return Worst("mr7", None, -charges.mr7)
+    if charges.mr2 > max(charges.mr1, charges.mr6):
+        return Worst("mr2", None, -charges.mr2)
+    return Worst("mr1" if scenario < shocks.spot_count else "mr6", scenario, 0.0 - charges.stress)
+
+
+def _shares(charges: Charges, deltas: _Deltas, basis: Floats, losing: Floats, rule: str) -> Floats:
+    """Return each position's part (m,) of the unit's MMR: of what binds, the stress by its loss there."""
+    if rule == "mr7":
         return deltas.by_delta(charges.mr7)
-    by_scenario = charges.stress == max(charges.mr1, charges.mr6)
-    stress = -worst if by_scenario and charges.stress > 0.0 else deltas.spread(charges.stress)
+    by_loss = rule != "mr2" and charges.stress > 0.0
+    stress = -losing if by_loss else deltas.spread(charges.stress)
     return stress + basis + deltas.spread(charges.supplied)
 
 
@@ -330,7 +341,7 @@ def okx(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         portfolio,
         terms,
         margins,
-        Layout("scenario", Charges.__slots__),
+        Layout("stress", Charges.__slots__),
         account={"mr8": borrowing},
     )
 

@@ -30,7 +30,8 @@ class Label(NamedTuple):
 class UnitMargin:
     """One underlying's margin, USD, with its work: `pnl` (S,) as it counts in each labelled scenario, the binding one.
 
-    `figures` are the terms of the venue's formula by name; shares (m,) sum to the margins.
+    `figures` are the terms of the venue's formula by name; shares (m,) sum to the margins. `worst` is given where
+    something else than a scenario may bind, its index then counted among the unit's labels.
     """
 
     unit: Unit
@@ -43,6 +44,7 @@ class UnitMargin:
     initial_share: Floats
     maintenance_share: Floats
     not_modelled: tuple[str, ...] = ()
+    worst: Worst | None = None
 
 
 @record(frozen=True, slots=True)
@@ -74,9 +76,7 @@ def report(
         maintenance_share[margin.unit.rows] = margin.maintenance_share
     columns = _columns(portfolio, margins)
     table, by_unit, binding = _scenarios(portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
-    bindings = set(binding[~np.isnan(binding)].astype(int).tolist())
     extra = sum(account.values())
-    worst = sum(float(m.pnl[m.binding]) for m in margins)
     absent = sorted(terms.venues.get(venue.name, {}).keys() - {m.unit.name for m in margins})
     return MarginResult(
         model=venue.name,
@@ -87,10 +87,24 @@ def report(
         per_underlying={**columns, "worst_index": binding, "scenario_pnl": by_unit},
         parameters={m.unit.name: venue.parameters_of(terms.parameters, m.unit.name) for m in margins},
         add_ons={**{name: sum(m.figures[name] for m in margins) for name in layout.charges}, **account},
-        worst=Worst(layout.rule, bindings.pop() if len(bindings) == 1 else None, worst) if margins else None,
+        worst=_worst(margins, layout.rule, binding),
         scenarios=table,
-        notes={**notes, **({"unused_inputs": absent} if absent else {})},
+        notes={**notes, **({"unused_inputs": ", ".join(absent)} if absent else {})},
         not_modelled=tuple(dict.fromkeys(name for m in margins for name in m.not_modelled)),
+    )
+
+
+def _worst(margins: Sequence[UnitMargin], rule: str, binding: Floats) -> Worst | None:
+    """Return what binds the book: one rule and one scenario where all units have the same, the P&L of all of them."""
+    if not margins:
+        return None
+    found = [m.worst or Worst(rule, m.binding, float(m.pnl[m.binding])) for m in margins]
+    rules = {worst.rule for worst in found}
+    places = {None if w.index is None else int(binding[m.unit.column]) for w, m in zip(found, margins, strict=True)}
+    return Worst(
+        rules.pop() if len(rules) == 1 else "several",
+        places.pop() if len(places) == 1 else None,
+        sum(worst.pnl for worst in found),
     )
 
 

@@ -20,7 +20,7 @@ VOLATILITY_LEAST = 1e-9
 class Unit:
     """The m positions on one underlying, money in USD; `column` is the underlying's place in the book.
 
-    `price` is the underlying's, NaN where none is known, `mark` (m,) that of each contract, an option's its underlying's.
+    `price` is the underlying's, NaN where none is known, `mark` (m,) each contract's, for an option its underlying's.
     `rows` are the positions' rows, `exposure`, `gamma`, `vega` those of linear and greeks positions (0 for options),
     `years` to the expiry of dated futures (NaN for others). `options` are the unit's, their `row` counted within it.
     """
