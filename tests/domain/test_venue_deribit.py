@@ -122,7 +122,8 @@ class Hand:
 
     def volatility(self, row: Row, side: int) -> float:
         days, iv = 365 * self.years(row), float(row["iv"])
-        factor = float(30 / max(days, 1)) ** (self.p.term_power_short if days < 30 else self.p.term_power_long)
+        power = self.p.term_power_short if days < 30 else self.p.term_power_long
+        factor = math.pow(30 / max(days, 1), power)
         if side > 0:
             return max(iv * (1 + self.p.volatility_up * factor), self.p.volatility_floor)
         return max(iv * (1 - self.p.volatility_down * factor), 0.0) if side < 0 else iv
