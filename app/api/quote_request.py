@@ -52,7 +52,7 @@ Signed = Annotated[float, Meta(ge=-1e15, le=1e15)]
 Move = Annotated[float, Meta(ge=-1, le=100)]
 Correlation = Annotated[float, Meta(ge=-1, le=1)]
 Text = Annotated[str, Meta(max_length=128)]
-MarginModelName = Literal["isolated", "cross", "scenario", "portfolio", "span", "deribit", "paradex"]
+MarginModelName = Literal["isolated", "cross", "scenario", "portfolio", "span", "deribit", "okx", "derive", "paradex"]
 
 
 class PositionIn(Request, kw_only=True, gc=False):

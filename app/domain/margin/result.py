@@ -33,7 +33,8 @@ class SpanCharges:
 class MarginTerms:
     """What a model needs beside the portfolio: parameters, the scenario set, the regime, SPAN charges.
 
-    `venues` is what the caller knows of an underlying at a venue, by venue and underlying.
+    `venues` is what the caller knows of an underlying at a venue, by venue and underlying; `stable_prices` are the USD
+    prices of stablecoins, 1 where one has none.
     """
 
     parameters: MarketParameters = field(default_factory=MarketParameters)
@@ -42,6 +43,7 @@ class MarginTerms:
     regime: Regime = "normal"
     span_charges: Mapping[str, SpanCharges] = field(default_factory=lambda: MappingProxyType({}))
     venues: Mapping[str, Mapping[str, VenueInputs]] = field(default_factory=lambda: MappingProxyType({}))
+    stable_prices: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @record(frozen=True, slots=True)

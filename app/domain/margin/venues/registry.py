@@ -7,7 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from app.domain.margin.venues.deribit import DERIBIT
+from app.domain.margin.venues.derive import DERIVE
+from app.domain.margin.venues.okx import OKX
 from app.domain.margin.venues.paradex import PARADEX
 from app.domain.margin.venues.venue import Venue
 
-VENUES: Mapping[str, Venue[Any, Any]] = MappingProxyType({venue.name: venue for venue in (DERIBIT, PARADEX)})
+VENUES: Mapping[str, Venue[Any, Any]] = MappingProxyType(
+    {venue.name: venue for venue in (DERIBIT, OKX, DERIVE, PARADEX)}
+)
