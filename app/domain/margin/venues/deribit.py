@@ -172,11 +172,11 @@ def roll_shares(deltas: Floats, years: Floats, p: DeribitParameters) -> Floats:
     return shares
 
 
-def unit_margin(unit: Unit, p: DeribitParameters, inputs: DeribitInputs, *, spread: Floats) -> UnitMargin:
+def unit_margin(unit: Unit, p: DeribitParameters, inputs: DeribitInputs) -> UnitMargin:
     """Return one currency's margin, USD: coin x index.
 
     IM = matrix + mmp + open orders, MM = fraction x matrix, where matrix = worst + roll + delta shock + correlation
-    contingency. `spread` (m,) shares out what is not of a position.
+    contingency.
     """
     table, spot = matrix(p), unit.spot()
     each = coin_pnl(unit, table, p)
@@ -189,7 +189,7 @@ def unit_margin(unit: Unit, p: DeribitParameters, inputs: DeribitInputs, *, spre
     shock, contingency = inputs.delta_shock or 0.0, inputs.correlation_contingency or 0.0
     orders = (inputs.mmp or 0.0) + (inputs.open_orders or 0.0)
     risk = worst + roll + shock + contingency
-    share = rolls + spread * (shock + contingency)
+    share = rolls + unit.spread * (shock + contingency)
     if worst > 0.0:
         share = share - each[:, binding] * (float(pnl[binding]) / float(raw[binding]))
     figures = {
@@ -217,7 +217,7 @@ def unit_margin(unit: Unit, p: DeribitParameters, inputs: DeribitInputs, *, spre
             "maintenance_margin_coin": maintenance,
             "index_price": spot,
         },
-        initial_share=spot * (share + spread * orders),
+        initial_share=spot * (share + unit.spread * orders),
         maintenance_share=spot * p.maintenance_fraction * share,
         not_modelled=inputs.missing,
     )
@@ -236,11 +236,10 @@ def deribit(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     Raises InvalidError `missing_parameters` for a currency without parameters, `missing_expiry` for a future without.
     """
     margins = []
-    by_gross = portfolio.spread(np.ones(len(portfolio.prices)))
     for unit in units(portfolio):
         _check_expiries(portfolio, unit, terms.parameters)
         parameters, inputs = DERIBIT.parameters_of(terms.parameters, unit.name), DERIBIT.inputs_of(terms, unit.name)
-        margins.append(unit_margin(unit, parameters, inputs, spread=by_gross[unit.rows]))
+        margins.append(unit_margin(unit, parameters, inputs))
     return report(DERIBIT, portfolio, terms, margins, _LAYOUT)
 
 

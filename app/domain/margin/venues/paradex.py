@@ -106,11 +106,8 @@ def minimum_shares(deltas: Floats, p: ParadexParameters) -> Floats:
     return (p.net_delta_rate - half) * side * deltas + half * np.abs(deltas)
 
 
-def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs, *, spread: Floats) -> UnitMargin:
-    """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions.
-
-    `spread` (m,) shares out the provisions.
-    """
+def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs) -> UnitMargin:
+    """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions."""
     each = scan(unit, p)
     pnl = each.sum(axis=0)
     binding = worst_scenario(pnl)
@@ -139,8 +136,8 @@ def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs, *, spre
             "fee_provision": inputs.fee_provision or 0.0,
             "spot_price": spot,
         },
-        initial_share=share + spread * provisions,
-        maintenance_share=p.maintenance_fraction * share + spread * provisions,
+        initial_share=share + unit.spread * provisions,
+        maintenance_share=p.maintenance_fraction * share + unit.spread * provisions,
         not_modelled=inputs.missing,
         worst=Worst("scan", binding, float(pnl[binding])) if scanned else Worst("minimum_delta", None, -minimum),
     )
@@ -151,13 +148,11 @@ _LAYOUT = Layout(rule="scan", charges=("scan_risk", "minimum_margin", "funding_p
 
 def paradex(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return the margin of the book as Paradex has it: each underlying by itself, then summed."""
-    by_gross = portfolio.spread(np.ones(len(portfolio.prices)))
     margins = [
         unit_margin(
             unit,
             PARADEX.parameters_of(terms.parameters, unit.name),
             PARADEX.inputs_of(terms, unit.name),
-            spread=by_gross[unit.rows],
         )
         for unit in units(portfolio)
     ]

@@ -21,13 +21,15 @@ class Unit:
     """The m positions on one underlying, money in USD; `column` is the underlying's place in the book.
 
     `price` is the underlying's, NaN where none is known, `mark` (m,) each contract's, for an option its underlying's.
-    `rows` are the positions' rows, `exposure`, `gamma`, `vega` those of linear and greeks positions (0 for options),
-    `years` to the expiry of dated futures (NaN for others). `options` are the unit's, their `row` counted within it.
+    `rows` are the positions' rows, `spread` (m,) their parts of what is of none of them, `exposure`, `gamma`, `vega`
+    those of linear and greeks positions (0 for options), `years` to the expiry of dated futures (NaN for others).
+    `options` are the unit's, their `row` counted within it.
     """
 
     name: str
     column: int
     rows: Rows
+    spread: Floats
     price: float
     mark: Floats
     exposure: Floats
@@ -102,12 +104,20 @@ def units(portfolio: Portfolio) -> list[Unit]:
                 name=portfolio.underlyings.names[j],
                 column=j,
                 rows=rows,
+                spread=_parts(np.abs(portfolio.exposure[rows]), portfolio.notional[rows]),
                 price=float(portfolio.prices[j]),
                 **{name: column[rows] for name, column in columns.items()},
                 options=_options_of(portfolio.options, j, rows),
             )
         )
     return found
+
+
+def _parts(gross: Floats, notional: Floats) -> Floats:
+    """Return shares (m,) that sum to 1: by gross exposure, by notional where that is nothing."""
+    by = gross if gross.sum() > 0.0 else notional
+    shares: Floats = by / by.sum()
+    return shares
 
 
 def _options_of(options: Options, underlying: int, rows: Rows) -> Options:
