@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.margin.result import MarginResult, Worst
+from app.domain.margin.result import MarginResult
 from app.domain.margin.venues.derive import DERIVE, DeriveInputs, DeriveParameters
 from app.errors import InvalidError
 from tests.domain.book import PRICES, Row, greeks, is_option, linear, option
@@ -89,7 +89,9 @@ def test_dated_future_pays_for_its_basis() -> None:
     assert unit_figure(result, "worst_scenario") == pytest.approx(0.0, abs=1e-9)
     basis = 60_000.0 * 0.045 * 2.5
     assert unit_figure(result, "basis") == pytest.approx(-basis)
-    assert result.worst == Worst("basis", None, pytest.approx(-basis))
+    assert result.worst is not None
+    assert (result.worst.rule, result.worst.index) == ("basis", None)
+    assert result.worst.pnl == pytest.approx(-basis)
     assert result.initial_margin == pytest.approx(basis + 0.02 * 120_000.0)
     assert result.maintenance_margin == pytest.approx(0.8 * basis + 0.015 * 120_000.0)
     assert result.position_initial == pytest.approx([basis + 1_200.0, 1_200.0])

@@ -112,7 +112,9 @@ def test_minimum_charge_binds_on_a_hedged_unit() -> None:
     # .45 % of 120M is 540,000: 250k x 1 + 250k x 2 + 40k x 4
     assert result.maintenance_margin == pytest.approx(910_000.0, rel=1e-12)
     assert result.position_maintenance == pytest.approx([455_000.0, 455_000.0])
-    assert result.worst == Worst("mr7", None, pytest.approx(-910_000.0))
+    assert result.worst is not None
+    assert (result.worst.rule, result.worst.index) == ("mr7", None)
+    assert result.worst.pnl == pytest.approx(-910_000.0)
 
 
 def test_sides_of_one_contract_net() -> None:
