@@ -23,6 +23,8 @@ from app.domain.prices import Price, PriceFinder, StoredPrice, conflicting_price
 from app.domain.record import record
 from app.domain.terms import PositionTerms, build_portfolio
 
+_OF_VENUES = frozenset(VENUES)
+
 
 @record(frozen=True, slots=True)
 class QuoteTerms:
@@ -129,7 +131,7 @@ def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     if portfolio.any_isolated:
         portfolio = replace(portfolio, allocated=_allocations(portfolio))
     collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
-    stable_prices = {} if VENUES.keys().isdisjoint(terms.models) else _stable_prices(finder)
+    stable_prices = {} if _OF_VENUES.isdisjoint(terms.models) else _stable_prices(finder)
     return Account(portfolio, collateral, finder.used, stable_prices)
 
 
