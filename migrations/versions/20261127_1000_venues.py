@@ -65,8 +65,8 @@ _DERIBIT_ETH = {
 }
 _OKX = {
     "spot_moves": [0.08, 0.16, 0.25],
-    "vol_up": 0.25,
-    "vol_down": 0.25,
+    "volatility_up": 0.25,
+    "volatility_down": 0.25,
     "extreme_move": 0.5,
     "extreme_weight": 0.5,
     "basis_rate": 0.008,
@@ -88,9 +88,9 @@ _DERIVE = {
     "edge_moves": [0.18, -0.18],
     "moves": [0.135, 0.09, 0.045, 0.0, -0.045, -0.09, -0.135],
     "tails": [[-0.66, 0.054545], [-0.33, 0.109091], [0.5, 0.072], [1.0, 0.036], [2.0, 0.018], [3.0, 0.012]],
-    "vol_up": 0.5,
-    "vol_down": 0.275,
-    "vol_up_floor": 0.45,
+    "volatility_up": 0.5,
+    "volatility_down": 0.275,
+    "volatility_floor": 0.45,
     "term_days_least": 1.0,
     "long_discount": 0.95,
     "long_rate_multiple": 1.0,

@@ -183,7 +183,7 @@ def test_a_tail_ends_above_zero() -> None:
 
 
 def test_volatility_down_may_fall_to_nothing() -> None:
-    own = DeriveParameters(vol_down=5.0)
+    own = DeriveParameters(volatility_down=5.0)
     itm = option("ETH", "call", "long", 1.0, 2_000.0, 5.0, 0.8)
     table = margined("derive", itm, parameters={"ETH": own}).scenarios
     assert table is not None

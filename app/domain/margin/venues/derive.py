@@ -44,9 +44,9 @@ class DeriveParameters(VenueParameters):
     tails: tuple[tuple[float, float], ...] = bounded(
         ((-0.66, 0.054545), (-0.33, 0.109091), (0.5, 0.072), (1.0, 0.036), (2.0, 0.018), (3.0, 0.012)), -1.0, 10.0
     )
-    vol_up: float = bounded(0.5, 0.0, 10.0)
-    vol_down: float = bounded(0.275, 0.0, 10.0)
-    vol_up_floor: float = bounded(0.45, 0.0, 10.0)
+    volatility_up: float = bounded(0.5, 0.0, 10.0)
+    volatility_down: float = bounded(0.275, 0.0, 10.0)
+    volatility_floor: float = bounded(0.45, 0.0, 10.0)
     term_days: float = bounded(30.0, 1.0, 365.0)
     term_days_least: float = bounded(1.0, 0.01, 365.0)
     term_power_short: float = bounded(0.30, 0.0, 2.0)
@@ -146,8 +146,8 @@ def volatilities(options: Options, parameters: DeriveParameters) -> Floats:
     days = options.years * YEAR_DAYS
     power = np.where(days <= parameters.term_days, parameters.term_power_short, parameters.term_power_long)
     x = (parameters.term_days / np.maximum(days, parameters.term_days_least)) ** power
-    up = np.maximum(parameters.vol_up_floor, options.iv * (1.0 + parameters.vol_up * x))
-    down = options.iv * np.maximum(0.0, 1.0 - parameters.vol_down * x)
+    up = np.maximum(parameters.volatility_floor, options.iv * (1.0 + parameters.volatility_up * x))
+    down = options.iv * np.maximum(0.0, 1.0 - parameters.volatility_down * x)
     moneyness = np.log(options.strike / options.forward)
     linear = options.iv * (1.0 + skew_moves(moneyness, options.years, parameters))
     absolute = options.iv * (1.0 + skew_moves(np.abs(moneyness), options.years, parameters))
@@ -184,7 +184,7 @@ def scenario_pnl(unit: Unit, shocks: Scenarios, parameters: DeriveParameters) ->
     An option's is V'·discount - V0, the discount by the sign of its expiry's V'. In a skew an expiry counts -|P&L|.
     """
     options = unit.options
-    vol_moves = np.array([parameters.vol_up, 0.0, -parameters.vol_down, 0.0, 0.0])[shocks.vols]
+    vol_moves = np.array([parameters.volatility_up, 0.0, -parameters.volatility_down, 0.0, 0.0])[shocks.vols]
     iv = volatilities(options, parameters)[:, shocks.vols]
     pnl = unit.pnl(shocks.moves, vol_moves, iv)
     if len(options):

@@ -36,14 +36,14 @@ _PERPETUAL = np.inf
 class OkxParameters(VenueParameters):
     """Factors of one risk unit. Moves and rates are fractions, tiers are in USD of the raw charge.
 
-    `spot_moves` are MR1's three price moves, either way; `vol_up` and `vol_down` its relative volatility moves at
-    `term_days`, times (term_days / max(DTE, 1))^p. `minimum_tiers` are (from, multiplier), each multiplier on what of
-    the raw minimum charge lies in its tier.
+    `spot_moves` are MR1's three price moves, either way; `volatility_up` and `volatility_down` its relative volatility
+    moves at `term_days`, times (term_days / max(DTE, 1))^p. `minimum_tiers` are (from, multiplier), each multiplier on
+    what of the raw minimum charge lies in its tier.
     """
 
     spot_moves: tuple[float, float, float] = bounded((0.08, 0.16, 0.25), 0.0, 10.0)
-    vol_up: float = bounded(0.25, 0.0, 10.0)
-    vol_down: float = bounded(0.25, 0.0, 10.0)
+    volatility_up: float = bounded(0.25, 0.0, 10.0)
+    volatility_down: float = bounded(0.25, 0.0, 10.0)
     term_days: float = bounded(30.0, 1.0, 365.0)
     term_power_short: float = bounded(0.30, 0.0, 2.0)
     term_power_long: float = bounded(0.13, 0.0, 2.0)
@@ -118,7 +118,7 @@ def scenarios(parameters: OkxParameters) -> Scenarios:
     """Return the scenarios of a unit, by price, volatility up before down; the price no lower than 1e-6 of itself."""
     sizes = parameters.spot_moves
     prices = [*(-size for size in reversed(sizes)), 0.0, *sizes]
-    vols = parameters.vol_up, 0.0, -parameters.vol_down
+    vols = parameters.volatility_up, 0.0, -parameters.volatility_down
     grid = [(price, vol, 1.0) for price in prices for vol in vols]
     extremes = [(sign * parameters.extreme_move, 0.0, parameters.extreme_weight) for sign in (-1.0, 1.0)]
     moves, vol_moves, weights = np.array(grid + extremes).T
