@@ -19,6 +19,7 @@ from app.api.body import Body, Moment, Request, moment
 from app.api.venue_wire import VenuesIn, check_venue_lengths, venue_inputs, venue_parameters
 from app.domain.collateral import CollateralTerms
 from app.domain.margin.result import MarginTerms, SpanCharges
+from app.domain.margin.venues.registry import VENUES
 from app.domain.parameters import (
     AssetKind,
     CorrelationTable,
@@ -233,10 +234,10 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     """Return what the body asks for, over the given parameters. Raises InvalidError with pointers."""
     terms = read_terms(body, parameters, limits, now)
     repairs = body.market is not None and body.market.correlates
-    check_work(
-        estimated_work(terms.positions, terms.margin.parameters, terms.margin_mode, repairs=repairs),
-        limits,
-    )
+    work = estimated_work(terms.positions, terms.margin.parameters, terms.margin_mode, repairs=repairs)
+    if venues := len(VENUES.keys() & set(terms.models)):
+        work += venues * venue_work(terms.positions, terms.margin.parameters)
+    check_work(work, limits)
     return terms
 
 
@@ -344,6 +345,12 @@ def estimated_work(
     curved = options or any(terms.gamma) or any(terms.vega)
     assessment = 0.25 + len(terms) * 0.0005 + options * 0.002 + underlyings**2 * (0.005 if repairs else 0.0001)
     return once + (underlyings + 1) * (110 if curved else 22) * assessment
+
+
+def venue_work(terms: PositionTerms, parameters: MarketParameters) -> float:
+    """Return roughly the milliseconds that a venue's model takes beyond what every quote does."""
+    options = len(terms) - terms.strike.count(None) if "strike" in terms.given else 0
+    return 0.4 * _underlyings(terms, parameters) + 0.002 * len(terms) + 0.01 * options
 
 
 _LESS_WORK = "fewer underlyings and options, or for another settings.margin_mode"

@@ -131,14 +131,8 @@ def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     if portfolio.any_isolated:
         portfolio = replace(portfolio, allocated=_allocations(portfolio))
     collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
-    stable_prices = {} if _OF_VENUES.isdisjoint(terms.models) else _stable_prices(finder)
+    stable_prices = {} if _OF_VENUES.isdisjoint(terms.models) else finder.stable_prices()
     return Account(portfolio, collateral, finder.used, stable_prices)
-
-
-def _stable_prices(finder: PriceFinder) -> dict[str, float]:
-    """Return the prices of the listed stablecoins, 1 where nothing says otherwise."""
-    stable = [name for name, asset in finder.parameters.assets.items() if asset.kind == "stable"]
-    return {name: price for name in stable if (price := finder.known(name)) is not None}
 
 
 @record(frozen=True, slots=True)

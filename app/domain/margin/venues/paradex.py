@@ -18,7 +18,7 @@ from app.domain.margin.venues.terms import VenueInputs, VenueParameters, bounded
 from app.domain.margin.venues.unit import Unit, term_scale, units
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET
-from app.domain.portfolio import Options, Portfolio
+from app.domain.portfolio import Options, Portfolio, Rows, sums
 from app.domain.scenarios import floored
 
 UP, DOWN = 0.40, -0.22
@@ -92,28 +92,33 @@ def scan(unit: Unit, p: ParadexParameters) -> Floats:
 
 
 def hedged_delta(deltas: Floats) -> float:
-    """Return the delta that hedges another: (Σ|delta| - |Σ delta|)/2."""
+    """Return the delta that hedges another: (Σ|delta| - |Σ delta|)/2, of instruments."""
     return 0.5 * float(np.abs(deltas).sum() - abs(deltas.sum()))
 
 
-def minimum_shares(deltas: Floats, p: ParadexParameters) -> Floats:
+def minimum_shares(deltas: Floats, instrument: Rows, p: ParadexParameters) -> Floats:
     """Return each position's part (m,) of net rate x |net delta| + hedged rate x hedged delta, in units of delta.
 
-    Both are homogeneous, so that by Euler a position's part is its delta times the derivative.
+    `instrument` (m,) tells positions that are one. Both terms are homogeneous, so that by Euler a position's part is
+    its delta times the derivative.
     """
     half = 0.5 * p.hedged_delta_rate
-    side = float(np.sign(deltas.sum()))
-    return (p.net_delta_rate - half) * side * deltas + half * np.abs(deltas)
+    whole = float(np.sign(deltas.sum()))
+    own = np.sign(sums(instrument, deltas, len(deltas)))[instrument]
+    return ((p.net_delta_rate - half) * whole + half * own) * deltas
 
 
-def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs) -> UnitMargin:
-    """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions."""
+def unit_margin(unit: Unit, instrument: Rows, p: ParadexParameters, inputs: ParadexInputs) -> UnitMargin:
+    """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions.
+
+    `instrument` (m,) tells positions that are one.
+    """
     each = scan(unit, p)
     pnl = each.sum(axis=0)
     binding = worst_scenario(pnl)
     risk = max(0.0, -float(pnl[binding]))
     deltas, spot = unit.coins(), unit.spot()
-    minimum_share = spot * minimum_shares(deltas, p)
+    minimum_share = spot * minimum_shares(deltas, instrument, p)
     minimum = max(0.0, float(minimum_share.sum()))
     scanned = risk >= minimum
     share = minimum_share if not scanned else -each[:, binding] if risk > 0.0 else np.zeros(len(unit))
@@ -129,7 +134,7 @@ def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs) -> Unit
         figures={
             "scan_risk": risk,
             "net_delta": float(deltas.sum()),
-            "hedged_delta": hedged_delta(deltas),
+            "hedged_delta": hedged_delta(sums(instrument, deltas, len(deltas))),
             "minimum_margin": minimum,
             "net_margin": required,
             "funding_provision": inputs.funding_provision or 0.0,
@@ -151,12 +156,20 @@ def paradex(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     margins = [
         unit_margin(
             unit,
+            _instruments(portfolio, unit),
             PARADEX.parameters_of(terms.parameters, unit.name),
             PARADEX.inputs_of(terms, unit.name),
         )
         for unit in units(portfolio)
     ]
     return report(PARADEX, portfolio, terms, margins, _LAYOUT)
+
+
+def _instruments(portfolio: Portfolio, unit: Unit) -> Rows:
+    """Return each position's instrument (m,), numbered in order of appearance."""
+    symbols = [portfolio.symbols[row] for row in unit.rows.tolist()]
+    number = {symbol: k for k, symbol in enumerate(dict.fromkeys(symbols))}
+    return np.array([number[symbol] for symbol in symbols], dtype=np.intp)
 
 
 PARADEX = Venue("paradex", paradex, ParadexParameters, ParadexInputs, PUBLISHED)
