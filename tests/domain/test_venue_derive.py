@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.margin.result import MarginResult
@@ -30,6 +30,7 @@ from tests.domain.venue_books import (
     years_of,
 )
 
+DRAWN = settings(max_examples=80, deadline=None, derandomize=True)
 CALL = option(
     "BTC", "call", "short", 1.0, 100_000.0, 794_852 / 86_400, 0.453803924321583, rate=0.15, forward=95_776.67392708939
 )
@@ -317,6 +318,7 @@ def rows_of() -> st.SearchStrategy[list[Row]]:
     return st.lists(st.one_of(linears, greeks_rows(), option_rows(isolated=False)), max_size=6)
 
 
+@DRAWN
 @given(rows=rows_of())
 def test_agrees_with_the_loop(rows: list[Row]) -> None:
     result = margined("derive", *rows, expiries=DAYS)
@@ -325,6 +327,7 @@ def test_agrees_with_the_loop(rows: list[Row]) -> None:
     assert result.maintenance_margin == pytest.approx(sum(x for _, x in each), rel=1e-6, abs=1e-4)
 
 
+@DRAWN
 @given(rows=rows_of(), order=st.randoms(use_true_random=False), factor=between(0.01, 20.0))
 def test_order_does_not_matter_and_size_scales(rows: list[Row], order: random.Random, factor: float) -> None:
     one = margined("derive", *rows, expiries=DAYS).initial_margin
@@ -334,6 +337,7 @@ def test_order_does_not_matter_and_size_scales(rows: list[Row], order: random.Ra
     assert margined("derive", *sized, expiries=DAYS).initial_margin == pytest.approx(factor * one, rel=1e-6, abs=1e-6)
 
 
+@DRAWN
 @given(rows=rows_of())
 def test_figures_are_whole(rows: list[Row]) -> None:
     inputs = {name: DeriveInputs(100.0, -5.0, 0.3, 40.0, 20.0) for name in PRICES}

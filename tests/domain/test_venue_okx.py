@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.margin.result import Worst
 from app.domain.margin.venues.okx import OKX, OkxInputs, OkxParameters, minimum_charge
-from app.domain.parameters import MarketParameters
+from app.domain.parameters import InstrumentParameters, MarketParameters
+from app.errors import InvalidError
 from tests.domain.book import PRICES, Row, greeks, is_option, linear, option
 from tests.domain.drawn import between, greeks_rows, linear_rows, option_rows
 from tests.domain.venue_books import (
@@ -30,6 +31,7 @@ from tests.domain.venue_books import (
     years_of,
 )
 
+DRAWN = settings(max_examples=80, deadline=None, derandomize=True)
 SWAP = linear("BTC-USDT-SWAP", "short", 10.0, contract_size=0.01, mark_price=97_093.7)
 WORKED = {"BTC": 97_078.9, "USDT": 0.99954}
 
@@ -179,11 +181,33 @@ def test_a_fall_ends_above_zero() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spot", "basis"), [("BTC", 240.0), ("BTC-USDT", 240.0), ("BTC/USD", 240.0), ("BTC-PERP", 0.0)]
+)
+def test_spot_is_hedged_by_no_contract(spot: str, basis: float) -> None:
+    """Spot against a perpetual pays MR4 on both, two perpetuals on what is left."""
+    result = margined("okx", linear(spot, "long", 1.0), linear("BTC-USDT-SWAP", "short", 1.0))
+    assert unit_figure(result, "mr4") == pytest.approx(0.0 if spot == "BTC-PERP" else 240.0)
+
+
+@pytest.mark.parametrize(
     ("tiers", "is_refused"),
     [(((0.0, 1.0),), False), (((1.0, 1.0),), True), (((0.0, 1.0), (5.0, 2.0), (5.0, 3.0)), True)],
 )
 def test_tiers_begin_at_zero_and_rise(tiers: tuple[tuple[float, float], ...], is_refused: bool) -> None:
     assert bool(list(OkxParameters(minimum_tiers=tiers).faults())) is is_refused
+
+
+@pytest.mark.parametrize("venue", ["okx", "derive"])
+def test_a_future_that_never_expires_is_a_named_error(venue: str) -> None:
+    """Taken for a perpetual it would pay too little for its basis."""
+    future = InstrumentParameters("BTC-LATER", "BTC", kind="future")
+    row = linear("BTC-LATER", "long", 1.0, mark_price=60_000.0)
+    with pytest.raises(InvalidError) as caught:
+        margined(venue, row, listed=[future])
+    assert (caught.value.errors[0].code, caught.value.errors[0].pointer) == (
+        "missing_expiry",
+        "/market/instruments/BTC-LATER/expiry",
+    )
 
 
 def test_published_parameters_are_sound() -> None:
@@ -246,6 +270,7 @@ def rows_of() -> st.SearchStrategy[list[Row]]:
     return st.lists(st.one_of(linears, greeks_rows(), option_rows(isolated=False)), max_size=6)
 
 
+@DRAWN
 @given(rows=rows_of())
 def test_agrees_with_the_loop(rows: list[Row]) -> None:
     result = margined("okx", *rows, expiries=DAYS)
@@ -254,6 +279,7 @@ def test_agrees_with_the_loop(rows: list[Row]) -> None:
     assert result.initial_margin == pytest.approx(1.3 * expected, rel=1e-6, abs=1e-4)
 
 
+@DRAWN
 @given(rows=rows_of(), order=st.randoms(use_true_random=False))
 def test_order_of_positions_does_not_matter(rows: list[Row], order: random.Random) -> None:
     shuffled = order.sample(rows, len(rows))
@@ -261,6 +287,7 @@ def test_order_of_positions_does_not_matter(rows: list[Row], order: random.Rando
     assert one.maintenance_margin == pytest.approx(other.maintenance_margin, rel=1e-9, abs=1e-9)
 
 
+@DRAWN
 @given(rows=rows_of(), factor=between(0.01, 20.0))
 def test_scales_below_the_first_tier(rows: list[Row], factor: float) -> None:
     flat = {name: replace(p, minimum_tiers=((0.0, 1.0),)) for name, p in OKX.listed(MarketParameters()).items()}
@@ -269,6 +296,7 @@ def test_scales_below_the_first_tier(rows: list[Row], factor: float) -> None:
     assert other.initial_margin == pytest.approx(factor * one.initial_margin, rel=1e-6, abs=1e-4)
 
 
+@DRAWN
 @given(rows=rows_of())
 def test_figures_are_whole(rows: list[Row]) -> None:
     result = margined("okx", *rows, expiries=DAYS)
@@ -278,6 +306,7 @@ def test_figures_are_whole(rows: list[Row]) -> None:
     assert all(value >= 0.0 for value in result.add_ons.values())
 
 
+@DRAWN
 @given(rows=rows_of(), extra=st.tuples(*[between(0.0, 1e6)] * 4))
 def test_more_charges_never_lower_it(rows: list[Row], extra: tuple[float, ...]) -> None:
     inputs = {name: OkxInputs(mr2=extra[0], mr3=extra[1], mr5=extra[2], mr9=extra[3]) for name in PRICES}

@@ -29,6 +29,7 @@ def margined(
     inputs: Mapping[str, VenueInputs] | None = None,
     parameters: Mapping[str, VenueParameters] | None = None,
     expiries: Mapping[str, float] | None = None,
+    listed: Sequence[InstrumentParameters] = (),
 ) -> MarginResult:
     """Return the book's margin at a venue, read as a quote reads it; `expiries` are days to expiry by future."""
     market = MarketParameters()
@@ -38,7 +39,7 @@ def margined(
     }
     market = replace(
         market,
-        instruments={**market.instruments, **futures},
+        instruments={**market.instruments, **futures, **{i.symbol: i for i in listed}},
         venues={venue: dict(parameters)} if parameters else {},
     )
     terms = MarginTerms(parameters=market, venues={venue: dict(inputs)} if inputs else {})

@@ -17,13 +17,11 @@ from app.domain.black76 import Floats
 from app.domain.margin.result import MarginResult, MarginTerms, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import VOLATILITY_LEAST, Unit, term_scale, units
+from app.domain.margin.venues.unit import VOLATILITY_LEAST, Unit, check_expiries, term_scale, units
 from app.domain.margin.venues.venue import Venue
-from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Options, Portfolio
 from app.domain.record import record
 from app.domain.scenarios import floored
-from app.errors import invalid, pointer_to
 
 _VOLATILITY_SIDES = (1.0, 0.0, -1.0)
 
@@ -237,18 +235,10 @@ def deribit(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """
     margins = []
     for unit in units(portfolio):
-        _check_expiries(portfolio, unit, terms.parameters)
+        check_expiries(portfolio, unit, terms.parameters)
         parameters, inputs = DERIBIT.parameters_of(terms.parameters, unit.name), DERIBIT.inputs_of(terms, unit.name)
         margins.append(unit_margin(unit, parameters, inputs))
     return report(DERIBIT, portfolio, terms, margins, _LAYOUT)
-
-
-def _check_expiries(portfolio: Portfolio, unit: Unit, market: MarketParameters) -> None:
-    for symbol in dict.fromkeys(portfolio.symbols[row] for row in unit.rows.tolist()):
-        instrument = market.instruments.get(symbol)
-        if instrument is not None and instrument.kind == "future" and instrument.expires_at is None:
-            pointer = pointer_to("market", "instruments", symbol, "expiry")
-            raise invalid(pointer, "missing_expiry", f"nothing says when the future {symbol} expires")
 
 
 DERIBIT = Venue("deribit", deribit, DeribitParameters, DeribitInputs, PUBLISHED)

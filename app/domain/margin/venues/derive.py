@@ -18,7 +18,7 @@ from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import VOLATILITY_LEAST, YEAR_DAYS, Unit, units
+from app.domain.margin.venues.unit import VOLATILITY_LEAST, YEAR_DAYS, Unit, check_expiries, units
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET
 from app.domain.portfolio import Options, Portfolio, Rows, sums, total
@@ -314,6 +314,7 @@ def stable_add(price: float, parameters: DeriveParameters) -> float:
 
 
 def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMargin:
+    check_expiries(portfolio, unit, terms.parameters)
     parameters, inputs = DERIVE.parameters_of(terms.parameters, unit.name), DERIVE.inputs_of(terms, unit.name)
     shocks = scenarios(parameters)
     pnl, basis = scenario_pnl(unit, shocks, parameters), basis_pnl(unit, parameters)
@@ -353,16 +354,11 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
             "net_initial": cash + to_market - required,
             "net_maintenance": cash + to_market - kept,
         },
-        initial_share=initial + _spread(sizes, haircut_initial),
-        maintenance_share=maintenance + _spread(sizes, haircut),
+        initial_share=initial + unit.spread * haircut_initial,
+        maintenance_share=maintenance + unit.spread * haircut,
         not_modelled=inputs.missing,
         worst=None if worst is not basis else Worst("basis", None, total(basis)),
     )
-
-
-def _spread(sizes: Floats, amount: float) -> Floats:
-    """Return an amount in parts (m,) by size; a unit has an open position."""
-    return sizes * (amount / total(sizes))
 
 
 _LAYOUT = Layout(

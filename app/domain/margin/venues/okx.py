@@ -18,7 +18,7 @@ from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import Unit, term_scale, units
+from app.domain.margin.venues.unit import Unit, check_expiries, term_scale, units
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET, MarketParameters
 from app.domain.portfolio import Portfolio, Rows, sums, total
@@ -133,13 +133,13 @@ def shocked_volatilities(unit: Unit, shocks: Scenarios, parameters: OkxParameter
     return np.where(shocks.vol_moves == 0.0, options.iv[:, None], moved)
 
 
-def buckets(unit: Unit, is_spot: Sequence[bool]) -> tuple[Floats, Rows]:
+def buckets(unit: Unit, spot: Sequence[bool]) -> tuple[Floats, Rows]:
     """Return the keys (B,) of the unit's basis buckets and each position's bucket (m,).
 
     Perpetuals are one bucket, spot holdings another, each expiry one more, its options and futures together.
     """
     expiry = unit.expiry()
-    undated = np.where(np.array(is_spot, dtype=np.bool_), _SPOT, _PERPETUAL)
+    undated = np.where(np.array(spot, dtype=np.bool_), _SPOT, _PERPETUAL)
     keys, bucket = np.unique(np.where(np.isnan(expiry), undated, expiry), return_inverse=True)
     return keys, bucket.reshape(-1)
 
@@ -164,6 +164,16 @@ def settlement_asset(symbol: str, parameters: MarketParameters) -> str | None:
         if quoted in parameters.assets and parameters.asset(quoted).kind == "stable":
             return quoted
     return None
+
+
+def is_spot(symbol: str, underlying: str, parameters: MarketParameters) -> bool:
+    """Whether a symbol is the coin itself: as listed, else by its name, as BTC, BTC-USDT or BTC/USD."""
+    listed = parameters.instruments.get(symbol)
+    if listed is not None:
+        return listed.kind == "spot"
+    base, *quoted = symbol.replace("/", "-").split("-")
+    in_dollars = quoted == ["USD"] or (len(quoted) == 1 and settlement_asset(symbol, parameters) is not None)
+    return base == underlying and (not quoted or in_dollars)
 
 
 @record(frozen=True, slots=True)
@@ -199,11 +209,10 @@ class Charges:
 class _Deltas:
     """Signed Δ of each position (m,), USD: at its mark times the price of what it is quoted in.
 
-    `notional` (m,) >= 0; `instrument` and `bucket` (m,) tell what nets in MR7 and in MR4, `keys` (B,) are the buckets'.
+    `instrument` and `bucket` (m,) tell what nets in MR7 and in MR4, `keys` (B,) are the buckets'.
     """
 
     each: Floats
-    notional: Floats
     instrument: Rows
     bucket: Rows
     keys: Floats
@@ -223,10 +232,6 @@ class _Deltas:
         size: Floats = np.abs(self.each)
         return size * (amount / total(size))
 
-    def spread(self, amount: float) -> Floats:
-        """Return an amount in parts (m,) by notional; a unit has an open position."""
-        return self.notional * (amount / total(self.notional))
-
 
 def stress_pnl(unit: Unit, shocks: Scenarios, at_index: Floats, parameters: OkxParameters) -> Floats:
     """Return each position's profit and loss in each scenario, USD (m, S), weighted.
@@ -240,10 +245,11 @@ def stress_pnl(unit: Unit, shocks: Scenarios, at_index: Floats, parameters: OkxP
 
 
 def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMargin:
+    check_expiries(portfolio, unit, terms.parameters)
     parameters, inputs = OKX.parameters_of(terms.parameters, unit.name), OKX.inputs_of(terms, unit.name)
     symbols = [portfolio.symbols[i] for i in unit.rows.tolist()]
     settle = _settlement_prices(symbols, terms)
-    deltas = _deltas(unit, symbols, portfolio.notional[unit.rows], settle, terms.parameters)
+    deltas = _deltas(unit, symbols, settle, terms.parameters)
     shocks = scenarios(parameters)
     index = inputs.index_price or unit.price
     at_index = np.where(np.isnan(unit.mark) | np.isnan(index), 1.0, index / unit.mark)
@@ -259,7 +265,7 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
         mr7=minimum_charge(parameters.minimum_rate * deltas.gross(), parameters.minimum_tiers),
     )
     worst = _worst(charges, binding, shocks)
-    share = _shares(charges, deltas, basis, pnl[:, binding], worst.rule)
+    share = _shares(charges, unit, deltas, basis, -pnl[:, binding], worst)
     return UnitMargin(
         unit=unit,
         initial=parameters.initial_factor * charges.maintenance,
@@ -288,28 +294,22 @@ def _worst(charges: Charges, scenario: int, shocks: Scenarios) -> Worst:
     return Worst("mr1" if scenario < shocks.spot_count else "mr6", scenario, 0.0 - charges.stress)
 
 
-def _shares(charges: Charges, deltas: _Deltas, basis: Floats, losing: Floats, rule: str) -> Floats:
-    """Return each position's part (m,) of the unit's MMR: of what binds, the stress by its loss there."""
-    if rule == "mr7":
+def _shares(charges: Charges, unit: Unit, deltas: _Deltas, basis: Floats, losses: Floats, worst: Worst) -> Floats:
+    """Return each position's part (m,) of the unit's MMR: of a scenario that binds by its loss there."""
+    if worst.rule == "mr7":
         return deltas.by_delta(charges.mr7)
-    by_loss = rule != "mr2" and charges.stress > 0.0
-    stress = -losing if by_loss else deltas.spread(charges.stress)
-    return stress + basis + deltas.spread(charges.supplied)
+    stress = losses if worst.index is not None and charges.stress > 0.0 else unit.spread * charges.stress
+    return stress + basis + unit.spread * charges.supplied
 
 
-def _deltas(unit: Unit, symbols: Sequence[str], notional: Floats, settle: Floats, market: MarketParameters) -> _Deltas:
+def _deltas(unit: Unit, symbols: Sequence[str], settle: Floats, market: MarketParameters) -> _Deltas:
     each = unit.exposure * settle
     if len(unit.options):
         each[unit.options.row] = unit.options.dollar_delta()
     code = {symbol: k for k, symbol in enumerate(dict.fromkeys(symbols))}
-    keys, bucket = buckets(unit, [_is_spot(symbol, unit.name, market) for symbol in symbols])
+    keys, bucket = buckets(unit, [is_spot(symbol, unit.name, market) for symbol in symbols])
     instrument = np.array([code[symbol] for symbol in symbols], dtype=np.intp)
-    return _Deltas(each, notional, instrument, bucket, keys)
-
-
-def _is_spot(symbol: str, underlying: str, market: MarketParameters) -> bool:
-    listed = market.instruments.get(symbol)
-    return symbol == underlying if listed is None else listed.kind == "spot"
+    return _Deltas(each, instrument, bucket, keys)
 
 
 def _settlement_prices(symbols: Sequence[str], terms: MarginTerms) -> Floats:

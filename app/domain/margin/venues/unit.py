@@ -8,6 +8,7 @@ import numpy as np
 
 from app.domain import black76
 from app.domain.black76 import Floats
+from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Options, Portfolio, Rows
 from app.errors import invalid, pointer_to
 
@@ -111,6 +112,15 @@ def units(portfolio: Portfolio) -> list[Unit]:
             )
         )
     return found
+
+
+def check_expiries(portfolio: Portfolio, unit: Unit, market: MarketParameters) -> None:
+    """Refuse a listed future that nothing says the expiry of. Raises InvalidError `missing_expiry`."""
+    for symbol in dict.fromkeys(portfolio.symbols[row] for row in unit.rows.tolist()):
+        instrument = market.instruments.get(symbol)
+        if instrument is not None and instrument.kind == "future" and instrument.expires_at is None:
+            pointer = pointer_to("market", "instruments", symbol, "expiry")
+            raise invalid(pointer, "missing_expiry", f"nothing says when the future {symbol} expires")
 
 
 def _parts(gross: Floats, notional: Floats) -> Floats:
