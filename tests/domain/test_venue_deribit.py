@@ -19,6 +19,8 @@ from app.errors import InvalidError
 from tests.domain.book import NOW, Book, Row, greeks, linear, option
 from tests.domain.reference import normal
 
+DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
+
 BTC, ETH = PUBLISHED["BTC"], PUBLISHED["ETH"]
 
 Terms = Mapping[str, DeribitInputs]
@@ -184,7 +186,7 @@ HELD = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@DRAWN
 @given(st.lists(HELD, min_size=1, max_size=6), st.sampled_from([BTC, ETH, replace(BTC, price_range=0.7)]))
 def test_any_book_is_margined_as_the_rule_says(rows: list[Row], p: DeribitParameters) -> None:
     inputs = DeribitInputs(mmp=0.01, delta_shock=0.02, correlation_contingency=0.03)
@@ -198,7 +200,7 @@ def test_any_book_is_margined_as_the_rule_says(rows: list[Row], p: DeribitParame
     assert np.isfinite(result.per_underlying["scenario_pnl"]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@DRAWN
 @given(st.lists(HELD, min_size=2, max_size=6), st.randoms())
 def test_the_order_of_positions_does_not_matter(rows: list[Row], random: Any) -> None:
     mixed = list(rows)
@@ -206,7 +208,7 @@ def test_the_order_of_positions_does_not_matter(rows: list[Row], random: Any) ->
     assert deribit(*mixed).initial_margin == pytest.approx(deribit(*rows).initial_margin, rel=1e-9, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@DRAWN
 @given(st.lists(HELD, min_size=1, max_size=5), st.floats(0.1, 10.0))
 def test_without_a_dampener_margin_is_homogeneous(rows: list[Row], k: float) -> None:
     scaled = [row | {"size": k * row["size"]} for row in rows]
@@ -216,7 +218,7 @@ def test_without_a_dampener_margin_is_homogeneous(rows: list[Row], k: float) -> 
     )
 
 
-@settings(max_examples=40, deadline=None)
+@DRAWN
 @given(st.lists(HELD, min_size=1, max_size=5), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_inputs_and_a_smaller_dampener_never_lower_margin(rows: list[Row], shock: float, mmp: float) -> None:
     base = deribit(*rows)

@@ -32,6 +32,8 @@ from tests.domain.venue_books import (
     years_of,
 )
 
+DRAWN = settings(max_examples=60, deadline=None, derandomize=True)
+
 PUBLISHED = ParadexParameters()
 
 TABLE = """
@@ -145,7 +147,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@DRAWN
 @given(st.lists(ROWS, min_size=1, max_size=7))
 def test_any_book_is_margined_as_the_rule_says(rows: list[Row]) -> None:
     result = paradex(*rows)
@@ -156,7 +158,7 @@ def test_any_book_is_margined_as_the_rule_says(rows: list[Row]) -> None:
     assert np.isfinite(result.per_underlying["scenario_pnl"]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@DRAWN
 @given(st.lists(ROWS, min_size=2, max_size=6), st.randoms(), st.floats(0.1, 10.0))
 def test_order_does_not_matter_and_size_is_a_scale(rows: list[Row], random: Any, k: float) -> None:
     base = paradex(*rows).initial_margin
@@ -167,7 +169,7 @@ def test_order_does_not_matter_and_size_is_a_scale(rows: list[Row], random: Any,
     assert paradex(*scaled).initial_margin == pytest.approx(k * base, rel=1e-8, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@DRAWN
 @given(st.lists(ROWS, min_size=1, max_size=5), st.floats(0.0, 1e6), st.floats(0.0, 1e6))
 def test_provisions_never_lower_margin(rows: list[Row], funding: float, fee: float) -> None:
     inputs = {name: ParadexInputs(funding, fee) for name in ("BTC", "ETH", "DOGE")}
