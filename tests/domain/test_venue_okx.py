@@ -166,7 +166,10 @@ def test_supplied_charges() -> None:
 
 
 def test_borrowing_counts_for_an_asset_without_positions() -> None:
-    result = margined("okx", SWAP, prices=WORKED, inputs={"USDT": OkxInputs(mr8=70.0)})
+    inputs = {"USDT": OkxInputs(mr8=70.0), "SOL": OkxInputs(mr9=1.0)}
+    result = margined("okx", SWAP, prices=WORKED, inputs=inputs)
+    assert "mr8" not in result.not_modelled
+    assert result.notes["unused_inputs"] == "SOL"
     assert result.maintenance_margin == pytest.approx(1_183.8207318516 + 70.0, rel=1e-12)
 
 

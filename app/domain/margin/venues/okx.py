@@ -280,7 +280,7 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
         },
         initial_share=parameters.initial_factor * share,
         maintenance_share=share,
-        not_modelled=_not_modelled(unit, inputs),
+        not_modelled=_not_modelled(unit, inputs, terms),
         worst=worst,
     )
 
@@ -321,9 +321,16 @@ def _settlement_prices(symbols: Sequence[str], terms: MarginTerms) -> Floats:
     return np.array([known[symbol] for symbol in symbols], dtype=np.float64)
 
 
-def _not_modelled(unit: Unit, inputs: OkxInputs) -> tuple[str, ...]:
+def _borrowing(terms: MarginTerms) -> dict[str, float]:
+    """Return MR8 by underlying or asset, USD, where it is supplied: it is the account's, with or without a position."""
+    each = {name: OKX.inputs_of(terms, name).mr8 for name in terms.venues.get(OKX.name, {})}
+    return {name: charge for name, charge in each.items() if charge is not None}
+
+
+def _not_modelled(unit: Unit, inputs: OkxInputs, terms: MarginTerms) -> tuple[str, ...]:
     """Return what was not supplied, and OKX's own table of volatility moves where the unit has a volatility."""
-    absent = tuple(name for name in inputs.missing if name != "index_price")
+    supplied = {"index_price"} if not _borrowing(terms) else {"index_price", "mr8"}
+    absent = tuple(name for name in inputs.missing if name not in supplied)
     shocked = len(unit.options) > 0 or np.count_nonzero(unit.vega) > 0
     return (*absent, "mr1_volatility_table") if shocked else absent
 
@@ -334,15 +341,15 @@ def okx(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     IMR = Σ initial factor x MMR + MR8. MR8 is on the account: that of every underlying and asset it is supplied for.
     """
     margins = [_unit_margin(unit, portfolio, terms) for unit in units(portfolio)]
-    given = terms.venues.get(OKX.name, {})
-    borrowing = sum((OKX.inputs_of(terms, name).mr8 or 0.0 for name in given), 0.0)
+    borrowing = _borrowing(terms)
     return report(
         OKX,
         portfolio,
         terms,
         margins,
         Layout("stress", Charges.__slots__),
-        account={"mr8": borrowing},
+        account={"mr8": sum(borrowing.values(), 0.0)},
+        used=borrowing.keys(),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,11 +64,13 @@ def report(
     layout: Layout,
     *,
     account: Mapping[str, float] = NO_CHARGE,
+    used: Collection[str] = (),
     notes: Mapping[str, Figure] = NO_CHARGE,
 ) -> MarginResult:
     """Return the result of the units' margins, which add up: a venue nets nothing across underlyings.
 
-    `account` are charges, USD, on the account as a whole. A figure is 0 for an underlying without an open position.
+    `account` are charges, USD, on the account as a whole, `used` what they take inputs of, with or without a position.
+    A figure is 0 for an underlying without an open position.
     """
     initial_share, maintenance_share = np.zeros(len(portfolio)), np.zeros(len(portfolio))
     for margin in margins:
@@ -77,7 +79,7 @@ def report(
     columns = _columns(portfolio, margins)
     table, by_unit, binding = _scenarios(portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
     extra = sum(account.values())
-    absent = sorted(terms.venues.get(venue.name, {}).keys() - {m.unit.name for m in margins})
+    absent = sorted(terms.venues.get(venue.name, {}).keys() - {m.unit.name for m in margins}.union(used))
     return MarginResult(
         model=venue.name,
         initial_margin=sum(m.initial for m in margins) + extra,
