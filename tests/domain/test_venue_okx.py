@@ -183,6 +183,22 @@ def test_a_fall_ends_above_zero() -> None:
     assert np.isfinite(result.scenarios.pnl).all()
 
 
+def test_published_hedge_of_spot() -> None:
+    """OKX's notice of 31 May 2024, at the rates of then: 10 BTC against -1,000 swaps of .01."""
+    then = OkxParameters(basis_rate=0.006, minimum_rate=0.0045)
+    rows = linear("BTC-USDT", "long", 10.0), linear("BTC-USDT-SWAP", "short", 1_000.0, contract_size=0.01)
+    result = margined("okx", *rows, prices={"BTC": 67_111.0, "USDT": 1.0}, parameters={"BTC": then})
+    assert [unit_figure(result, mr) for mr in ("mr1", "mr6")] == [0.0, 0.0]
+    assert unit_figure(result, "mr4") == pytest.approx(8_053.32, abs=0.005)
+    assert unit_figure(result, "mr7") == pytest.approx(3_020.17, rel=1e-4)  # at a mark of its own
+    assert result.maintenance_margin == pytest.approx(8_053.32, abs=0.005)
+
+
+def test_greeks_of_the_coin_are_contracts() -> None:
+    result = margined("okx", greeks("BTC", 100_000.0, 0.5, gamma=0.1))
+    assert unit_figure(result, "mr7") == pytest.approx(50_000.0 * 0.0045)
+
+
 @pytest.mark.parametrize(
     ("spot", "basis"), [("BTC", 240.0), ("BTC-USDT", 240.0), ("BTC/USD", 240.0), ("BTC-PERP", 0.0)]
 )
@@ -241,6 +257,10 @@ def loss(rows: Sequence[Row], prices: Mapping[str, float], index: float, move: f
     return -gained
 
 
+def row_is_plain(row: Row) -> bool:
+    return abs(row["delta"]) == 1.0 and not row.get("gamma") and not row.get("vega")
+
+
 def unit_margin(name: str, rows: Sequence[Row], prices: Mapping[str, float]) -> float:
     index = prices[name]
     moves = [sign * size for size in (*SPOT[name], 0.0) for sign in (1, -1)]
@@ -251,9 +271,11 @@ def unit_margin(name: str, rows: Sequence[Row], prices: Mapping[str, float]) -> 
     for row in rows:
         symbol = row.get("symbol") or ""
         days = round(365.0 * years_of(row), 6) if is_option(row) else DAYS.get(symbol)
-        bucket: float | str = days or ("spot" if symbol == name else "perpetual")
+        is_spot = symbol == name and (row.get("notional") is None or row_is_plain(row))
+        bucket: float | str = days or ("spot" if is_spot else "perpetual")
         net[bucket] = net.get(bucket, 0.0) + exposure_of(row, prices)
-        instruments[label(row)] = instruments.get(label(row), 0.0) + exposure_of(row, prices)
+        if bucket != "spot":
+            instruments[label(row)] = instruments.get(label(row), 0.0) + exposure_of(row, prices)
     basis, minimum = RATES[name]
     mr4 = 0.0
     for term, amount in net.items():

@@ -21,7 +21,7 @@ from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParamet
 from app.domain.margin.venues.unit import Unit, check_expiries, term_scale, units
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET, MarketParameters
-from app.domain.portfolio import Portfolio, Rows, sums, total
+from app.domain.portfolio import Flags, Portfolio, Rows, sums, total
 from app.domain.record import record
 from app.domain.scenarios import floored
 
@@ -133,13 +133,13 @@ def shocked_volatilities(unit: Unit, shocks: Scenarios, parameters: OkxParameter
     return np.where(shocks.vol_moves == 0.0, options.iv[:, None], moved)
 
 
-def buckets(unit: Unit, spot: Sequence[bool]) -> tuple[Floats, Rows]:
-    """Return the keys (B,) of the unit's basis buckets and each position's bucket (m,).
+def buckets(unit: Unit, spot: Flags) -> tuple[Floats, Rows]:
+    """Return the keys (B,) of the unit's basis buckets and each position's bucket (m,); `spot` (m,) tells holdings.
 
     Perpetuals are one bucket, spot holdings another, each expiry one more, its options and futures together.
     """
     expiry = unit.expiry()
-    undated = np.where(np.array(spot, dtype=np.bool_), _SPOT, _PERPETUAL)
+    undated = np.where(spot, _SPOT, _PERPETUAL)
     keys, bucket = np.unique(np.where(np.isnan(expiry), undated, expiry), return_inverse=True)
     return keys, bucket.reshape(-1)
 
@@ -223,13 +223,18 @@ class _Deltas:
         part: Floats = (rates * np.sign(net))[self.bucket] * self.each
         return part
 
-    def gross(self) -> float:
-        """Return Σ over instruments of |Σ Δ|: what there is to close."""
-        return total(np.abs(sums(self.instrument, self.each, len(self.each))))
+    @computed
+    def contracts(self) -> Floats:
+        """Those of contracts (m,): 0 for spot, which nothing closes."""
+        return np.where(self.keys[self.bucket] == _SPOT, 0.0, self.each)
 
-    def by_delta(self, amount: float) -> Floats:
-        """Return an amount above 0, which some Δ has made, in parts (m,) by |Δ|."""
-        size: Floats = np.abs(self.each)
+    def gross(self) -> float:
+        """Return Σ over instruments of |Σ Δ| of contracts: what there is to close."""
+        return total(np.abs(sums(self.instrument, self.contracts, len(self.each))))
+
+    def by_contract(self, amount: float) -> Floats:
+        """Return an amount above 0, which some contract has made, in parts (m,) by their |Δ|."""
+        size = np.abs(self.contracts)
         return size * (amount / total(size))
 
 
@@ -249,7 +254,8 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
     parameters, inputs = OKX.parameters_of(terms.parameters, unit.name), OKX.inputs_of(terms, unit.name)
     symbols = [portfolio.symbols[i] for i in unit.rows.tolist()]
     settle = _settlement_prices(symbols, terms)
-    deltas = _deltas(unit, symbols, settle, terms.parameters)
+    plain = (np.abs(portfolio.delta[unit.rows]) == 1.0) & (unit.gamma == 0.0) & (unit.vega == 0.0)
+    deltas = _deltas(unit, symbols, plain, settle, terms.parameters)
     shocks = scenarios(parameters)
     index = inputs.index_price or unit.price
     at_index = np.where(np.isnan(unit.mark) | np.isnan(index), 1.0, index / unit.mark)
@@ -297,17 +303,19 @@ def _worst(charges: Charges, scenario: int, shocks: Scenarios) -> Worst:
 def _shares(charges: Charges, unit: Unit, deltas: _Deltas, basis: Floats, losses: Floats, worst: Worst) -> Floats:
     """Return each position's part (m,) of the unit's MMR: of a scenario that binds by its loss there."""
     if worst.rule == "mr7":
-        return deltas.by_delta(charges.mr7)
+        return deltas.by_contract(charges.mr7)
     stress = losses if worst.index is not None and charges.stress > 0.0 else unit.spread * charges.stress
     return stress + basis + unit.spread * charges.supplied
 
 
-def _deltas(unit: Unit, symbols: Sequence[str], settle: Floats, market: MarketParameters) -> _Deltas:
+def _deltas(unit: Unit, symbols: Sequence[str], plain: Flags, settle: Floats, market: MarketParameters) -> _Deltas:
+    """Return the Δ of the unit; greeks positions, which are not `plain` (m,), are no spot whatever their symbol."""
     each = unit.exposure * settle
     if len(unit.options):
         each[unit.options.row] = unit.options.dollar_delta()
     code = {symbol: k for k, symbol in enumerate(dict.fromkeys(symbols))}
-    keys, bucket = buckets(unit, [is_spot(symbol, unit.name, market) for symbol in symbols])
+    spot = {symbol for symbol in code if is_spot(symbol, unit.name, market)}
+    keys, bucket = buckets(unit, plain & np.array([symbol in spot for symbol in symbols], dtype=np.bool_))
     instrument = np.array([code[symbol] for symbol in symbols], dtype=np.intp)
     return _Deltas(each, instrument, bucket, keys)
 
