@@ -15,7 +15,7 @@ from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, once_in, o
 from app.api.deps import Parts, body_of, caller_of, document, parts_of
 from app.api.margin_calls import call_reply
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
-from app.api.quote_request import MarginModelName
+from app.api.quote_request import Limits, MarginModelName, check_work
 from app.api.risk_book import history_of, history_shown
 from app.api.webhooks import NothingIn
 from app.db.session import Tx
@@ -365,6 +365,8 @@ async def get_risk(
         scene = await parts.scenes.at(tx)
         agents = [books.master.agent_id, *(held.agent_id for _, held in books.members)]
         returns = await fleet_risk.daily_returns(tx, agents, days)
+    work = fleet_risk.venue_milliseconds(books, scene, models)
+    check_work(work, Limits.of(parts.settings), "/models", "fewer models")
     names = fleet_risk.names_of(books, scene)
     known = await history_of(parts, names, days, "/window_days")
     recent = await history_of(parts, names, fleet_risk.RECENT_DAYS, "/window_days")

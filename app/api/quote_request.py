@@ -20,6 +20,7 @@ from app.api.venue_wire import VenuesIn, check_venue_lengths, venue_inputs, venu
 from app.domain.collateral import CollateralTerms
 from app.domain.margin.result import MarginTerms, SpanCharges
 from app.domain.margin.venues.registry import VENUES
+from app.domain.margin.venues.unit import UNIT_MILLISECONDS
 from app.domain.parameters import (
     AssetKind,
     CorrelationTable,
@@ -350,7 +351,7 @@ def estimated_work(
 def venue_work(terms: PositionTerms, parameters: MarketParameters) -> float:
     """Return roughly the milliseconds that a venue's model takes beyond what every quote does."""
     options = len(terms) - terms.strike.count(None) if "strike" in terms.given else 0
-    return 0.4 * _underlyings(terms, parameters) + 0.002 * len(terms) + 0.01 * options
+    return UNIT_MILLISECONDS * _underlyings(terms, parameters) + 0.002 * len(terms) + 0.01 * options
 
 
 _LESS_WORK = "fewer underlyings and options, or for another settings.margin_mode"

@@ -28,6 +28,8 @@ from app.domain.fleet_risk import (
     sharpe,
 )
 from app.domain.margin.result import MarginTerms
+from app.domain.margin.venues.registry import VENUES
+from app.domain.margin.venues.unit import UNIT_MILLISECONDS
 from app.domain.money import plain
 from app.domain.panel import HISTORY_DAYS_MIN, Panel
 from app.domain.prices import PriceFinder
@@ -58,6 +60,13 @@ def names_of(books: FleetBooks, scene: Scene) -> list[str]:
     parameters = scene.market.parameters
     found = {parameters.underlying_of(p.symbol) for held in _all(books) for p in held.positions}
     return sorted(found | {asset for held in _all(books) for asset in held.holdings})
+
+
+def venue_milliseconds(books: FleetBooks, scene: Scene, models: Sequence[str]) -> float:
+    """Return roughly the milliseconds of one core that the models of venues take: so much an underlying of a member."""
+    underlying_of = scene.market.parameters.underlying_of
+    held = sum(len({underlying_of(p.symbol) for p in book.positions}) for book in _all(books))
+    return len(VENUES.keys() & set(models)) * UNIT_MILLISECONDS * 2.0 * held
 
 
 def _all(books: FleetBooks) -> list[Book]:

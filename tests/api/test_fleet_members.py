@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -402,6 +403,11 @@ async def test_a_venues_model_is_told_where_it_is_asked_for(service: Service) ->
     assert float(alone[0]) == pytest.approx(btc["models"]["deribit"]["initial_margin"])
     refused = await fleet.lead.send("GET", f"{path}?models=kraken")
     problem(refused, 422, "invalid_parameter")
+    parts = service.app.state.parts
+    scarce = parts.settings.model_copy(update={"quote_milliseconds_max": 4.0})  # two models of three units are 4.8 ms
+    service.app.state.parts = replace(parts, settings=scarce)
+    problem(await fleet.lead.send("GET", f"{path}?models=okx&models=deribit"), 422, "too_much_work")
+    assert (await fleet.lead.send("GET", f"{path}?models=okx")).status_code == 200
 
 
 async def test_what_is_reserved_counts_in_the_net_utilization(service: Service) -> None:

@@ -235,7 +235,7 @@ def deribit(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """
     margins = []
     for unit in units(portfolio):
-        check_expiries(portfolio, unit, terms.parameters)
+        check_expiries(unit, terms.parameters)
         parameters, inputs = DERIBIT.parameters_of(terms.parameters, unit.name), DERIBIT.inputs_of(terms, unit.name)
         margins.append(unit_margin(unit, parameters, inputs))
     return report(DERIBIT, portfolio, terms, margins, _LAYOUT)

@@ -6,7 +6,7 @@ reach it stands in the README.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import VOLATILITY_LEAST, YEAR_DAYS, Unit, check_expiries, units
+from app.domain.margin.venues.unit import VOLATILITY_LEAST, YEAR_DAYS, Unit, check_expiries, numbered, units
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET
 from app.domain.portfolio import Options, Portfolio, Rows, sums, total
@@ -255,16 +255,14 @@ class Contingencies:
         return {name: total(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
-def contingencies(
-    unit: Unit, symbols: Sequence[str], sizes: Floats, confidence: float | None, parameters: DeriveParameters
-) -> Contingencies:
+def contingencies(unit: Unit, sizes: Floats, confidence: float | None, parameters: DeriveParameters) -> Contingencies:
     """Return the contingencies at the unit's spot; `sizes` (m,) are notionals in units of the underlying.
 
     On the net of each perpetual or future and on the net short options of each strike and expiry, at their rates; for
     oracles below the least confidence (1 - confidence) x notional.
     """
     p, spot = parameters, unit.spot()
-    delta_one = _net_parts(_codes(symbols), _coins(unit)) * spot
+    delta_one = _net_parts(unit.instruments(), _coins(unit)) * spot
     short = _short_parts(unit) * spot
     doubt = 1.0 - confidence if confidence is not None and confidence < p.confidence_least else 0.0
     return Contingencies(
@@ -278,18 +276,7 @@ def contingencies(
 
 def _coins(unit: Unit) -> Floats:
     """Return the signed deltas (m,) of linear and greeks positions in units of the underlying, 0 for options."""
-    return unit.exposure / _marks(unit)
-
-
-def _marks(unit: Unit) -> Floats:
-    """Return the marks (m,), the spot price where a greeks position has none."""
-    return np.where(np.isnan(unit.mark), unit.spot(), unit.mark)
-
-
-def _codes(keys: Sequence[object]) -> Rows:
-    """Return each key's number in order of appearance."""
-    number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
-    return np.array([number[key] for key in keys], dtype=np.intp)
+    return unit.exposure / unit.marks()
 
 
 def _net_parts(group: Rows, values: Floats) -> Floats:
@@ -302,7 +289,7 @@ def _short_parts(unit: Unit) -> Floats:
     """Return signed parts (m,), in options, of Σ over strikes and expiries of the net short ones."""
     options, parts = unit.options, np.zeros(len(unit))
     if len(options):
-        strikes = _codes(list(zip(options.years.tolist(), options.strike.tolist(), strict=True)))
+        strikes = numbered(list(zip(options.years.tolist(), options.strike.tolist(), strict=True)))
         net = sums(strikes, options.quantity, len(options))
         parts[options.row] = np.where(net[strikes] < 0.0, -options.quantity, 0.0)
     return parts
@@ -314,16 +301,15 @@ def stable_add(price: float, parameters: DeriveParameters) -> float:
 
 
 def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMargin:
-    check_expiries(portfolio, unit, terms.parameters)
+    check_expiries(unit, terms.parameters)
     parameters, inputs = DERIVE.parameters_of(terms.parameters, unit.name), DERIVE.inputs_of(terms, unit.name)
     shocks = scenarios(parameters)
     pnl, basis = scenario_pnl(unit, shocks, parameters), basis_pnl(unit, parameters)
     by_scenario = pnl.sum(axis=0)
     binding = worst_scenario(by_scenario)
     worst = pnl[:, binding] if by_scenario[binding] <= total(basis) else basis
-    sizes = portfolio.notional[unit.rows] / _marks(unit)
-    symbols = [portfolio.symbols[i] for i in unit.rows.tolist()]
-    extra = contingencies(unit, symbols, sizes, inputs.confidence, parameters)
+    sizes = portfolio.notional[unit.rows] / unit.marks()
+    extra = contingencies(unit, sizes, inputs.confidence, parameters)
     haircut_initial, haircut = inputs.collateral_initial or 0.0, inputs.collateral_maintenance or 0.0
     stable = terms.stable_prices.get(CASH_ASSET, 1.0)
     factor_initial = parameters.loss_factor_initial + stable_add(stable, parameters)

@@ -250,12 +250,11 @@ def stress_pnl(unit: Unit, shocks: Scenarios, at_index: Floats, parameters: OkxP
 
 
 def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMargin:
-    check_expiries(portfolio, unit, terms.parameters)
+    check_expiries(unit, terms.parameters)
     parameters, inputs = OKX.parameters_of(terms.parameters, unit.name), OKX.inputs_of(terms, unit.name)
-    symbols = [portfolio.symbols[i] for i in unit.rows.tolist()]
-    settle = _settlement_prices(symbols, terms)
+    settle = _settlement_prices(unit.symbols, terms)
     plain = (np.abs(portfolio.delta[unit.rows]) == 1.0) & (unit.gamma == 0.0) & (unit.vega == 0.0)
-    deltas = _deltas(unit, symbols, plain, settle, terms.parameters)
+    deltas = _deltas(unit, plain, settle, terms.parameters)
     shocks = scenarios(parameters)
     index = inputs.index_price or unit.price
     at_index = np.where(np.isnan(unit.mark) | np.isnan(index), 1.0, index / unit.mark)
@@ -308,16 +307,14 @@ def _shares(charges: Charges, unit: Unit, deltas: _Deltas, basis: Floats, losses
     return stress + basis + unit.spread * charges.supplied
 
 
-def _deltas(unit: Unit, symbols: Sequence[str], plain: Flags, settle: Floats, market: MarketParameters) -> _Deltas:
+def _deltas(unit: Unit, plain: Flags, settle: Floats, market: MarketParameters) -> _Deltas:
     """Return the Δ of the unit; greeks positions, which are not `plain` (m,), are no spot whatever their symbol."""
     each = unit.exposure * settle
     if len(unit.options):
         each[unit.options.row] = unit.options.dollar_delta()
-    code = {symbol: k for k, symbol in enumerate(dict.fromkeys(symbols))}
-    spot = {symbol for symbol in code if is_spot(symbol, unit.name, market)}
-    keys, bucket = buckets(unit, plain & np.array([symbol in spot for symbol in symbols], dtype=np.bool_))
-    instrument = np.array([code[symbol] for symbol in symbols], dtype=np.intp)
-    return _Deltas(each, instrument, bucket, keys)
+    spot = {symbol for symbol in set(unit.symbols) if is_spot(symbol, unit.name, market)}
+    keys, bucket = buckets(unit, plain & np.array([symbol in spot for symbol in unit.symbols], dtype=np.bool_))
+    return _Deltas(each, unit.instruments(), bucket, keys)
 
 
 def _settlement_prices(symbols: Sequence[str], terms: MarginTerms) -> Floats:

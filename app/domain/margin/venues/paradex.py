@@ -108,16 +108,13 @@ def minimum_shares(deltas: Floats, instrument: Rows, p: ParadexParameters) -> Fl
     return ((p.net_delta_rate - half) * whole + half * own) * deltas
 
 
-def unit_margin(unit: Unit, instrument: Rows, p: ParadexParameters, inputs: ParadexInputs) -> UnitMargin:
-    """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions.
-
-    `instrument` (m,) tells positions that are one.
-    """
+def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs) -> UnitMargin:
+    """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions."""
     each = scan(unit, p)
     pnl = each.sum(axis=0)
     binding = worst_scenario(pnl)
     risk = max(0.0, -float(pnl[binding]))
-    deltas, spot = unit.coins(), unit.spot()
+    deltas, instrument, spot = unit.coins(), unit.instruments(), unit.spot()
     minimum_share = spot * minimum_shares(deltas, instrument, p)
     minimum = max(0.0, float(minimum_share.sum()))
     scanned = risk >= minimum
@@ -156,20 +153,12 @@ def paradex(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     margins = [
         unit_margin(
             unit,
-            _instruments(portfolio, unit),
             PARADEX.parameters_of(terms.parameters, unit.name),
             PARADEX.inputs_of(terms, unit.name),
         )
         for unit in units(portfolio)
     ]
     return report(PARADEX, portfolio, terms, margins, _LAYOUT)
-
-
-def _instruments(portfolio: Portfolio, unit: Unit) -> Rows:
-    """Return each position's instrument (m,), numbered in order of appearance."""
-    symbols = [portfolio.symbols[row] for row in unit.rows.tolist()]
-    number = {symbol: k for k, symbol in enumerate(dict.fromkeys(symbols))}
-    return np.array([number[symbol] for symbol in symbols], dtype=np.intp)
 
 
 PARADEX = Venue("paradex", paradex, ParadexParameters, ParadexInputs, PUBLISHED)
