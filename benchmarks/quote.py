@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from app.api.quote_request import MARGIN_QUOTE, Limits, position_terms, quote_terms
+from app.domain.fleet_risk import MODELS_SHOWN
 from app.domain.margin.registry import MODELS
+from app.domain.margin.result import MarginTerms
+from app.domain.margin.venues.registry import VENUES
 from app.domain.parameters import MarketParameters
 from app.domain.portfolio import Portfolio
 from app.domain.prices import PriceFinder
@@ -43,7 +46,7 @@ def _grid(portfolio: Portfolio, scenarios: list[tuple[float, float]]) -> Scenari
 
 
 def _terms(body: dict[str, object]) -> QuoteTerms:
-    raw = MARGIN_QUOTE.decode(json.dumps(body | {"models": list(MODELS)}).encode())
+    raw = MARGIN_QUOTE.decode(json.dumps(body | {"models": list(MODELS_SHOWN)}).encode())
     return quote_terms(raw, _PARAMETERS, Limits.of(Settings()), AS_OF)
 
 
@@ -107,6 +110,25 @@ def measure_core(table: Table) -> None:
         _row(table, name, seconds, target)
 
 
+def measure_venues(table: Table) -> None:
+    """Add each venue's model on 100 options and 100 linear positions, against the plain revaluation of as much."""
+    body = book(200, underlyings=2, options=100, greeks_every=0)
+    portfolio, terms, rows = _portfolio(body), MarginTerms(parameters=_PARAMETERS), body["positions"]
+    for name in VENUES:
+        of_one = MODELS[name](portfolio, terms).per_underlying["scenario_pnl"][0]
+        scenarios = SCENARIOS[: np.count_nonzero(~np.isnan(of_one))]
+        seconds = best_seconds(
+            {
+                "ours": lambda model=MODELS[name]: model(portfolio, terms),  # type: ignore[misc]
+                "loop": lambda s=scenarios: (  # type: ignore[misc]
+                    loop_pnl(rows[100:], s),
+                    loop_option_pnl(rows[:100], body["market"]["prices"], s),
+                ),
+            }
+        )
+        _row(table, f"{name}, 100 options, 100 linear, {len(scenarios)} scenarios", seconds, "")
+
+
 def _row(table: Table, name: str, seconds: dict[str, float], target: str) -> None:
     ours, loop = seconds["ours"], seconds["loop"]
     table.add_row(name, f"{ours * 1e3:.3f}", f"{loop * 1e3:.2f}", f"{loop / ours:,.1f}x", target)
@@ -116,7 +138,7 @@ def main() -> None:
     """Print the table."""
     table = Table("work", "ours, ms", "plain loop, ms", "ratio", "target", title="risk core against a plain loop")
     console = Console(width=120)
-    for measure in (measure_pnl, measure_options, measure_core):
+    for measure in (measure_pnl, measure_options, measure_core, measure_venues):
         with console.status(f"{measure.__name__} …"):
             measure(table)
     console.print(table)

@@ -11,6 +11,8 @@ import pytest
 
 from app.db import migrate
 from app.db.session import Database, parse_database_url
+from app.domain.margin.venues.registry import VENUES
+from app.domain.parameters import MarketParameters
 from app.settings import Settings
 from tests.postgres import ensure_template, fresh_database
 
@@ -25,6 +27,11 @@ _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 def make_settings(**values: Any) -> Settings:
     """Return the defaults but for these, whatever .env file lies about."""
     return Settings(_env_file=None, **values)  # type: ignore[call-arg]  # which mypy does not see
+
+
+def shipped_parameters() -> MarketParameters:
+    """Return what a new database holds: the package's defaults, the venues' spelled out."""
+    return MarketParameters(version=1, venues={name: venue.published for name, venue in VENUES.items()})
 
 
 @pytest.fixture

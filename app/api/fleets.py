@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from app.api.booking import AgentRef, BookOwner, Label, Owner, Reply, once_in, o
 from app.api.deps import Parts, body_of, caller_of, document, parts_of
 from app.api.margin_calls import call_reply
 from app.api.pages import PAGE_MAX, Cursor, Limit, next_cursor, number_cursor
+from app.api.quote_request import Limits, MarginModelName, check_work
 from app.api.risk_book import history_of, history_shown
 from app.api.webhooks import NothingIn
 from app.db.session import Tx
@@ -341,6 +343,7 @@ async def dry_powder(request: Request, led: Leader, fleet_id: str) -> Response:
 Confidence = Annotated[float, Query(gt=0.5, lt=1, description="of VaR and ES")]
 Horizon = Annotated[float, Query(gt=0, le=365, description="of VaR and ES, days")]
 Window = Annotated[int, Query(ge=60, le=3_650, description="days of history looked back, and of returns")]
+Models = Annotated[Sequence[MarginModelName], Query(max_length=10, description="models beside the service's own")]
 
 
 @router.get("/{fleet_id}/risk", openapi_extra=document("A fleet's risk as one", scope="coordinator"))
@@ -351,16 +354,19 @@ async def get_risk(
     confidence: Confidence = 0.99,
     horizon_days: Horizon = 1.0,
     window_days: Window | None = None,
+    models: Models = (),
 ) -> Response:
     """Show the fleet's margin, VaR, concentration and drift, netted across members, and each member's part of it."""
     parts = parts_of(request)
     days = window_days or _window_days(parts)
-    asked = Asked(confidence, horizon_days, days)
+    asked = Asked(confidence, horizon_days, days, tuple(models))
     async with parts.database.transaction(led.caller.key_id) as tx:
         books = await fleet_books.load(tx, await fleets.get(tx, fleet_id, led.master_id))
         scene = await parts.scenes.at(tx)
         agents = [books.master.agent_id, *(held.agent_id for _, held in books.members)]
         returns = await fleet_risk.daily_returns(tx, agents, days)
+    work = fleet_risk.venue_milliseconds(books, scene, models)
+    check_work(work, Limits.of(parts.settings), "/models", "fewer models")
     names = fleet_risk.names_of(books, scene)
     known = await history_of(parts, names, days, "/window_days")
     recent = await history_of(parts, names, fleet_risk.RECENT_DAYS, "/window_days")

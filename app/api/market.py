@@ -15,9 +15,9 @@ from app.api import body as wire
 from app.api.deps import AdminCaller, AnyCaller, Parts, body_of, document, parts_of
 from app.api.pages import NUMBER_MAX, PAGE_MAX, Cursor, Limit, number_cursor
 from app.api.quote_reply import market_parameters_reply
-from app.api.quote_request import AssetIn, InstrumentIn, fields_given
+from app.api.quote_request import AssetIn, InstrumentIn, fields_given, instrument_fields
 from app.domain.parameters import MarketParameters
-from app.errors import pointers_under
+from app.errors import pointer_to, pointers_under
 from app.services import market
 
 router = APIRouter(prefix="/api/market", tags=["market"])
@@ -129,7 +129,10 @@ async def list_instruments(request: Request, _: AnyCaller, limit: Limit = PAGE_M
 async def put_instruments(request: Request, caller: AdminCaller) -> Response:
     """Set the fields given of each instrument, all under one new version, or nothing where one of them is refused."""
     asked = await body_of(request, _INSTRUMENTS)
-    entries = {symbol: market.Entry(*_change_of(fields)) for symbol, fields in asked.instruments.items()}
+    entries = {}
+    for symbol, fields in asked.instruments.items():
+        with pointers_under(pointer_to("instruments", symbol)):
+            entries[symbol] = market.Entry(*_change_of(fields))
     parts = parts_of(request)
     async with parts.database.transaction(caller.key_id) as tx:
         with pointers_under("/instruments"):
@@ -209,7 +212,7 @@ async def _parameters(parts: Parts, actor: str, version: int | None) -> MarketPa
 
 def _change_of(given: AssetPut | InstrumentPut) -> tuple[Any, int | None]:
     """Return the fields to set, and the version that the caller expects."""
-    fields = fields_given(given)
+    fields = instrument_fields(given) if isinstance(given, InstrumentPut) else fields_given(given)
     expected: int | None = fields.pop("version", None)
     return fields, expected
 

@@ -25,6 +25,7 @@ from app.api.sizing_request import SizingIn
 from app.api.stress import StressIn
 from app.api.trading import CancelPost, CollateralPost, FillPost, OrderPost, ReducePost
 from app.api.var_request import VarQuoteIn
+from app.api.venue_wire import PARAMETERS_PUT
 from app.api.wallet import AmountIn, PartIn, ReservationPost
 from app.api.webhooks import NothingIn, RecoverPost, WebhookPost
 from app.api.what_if import WhatIfIn
@@ -40,6 +41,7 @@ BODIES = (
     HistoryPost,
     ParametersPut,
     CorrelationPut,
+    *PARAMETERS_PUT.values(),
     AccountSettingsIn,
     AmountIn,
     ReservationPost,

@@ -16,8 +16,11 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app.api.body import Body, Moment, Request, moment
+from app.api.venue_wire import VenuesIn, check_venue_lengths, venue_inputs, venue_parameters
 from app.domain.collateral import CollateralTerms
 from app.domain.margin.result import MarginTerms, SpanCharges
+from app.domain.margin.venues.registry import VENUES
+from app.domain.margin.venues.unit import UNIT_MILLISECONDS
 from app.domain.parameters import (
     AssetKind,
     CorrelationTable,
@@ -51,7 +54,7 @@ Signed = Annotated[float, Meta(ge=-1e15, le=1e15)]
 Move = Annotated[float, Meta(ge=-1, le=100)]
 Correlation = Annotated[float, Meta(ge=-1, le=1)]
 Text = Annotated[str, Meta(max_length=128)]
-MarginModelName = Literal["isolated", "cross", "scenario", "portfolio", "span"]
+MarginModelName = Literal["isolated", "cross", "scenario", "portfolio", "span", "deribit", "okx", "derive", "paradex"]
 
 
 class PositionIn(Request, kw_only=True, gc=False):
@@ -130,7 +133,10 @@ class AssetIn(Request):
 
 
 class InstrumentIn(Request):
-    """Parameters of an instrument; those left out stay as they are, a rate set to null is its underlying's."""
+    """Parameters of an instrument; those left out stay as they are, a rate set to null is its underlying's.
+
+    `expiry` is a future's; left out, or null, it is what the symbol says, as BTC-28JUN24 does.
+    """
 
     underlying: Symbol | UnsetType = UNSET
     kind: InstrumentKind | UnsetType = UNSET
@@ -139,6 +145,7 @@ class InstrumentIn(Request):
     maintenance_margin_rate: float | UnsetType | None = UNSET
     price_range: float | UnsetType | None = UNSET
     volatility: float | UnsetType | None = UNSET
+    expiry: Moment | UnsetType | None = UNSET
 
 
 class SpanChargesIn(Request):
@@ -159,6 +166,7 @@ class MarketIn(Request):
     correlation: dict[Symbol, dict[Symbol, Correlation]] | None = None
     hedge_correlation: dict[Symbol, dict[Symbol, Correlation]] | None = None
     span_charges: dict[Symbol, SpanChargesIn] | None = None
+    venues: VenuesIn | None = None  # type: ignore[valid-type]
 
     @property
     def prices_only(self) -> bool:
@@ -173,6 +181,7 @@ class MarketIn(Request):
 
 _OVERRIDES = tuple(name for name in MarketIn.__struct_fields__ if name != "prices")
 _overrides = attrgetter(*_OVERRIDES)
+_BY_NAME = tuple(name for name in _OVERRIDES if name != "venues")
 _FACTORS = tuple(f.name for cls in (ModelParameters, HealthPolicy) for f in fields(cls))
 SettingsIn = msgspec.defstruct(
     "SettingsIn",
@@ -226,10 +235,10 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     """Return what the body asks for, over the given parameters. Raises InvalidError with pointers."""
     terms = read_terms(body, parameters, limits, now)
     repairs = body.market is not None and body.market.correlates
-    check_work(
-        estimated_work(terms.positions, terms.margin.parameters, terms.margin_mode, repairs=repairs),
-        limits,
-    )
+    work = estimated_work(terms.positions, terms.margin.parameters, terms.margin_mode, repairs=repairs)
+    if venues := len(VENUES.keys() & set(terms.models)):
+        work += venues * venue_work(terms.positions, terms.margin.parameters)
+    check_work(work, limits)
     return terms
 
 
@@ -260,6 +269,7 @@ def read_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits
             scenario_set=scenario_set,
             regime=body.regime or "normal",
             span_charges=_span_charges(market),
+            venues={} if market is None else venue_inputs(market.venues),
         ),
     )
 
@@ -308,9 +318,9 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     check_length("/reservations", body.reservations, limits.positions_max)
     if body.market is not None:
         check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
-        for name, items in zip(_OVERRIDES, _overrides(body.market), strict=True):
-            if items is not None:
-                check_length(f"/market/{name}", items, OVERRIDES_MAX)
+        for name in _BY_NAME:
+            check_length(f"/market/{name}", getattr(body.market, name), OVERRIDES_MAX)
+        check_venue_lengths(body.market.venues)
     if isinstance(body.scenarios, list):
         check_length("/scenarios", body.scenarios, limits.scenarios_max)
 
@@ -336,6 +346,12 @@ def estimated_work(
     curved = options or any(terms.gamma) or any(terms.vega)
     assessment = 0.25 + len(terms) * 0.0005 + options * 0.002 + underlyings**2 * (0.005 if repairs else 0.0001)
     return once + (underlyings + 1) * (110 if curved else 22) * assessment
+
+
+def venue_work(terms: PositionTerms, parameters: MarketParameters) -> float:
+    """Return roughly the milliseconds that a venue's model takes beyond what every quote does."""
+    options = len(terms) - terms.strike.count(None) if "strike" in terms.given else 0
+    return UNIT_MILLISECONDS * _underlyings(terms, parameters) + 0.002 * len(terms) + 0.01 * options
 
 
 _LESS_WORK = "fewer underlyings and options, or for another settings.margin_mode"
@@ -436,6 +452,7 @@ def _overridden(parameters: MarketParameters, market: MarketIn, settings: Mappin
         policy=policy,
         stress=correlation_table(changed.stress, market.correlation, "/market/correlation"),
         hedge=correlation_table(changed.hedge, market.hedge_correlation, "/market/hedge_correlation"),
+        venues=venue_parameters(changed, market.venues),
     )
 
 
@@ -443,10 +460,18 @@ def _instruments(parameters: MarketParameters, given: Mapping[str, InstrumentIn]
     instruments = dict(parameters.instruments)
     for symbol, change in given.items():
         known = instruments.get(symbol) or InstrumentParameters(symbol, parameters.underlying_of(symbol))
-        instruments[symbol] = replace(known, **fields_given(change))
         with pointers_under(pointer_to("market", "instruments", symbol)):
+            instruments[symbol] = replace(known, **instrument_fields(change))
             market_rules.check_instrument(instruments[symbol], parameters.asset(instruments[symbol].underlying))
     return instruments
+
+
+def instrument_fields(change: InstrumentIn) -> dict[str, Any]:
+    """Return the fields of an instrument that the caller set. Raises InvalidError for an expiry that is no time."""
+    given = fields_given(change)
+    if isinstance(given.get("expiry"), str):
+        given["expiry"] = moment(given["expiry"], "/expiry").astimezone(UTC)
+    return given
 
 
 def _factors(parameters: MarketParameters, settings: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy]:

@@ -13,6 +13,7 @@ from app.api.body import encoder
 from app.api.deps import Parts, body_of, caller_of, document, parts_of
 from app.api.quote_reply import is_finite, margin_reply
 from app.api.quote_request import MARGIN_QUOTE, Limits, MarginQuoteIn, quote_terms, quote_time
+from app.domain.margin.venues.registry import VENUES
 from app.domain.quote import margin_quote
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
@@ -47,6 +48,7 @@ def _is_light(body: MarginQuoteIn) -> bool:
         and len(body.positions) <= INLINE_POSITIONS_MAX
         and len(body.collateral or ()) + len(body.liabilities or ()) <= INLINE_POSITIONS_MAX
         and not isinstance(body.scenarios, list)
+        and VENUES.keys().isdisjoint(body.models or ())
         and not any(map(_strike, body.positions))
     )
 

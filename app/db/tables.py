@@ -113,7 +113,7 @@ market_state = Table(
     Column("version", BigInteger, nullable=False),
     check("name", "name IN ('parameters', 'prices', 'history')"),
     check("version", "version >= 0"),
-    info={"owner": "market"},
+    info={"owner": "parameter_versions"},
 )
 
 market_changes = Table(
@@ -124,8 +124,8 @@ market_changes = Table(
     string("changed_by"),
     string("kind"),
     string("name"),
-    check("kind", "kind IN ('seed', 'asset', 'instrument', 'model', 'correlation', 'lending')"),
-    info={"owner": "market"},
+    check("kind", "kind IN ('seed', 'asset', 'instrument', 'model', 'correlation', 'lending', 'venue')"),
+    info={"owner": "parameter_versions"},
 )
 
 asset_parameters = Table(
@@ -167,6 +167,7 @@ instrument_parameters = Table(
     number("maintenance_margin_rate", nullable=True),
     number("price_range", nullable=True),
     number("volatility", nullable=True),
+    moment("expiry", nullable=True),
     _symbol("symbol"),
     _symbol("underlying"),
     check("kind", "kind IN ('spot', 'perpetual', 'future')"),
@@ -177,7 +178,22 @@ instrument_parameters = Table(
     check("margin_rates", "maintenance_margin_rate <= initial_margin_rate"),
     check("price_range", "price_range > 0 AND price_range < 1"),
     check("volatility", "volatility > 0 AND volatility <= 100"),
+    check("expiry", "expiry IS NULL OR kind = 'future'"),
     info={"owner": "market"},
+)
+
+# One document a venue and underlying: what a venue publishes has tables in it, and another form at each venue.
+venue_parameters = Table(
+    "venue_parameters",
+    metadata,
+    _key("venue"),
+    _key("underlying"),
+    _version(),
+    Column("parameters", JSONB, nullable=False),
+    check("venue", "venue ~ '^[a-z][a-z0-9_]{0,31}$'"),
+    _symbol("underlying"),
+    check("parameters", "jsonb_typeof(parameters) = 'object' AND length(parameters::text) <= 100000"),
+    info={"owner": "venue_parameters"},
 )
 
 model_parameters = Table(
@@ -530,6 +546,7 @@ APPEND_ONLY = (
     instrument_parameters,
     model_parameters,
     correlation_parameters,
+    venue_parameters,
     ledger_entries,
     audit_log,
 )

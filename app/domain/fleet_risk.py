@@ -20,7 +20,7 @@ from app.domain.regimes import Drift, drift
 from app.domain.var.tail import YEAR_DAYS
 from app.errors import InvalidError
 
-MODELS_SHOWN = ("isolated", "cross", "scenario", "portfolio", "span")
+MODELS_SHOWN: tuple[str, ...] = ("isolated", "cross", "scenario", "portfolio", "span")
 SHARPE_DAYS_MIN = 20
 """Daily returns below which a Sharpe ratio says nothing."""
 
@@ -103,7 +103,9 @@ class FleetMargin:
     alone: Floats
     edge: Floats
     reason: str | None = None
-    """Why the model can't tell of the fleet as one, where its figures are NaN: too many underlyings to be repaired."""
+    """Why the model can't tell of the fleet as one, where its figures are NaN: an underlying that a venue does not
+    know, or too many of them for a correlation matrix to be repaired.
+    """
 
     @property
     def freed(self) -> float:

@@ -5,10 +5,14 @@ Rates, shocks, haircuts and ratios are fractions; volatility is annualised; limi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Literal, TypeVar, cast
+
+from app.domain.margin.venues.terms import VenueParameters
 
 AssetKind = Literal["stable", "coin"]
 InstrumentKind = Literal["spot", "perpetual", "future"]
@@ -23,8 +27,30 @@ REGIMES: tuple[Regime, ...] = ("normal", "sideways", "sell_off", "liquidity_cris
 T = TypeVar("T")
 
 DEFAULT_ASSET = "default"
+EXPIRY_HOUR = 8
+"""The hour, UTC, at which a contract expires whose name has no more than the day: that of Deribit, OKX and Binance."""
 MEMO_MAX = 256
 """Derived tables that one version of the parameters keeps."""
+
+
+_DATED = re.compile(r".*[-_](?:(\d{1,2})([A-Z]{3})(\d\d)|(\d\d)(\d\d)(\d\d))", re.ASCII)
+_MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
+
+
+def named_expiry(symbol: str) -> datetime | None:
+    """Return the expiry in the name of a dated future, BTC-28JUN24 or BTC-USD-240628; None where there is none."""
+    found = _DATED.fullmatch(symbol)
+    if found is None:
+        return None
+    day, month, year, *numbers = found.groups()
+    if day is None:
+        year, number, day = numbers
+    else:
+        number = str(_MONTHS.index(month) + 1) if month in _MONTHS else "0"
+    try:
+        return datetime(2000 + int(year), int(number), int(day), EXPIRY_HOUR, tzinfo=UTC)
+    except ValueError:
+        return None  # such as the 30th of February: a name like any other
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +74,7 @@ class AssetParameters:
 
 @dataclass(frozen=True, slots=True)
 class InstrumentParameters:
-    """One market on an underlying; a rate left None is the underlying asset's."""
+    """One market on an underlying; a rate left None is the underlying asset's. Only a future has an expiry."""
 
     symbol: str
     underlying: str
@@ -58,6 +84,14 @@ class InstrumentParameters:
     maintenance_margin_rate: float | None = None
     price_range: float | None = None
     volatility: float | None = None
+    expiry: datetime | None = None
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When a future expires: as stored, else as its name says; None where neither does, and for what never does."""
+        if self.kind != "future":
+            return None
+        return self.expiry or named_expiry(self.symbol)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +123,7 @@ class MarketFigures:
     initial_margin_rate: float
     maintenance_margin_rate: float
     price_range: float
+    expiry: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +298,10 @@ _LENDING = (
 
 @dataclass(frozen=True, slots=True)
 class MarketParameters:
-    """One version of every parameter. `version` 0 is what the package ships, before any database."""
+    """One version of every parameter. `version` 0 is what the package ships, before any database.
+
+    `venues` holds the venues' parameters by venue and underlying where they are not those that the package ships.
+    """
 
     version: int = 0
     assets: Mapping[str, AssetParameters] = field(
@@ -285,6 +323,7 @@ class MarketParameters:
     )
     default_lending: LendingParameters = field(default_factory=lambda: LendingParameters(DEFAULT_ASSET))
     clearing: ClearingParameters = field(default_factory=ClearingParameters)
+    venues: Mapping[str, Mapping[str, VenueParameters]] = field(default_factory=lambda: MappingProxyType({}))
     _memo: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -320,12 +359,15 @@ class MarketParameters:
         asset = self.asset(underlying)
         listed = self.instruments.get(symbol)
         if listed is None:
-            return MarketFigures(1.0, asset.initial_margin_rate, asset.maintenance_margin_rate, asset.price_range)
+            return MarketFigures(
+                1.0, asset.initial_margin_rate, asset.maintenance_margin_rate, asset.price_range, named_expiry(symbol)
+            )
         return MarketFigures(
             listed.contract_size,
             _first_of(listed.initial_margin_rate, asset.initial_margin_rate),
             _first_of(listed.maintenance_margin_rate, asset.maintenance_margin_rate),
             _first_of(listed.price_range, asset.price_range),
+            listed.expires_at,
         )
 
 

@@ -153,7 +153,8 @@ class Portfolio:
     greeks position, the dollar delta over the notional of an option. `gamma` and `vega` are those of greeks
     positions (zero for others: options are revalued in full). `unrealized_pnl` is zero for options, whose
     market value is in `options`. `mark` is NaN where a greeks position has none, `allocated` where no collateral was
-    named. `prices` (J,) are those of the underlyings, NaN where none is known.
+    named. `prices` (J,) are those of the underlyings, NaN where none is known. `years` (n,) are those to the expiry of
+    dated futures, >= 0, NaN for other positions; None where the book has none.
     """
 
     symbols: tuple[str, ...]
@@ -172,6 +173,7 @@ class Portfolio:
     options: Options
     underlyings: Underlyings
     prices: Floats
+    years: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -291,6 +293,7 @@ class Portfolio:
             symbols=tuple(self.symbols[i] for i in rows),
             **{name: getattr(self, name)[rows] for name in _POSITION_COLUMNS},
             options=replace(options, row=new_row[options.row]),
+            years=None if self.years is None else self.years[rows],
         )
 
 

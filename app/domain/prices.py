@@ -83,6 +83,11 @@ class PriceFinder:
         self.used[name] = price
         return price.value
 
+    def stable_prices(self) -> dict[str, float]:
+        """Return the prices of the listed stablecoins, 1 where nothing says otherwise."""
+        stable = [name for name, asset in self.parameters.assets.items() if asset.kind == "stable"]
+        return {name: price for name in stable if (price := self.known(name)) is not None}
+
     def _asset(self, name: str) -> Price | None:
         if name in self.requested:
             return Price(self.requested[name], "request")

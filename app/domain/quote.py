@@ -16,11 +16,14 @@ from app.domain.liquidation import Distances, distances, isolated_roots
 from app.domain.margin.isolated import position_margin
 from app.domain.margin.registry import MODELS
 from app.domain.margin.result import MarginResult, MarginTerms
+from app.domain.margin.venues.registry import VENUES
 from app.domain.parameters import MarginMode
 from app.domain.portfolio import Flags, Portfolio, total
 from app.domain.prices import Price, PriceFinder, StoredPrice, conflicting_price
 from app.domain.record import record
 from app.domain.terms import PositionTerms, build_portfolio
+
+_OF_VENUES = frozenset(VENUES)
 
 
 @record(frozen=True, slots=True)
@@ -109,11 +112,15 @@ def account_figures(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: d
 
 @record(frozen=True, slots=True)
 class Account:
-    """What an account holds at its prices: positions, isolated ones with their allocations, and collateral."""
+    """What an account holds at its prices: positions, isolated ones with their allocations, and collateral.
+
+    `stable_prices` are those of the listed stablecoins where a venue's model is asked for.
+    """
 
     portfolio: Portfolio
     collateral: Collateral
     prices: Mapping[str, Price]
+    stable_prices: Mapping[str, float]
 
 
 def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime) -> Account:
@@ -124,7 +131,8 @@ def read_account(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: date
     if portfolio.any_isolated:
         portfolio = replace(portfolio, allocated=_allocations(portfolio))
     collateral = value_collateral(terms.collateral, terms.liabilities, parameters, finder)
-    return Account(portfolio, collateral, finder.used)
+    stable_prices = {} if _OF_VENUES.isdisjoint(terms.models) else finder.stable_prices()
+    return Account(portfolio, collateral, finder.used, stable_prices)
 
 
 @record(frozen=True, slots=True)
@@ -145,7 +153,8 @@ def _assess(terms: QuoteTerms, stored: Mapping[str, StoredPrice], now: datetime,
     account = read_account(terms, stored, now)
     portfolio, collateral = account.portfolio, account.collateral
     wanted = dict.fromkeys([*models, "isolated"])
-    results = {name: MODELS[name](portfolio, terms.margin) for name in wanted}
+    margin = replace(terms.margin, stable_prices=account.stable_prices) if account.stable_prices else terms.margin
+    results = {name: MODELS[name](portfolio, margin) for name in wanted}
     pool = pool_of(portfolio, collateral, terms)
     return _Assessed(
         portfolio=portfolio,

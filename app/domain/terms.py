@@ -216,6 +216,8 @@ class _Markets:
     """Whether a symbol stands for two of the markets: with its underlying and without."""
     closest: Rows
     """The markets (C,) in the order in which their marks price their underlying: itself, its perpetual, others."""
+    expiry: Sequence[datetime | None]
+    """Of each market; empty where none of them expires."""
     prices_asset: Sequence[tuple[str, bool]]
     """Of each market in that order: its underlying, and whether it is that asset or its perpetual."""
 
@@ -263,6 +265,7 @@ def _resolve(keys: Sequence[MarketKey], code: Sequence[int], parameters: MarketP
         table=underlying_table(names, widest, parameters),
         repeated=len(set(symbols)) < len(symbols),
         closest=np.array(closest, dtype=np.intp),
+        expiry=[m.expiry for m in listed] if any(m.expiry for m in listed) else (),
         prices_asset=[(under[c], ranks[c] < _RANK_OF_OTHERS) for c in closest],
     )
 
@@ -365,7 +368,14 @@ def build_portfolio(
         options=options,
         underlyings=markets.table,
         prices=under_prices,
+        years=_years_of_futures(markets.expiry, now)[code] if markets.expiry else None,
     )
+
+
+def _years_of_futures(expiries: Sequence[datetime | None], now: datetime) -> Floats:
+    """Return the years of 365 days to each expiry (C,), 0 when it is past, NaN without one."""
+    seconds = [np.nan if expiry is None else max(0.0, (expiry - now).total_seconds()) for expiry in expiries]
+    return np.array(seconds) / YEAR_SECONDS
 
 
 def _units(terms: PositionTerms, size: Floats, code: Rows, markets: _Markets) -> Floats:

@@ -25,7 +25,7 @@ from app.domain.panel import Panel
 from app.errors import ConflictError, FieldError, InvalidError, invalid
 from app.services import audit
 from app.services import market_rules as rules
-from app.services.market import bump_version, hold_version
+from app.services.parameter_versions import bump_version, hold_version
 
 CLOSES_A_POST_MAX = 20_000
 CLOSES_A_PAGE_MAX = 200

@@ -17,6 +17,7 @@ from app.domain.covariance import Covariance, estimate
 from app.domain.fleet import merged
 from app.domain.fleet_plan import Share
 from app.domain.fleet_risk import (
+    MODELS_SHOWN,
     SHARPE_DAYS_MIN,
     FleetMargin,
     fleet_drift,
@@ -27,8 +28,11 @@ from app.domain.fleet_risk import (
     sharpe,
 )
 from app.domain.margin.result import MarginTerms
+from app.domain.margin.venues.registry import VENUES
+from app.domain.margin.venues.unit import UNIT_MILLISECONDS
 from app.domain.money import plain
 from app.domain.panel import HISTORY_DAYS_MIN, Panel
+from app.domain.prices import PriceFinder
 from app.domain.quote import AccountFigures, read_account
 from app.domain.snapshots import Worth, worth
 from app.services.delegation import net_utilization
@@ -43,11 +47,12 @@ PLAN_CONFIDENCE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked for: a confidence, a horizon, a window of history in days."""
+    """What is asked for: a confidence, a horizon, a window of history in days, models beyond the service's own."""
 
     confidence: float = 0.99
     horizon_days: float = 1.0
     window_days: int = 500
+    models: tuple[str, ...] = ()
 
 
 def names_of(books: FleetBooks, scene: Scene) -> list[str]:
@@ -55,6 +60,13 @@ def names_of(books: FleetBooks, scene: Scene) -> list[str]:
     parameters = scene.market.parameters
     found = {parameters.underlying_of(p.symbol) for held in _all(books) for p in held.positions}
     return sorted(found | {asset for held in _all(books) for asset in held.holdings})
+
+
+def venue_milliseconds(books: FleetBooks, scene: Scene, models: Sequence[str]) -> float:
+    """Return roughly the milliseconds of one core that the models of venues take: so much an underlying of a member."""
+    underlying_of = scene.market.parameters.underlying_of
+    held = sum(len({underlying_of(p.symbol) for p in book.positions}) for book in _all(books))
+    return len(VENUES.keys() & set(models)) * UNIT_MILLISECONDS * 2.0 * held
 
 
 def _all(books: FleetBooks) -> list[Book]:
@@ -94,7 +106,7 @@ def risk(
     tail = fleet_tail(exposures, covariance, asked.confidence, asked.horizon_days)
     parts = list(zip(tail.own.tolist(), tail.component.tolist(), tail.component_es.tolist(), strict=True))
     one = figures(scene, books)
-    margins = _margins(books, one, scene)
+    margins = _margins(books, one, scene, asked.models)
     members = [
         _member(k, everyone[k], parts[k], margins) | _sharpe(returns.get(everyone[k].agent_id, []))
         for k in range(len(everyone))
@@ -148,14 +160,17 @@ def _covered(found: Worth, panel: Panel, scene: Scene) -> list[int]:
     return sorted(sorted(known, key=lambda j: -size[j])[:UNDERLYINGS_MAX])
 
 
-def _margins(books: FleetBooks, one: AccountFigures, scene: Scene) -> list[FleetMargin]:
-    """Return every model's margin, of all members' positions as one book and of each alone."""
+def _margins(books: FleetBooks, one: AccountFigures, scene: Scene, models: Sequence[str]) -> list[FleetMargin]:
+    """Return the models' margins, those of venues where asked for, of all positions as one book and of each member."""
     view, everyone = scene.market, _all(books)
     terms = merged(everyone[0], everyone[1:]).quote_terms(view.parameters, view.prices)
     is_known = len(books.pooled) == len(books.members)  # the fleet's figures are of the same positions
     portfolio = one.portfolio if is_known else read_account(terms, view.prices, scene.now).portfolio
     owner = np.repeat(np.arange(len(everyone)), [len(held.positions) for held in everyone])
-    return fleet_margins(portfolio, owner, len(everyone), MarginTerms(parameters=terms.margin.parameters))
+    stable = PriceFinder(view.parameters, {}, view.prices).stable_prices() if models else {}
+    margin = MarginTerms(parameters=terms.margin.parameters, stable_prices=stable)
+    shown = tuple(dict.fromkeys((*MODELS_SHOWN, *models)))
+    return fleet_margins(portfolio, owner, len(everyone), margin, shown)
 
 
 def _health(one: AccountFigures) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""The market's parameters, versioned, with their audit trail.
-
-Whoever writes holds a row of `market_state` to the end of the transaction, so that writers go one by one,
-no change is lost, and the versions that readers see only ever grow. A parameter row is never rewritten:
-each change appends one under the next version, and the greatest version of a key counts.
-"""
+"""The market's parameters, versioned (`parameter_versions` says how), with their audit trail."""
 
 from __future__ import annotations
 
@@ -13,13 +8,7 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
-from sqlalchemy import (
-    func,
-    insert,
-    select,
-    union_all,
-    update,
-)
+from sqlalchemy import func, insert, select, union_all
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from app.db.lending_tables import lending_parameters
@@ -54,13 +43,25 @@ from app.domain.parameters import (
     Regime,
 )
 from app.errors import ConflictError, FieldError, NotFoundError, invalid, pointer_to, pointers_under
-from app.services import audit
 from app.services import market_rules as rules
+from app.services.parameter_versions import (
+    Change,
+    ChangeKind,
+    Versioned,
+    check_expected,
+    latest,
+    lock_parameters,
+    next_version,
+    row_at,
+    version_of,
+    versions_of,
+)
+from app.services.venue_parameters import stored_venues
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from sqlalchemy import Column, ColumnElement, RowMapping, Table
+    from sqlalchemy import RowMapping, Table
 
     from app.db.session import Tx
 
@@ -71,7 +72,6 @@ NAMES_A_CHANGE_MAX = 10
 
 Matrix = Literal["stress", "hedge"] | Regime
 """The tables of correlations; a regime's lists its own pairs alone, the others follow from the stress table."""
-ChangeKind = Literal["seed", "asset", "instrument", "model", "correlation", "lending"]
 T = TypeVar("T")
 
 _MODEL_NAMES = tuple(field.name for field in fields(ModelParameters))
@@ -102,6 +102,7 @@ class InstrumentChange(TypedDict, total=False):
     maintenance_margin_rate: float | None
     price_range: float | None
     volatility: float | None
+    expiry: datetime | None
 
 
 class LendingChange(TypedDict, total=False):
@@ -126,14 +127,6 @@ class Versions(NamedTuple):
     read_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Versioned(Generic[T]):
-    """A stored value, and the version under which it was last changed."""
-
-    value: T
-    version: int
-
-
 class Entry(NamedTuple, Generic[T]):
     """One of many to set: its fields, and the version that it is expected at."""
 
@@ -148,17 +141,6 @@ class BulkPut:
     version: int
     changed: int
     unchanged: int
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One line of the audit trail."""
-
-    version: int
-    changed_at: datetime
-    changed_by: str
-    kind: ChangeKind
-    name: str
 
 
 # --- reading
@@ -194,7 +176,7 @@ async def hold_parameters(tx: Tx, version: int) -> None:
 
 async def get_asset(tx: Tx, asset: str, at: int | None = None) -> Versioned[AssetParameters]:
     """Return a listed asset, current or as of a version; NotFoundError when it is not listed."""
-    row = await _row_at(tx, asset_parameters, asset_parameters.c.asset == asset, at)
+    row = await row_at(tx, asset_parameters, asset_parameters.c.asset == asset, at)
     if row is None:
         raise NotFoundError(f"There is no asset {asset}.", code="asset_not_found")
     return Versioned(_asset(row), row["version"])
@@ -211,7 +193,7 @@ async def stablecoins(tx: Tx, assets: Iterable[str]) -> set[str]:
 
 async def get_instrument(tx: Tx, symbol: str, at: int | None = None) -> Versioned[InstrumentParameters]:
     """Return a listed instrument, current or as of a version; NotFoundError when it is not listed."""
-    row = await _row_at(tx, instrument_parameters, instrument_parameters.c.symbol == symbol, at)
+    row = await row_at(tx, instrument_parameters, instrument_parameters.c.symbol == symbol, at)
     if row is None:
         raise NotFoundError(f"There is no instrument {symbol}.", code="instrument_not_found")
     return Versioned(_instrument(row), row["version"])
@@ -237,13 +219,13 @@ async def put_asset(tx: Tx, asset: str, change: AssetChange, expected: int | Non
     """
     rules.check_symbol("/asset", asset)
     parameters = await _locked_parameters(tx)
-    stored = await _version_of(tx, asset_parameters, asset_parameters.c.asset == asset)
-    _check_expected(asset, stored, expected)
+    stored = await version_of(tx, asset_parameters, asset_parameters.c.asset == asset)
+    check_expected(asset, stored, expected)
     merged = replace(parameters.asset(asset), asset=asset, **change)
     if stored and merged == parameters.asset(asset):
         return Versioned(merged, stored)
     rules.check_asset(merged, parameters)
-    version = await _next_version(tx, "asset", asset)
+    version = await next_version(tx, "asset", asset)
     await tx.connection.execute(insert(asset_parameters), _stored(merged, version))
     return Versioned(merged, version)
 
@@ -254,13 +236,13 @@ async def put_lending(
     """Set fields of an asset's loans; as `put_asset`. Floating rates follow once its market is priced anew."""
     rules.check_symbol("/asset", asset)
     parameters = await _locked_parameters(tx)
-    stored = await _version_of(tx, lending_parameters, lending_parameters.c.asset == asset)
-    _check_expected(asset, stored, expected)
+    stored = await version_of(tx, lending_parameters, lending_parameters.c.asset == asset)
+    check_expected(asset, stored, expected)
     merged = replace(parameters.loans_of(asset), asset=asset, **change)
     if stored and merged == parameters.loans_of(asset):
         return Versioned(merged, stored)
     rules.check_lending(merged)
-    version = await _next_version(tx, "lending", asset)
+    version = await next_version(tx, "lending", asset)
     await tx.connection.execute(insert(lending_parameters), _stored(merged, version))
     return Versioned(merged, version)
 
@@ -270,18 +252,18 @@ async def put_instrument(
 ) -> Versioned[InstrumentParameters]:
     """Set fields of an instrument; as `put_asset`. A new one may take its underlying from the symbol.
 
-    Underlying, kind and contract size say what the contract is, and open positions hold it: they never change
-    (ConflictError). Another contract is another symbol.
+    Underlying, kind, contract size and an expiry that is known say what the contract is, and open positions hold it:
+    they never change (ConflictError). Another contract is another symbol.
     """
     rules.check_symbol("/symbol", symbol)
     parameters = await _locked_parameters(tx)
-    stored = await _version_of(tx, instrument_parameters, instrument_parameters.c.symbol == symbol)
-    _check_expected(symbol, stored, expected)
+    stored = await version_of(tx, instrument_parameters, instrument_parameters.c.symbol == symbol)
+    check_expected(symbol, stored, expected)
     merged = _merged_instrument(parameters, symbol, change)
     if merged == parameters.instruments.get(symbol):
         return Versioned(merged, stored)
     await _check_untraded(tx, parameters, [merged])
-    version = await _next_version(tx, "instrument", symbol)
+    version = await next_version(tx, "instrument", symbol)
     await tx.connection.execute(insert(instrument_parameters), _stored(merged, version))
     return Versioned(merged, version)
 
@@ -294,12 +276,12 @@ async def put_assets(tx: Tx, entries: Mapping[str, Entry[AssetChange]]) -> BulkP
     """
     _check_many(entries)
     parameters = await _locked_parameters(tx)
-    stored = await _versions_of(tx, asset_parameters, asset_parameters.c.asset)
+    stored = await versions_of(tx, asset_parameters, asset_parameters.c.asset)
     merged: dict[str, AssetParameters] = {}
     for name, (change, expected) in entries.items():
         with pointers_under(pointer_to(name)):
             rules.check_symbol("", name)
-            _check_expected(name, stored.get(name, 0), expected)
+            check_expected(name, stored.get(name, 0), expected)
         asset = replace(parameters.asset(name), asset=name, **change)
         if name not in stored or asset != parameters.asset(name):
             merged[name] = asset
@@ -316,13 +298,13 @@ async def put_instruments(tx: Tx, entries: Mapping[str, Entry[InstrumentChange]]
     """
     _check_many(entries)
     parameters = await _locked_parameters(tx)
-    stored = await _versions_of(tx, instrument_parameters, instrument_parameters.c.symbol)
+    stored = await versions_of(tx, instrument_parameters, instrument_parameters.c.symbol)
     merged: dict[str, InstrumentParameters] = {}
     for symbol, (change, expected) in entries.items():
         current = parameters.instruments.get(symbol)
         with pointers_under(pointer_to(symbol)):
             rules.check_symbol("", symbol)
-            _check_expected(symbol, stored.get(symbol, 0), expected)
+            check_expected(symbol, stored.get(symbol, 0), expected)
             instrument = _merged_instrument(parameters, symbol, change)
         if instrument != current:
             merged[symbol] = instrument
@@ -340,15 +322,15 @@ async def put_model_parameters(
     unknown = changes.keys() - {*_MODEL_NAMES, *_POLICY_NAMES, *_CLEARING_NAMES}
     rules.refuse(FieldError(pointer_to(n), "unknown_parameter", "There is no such parameter.") for n in sorted(unknown))
     parameters = await _locked_parameters(tx)
-    stored = await _version_of(tx, model_parameters)
-    _check_expected("models", stored, expected)
+    stored = await version_of(tx, model_parameters)
+    check_expected("models", stored, expected)
     current: dict[str, float] = asdict(parameters.models) | asdict(parameters.policy) | asdict(parameters.clearing)
     merged = current | dict(changes)
     written = {name: value for name, value in merged.items() if value != current[name]}
     if not written:
         return Versioned(merged, stored)
     rules.check_models(*_models(merged))
-    version = await _next_version(tx, "model", ",".join(written))
+    version = await next_version(tx, "model", ",".join(written))
     rows = [{"name": n, "version": version, "value": to_decimal(v)} for n, v in written.items()]
     await tx.connection.execute(insert(model_parameters), rows)
     return Versioned(merged, version)
@@ -369,12 +351,12 @@ async def put_correlation(
     await _locked_parameters(tx)
     columns = correlation_parameters.c
     key = (columns.matrix == matrix) & (columns.a == a) & (columns.b == b)
-    row = await _row_at(tx, correlation_parameters, key)
+    row = await row_at(tx, correlation_parameters, key)
     stored = row["version"] if row else 0
-    _check_expected(f"{matrix} {a}-{b}", stored, expected)
+    check_expected(f"{matrix} {a}-{b}", stored, expected)
     if row and to_float(row["value"]) == value:
         return Versioned(value, stored)
-    version = await _next_version(tx, "correlation", f"{matrix}:{a}:{b}")
+    version = await next_version(tx, "correlation", f"{matrix}:{a}:{b}")
     values = {"matrix": matrix, "a": a, "b": b, "version": version, "value": to_decimal(value)}
     await tx.connection.execute(insert(correlation_parameters), values)
     return Versioned(value, version)
@@ -384,34 +366,8 @@ async def put_correlation(
 
 
 async def _locked_parameters(tx: Tx) -> MarketParameters:
-    """Take the writers' lock, then read what the last writer left: nothing changes until this one commits."""
-    state = market_state.c
-    query = select(state.version).where(state.name == PARAMETERS).with_for_update()
-    version: int = (await tx.connection.execute(query)).scalar_one()
-    return await _parameters(tx, version)
-
-
-async def _next_version(tx: Tx, kind: ChangeKind, name: str) -> int:
-    version = await bump_version(tx, PARAMETERS)
-    change = Change(version, tx.now, tx.actor, kind, name)
-    await tx.connection.execute(insert(market_changes), asdict(change))
-    await audit.record(tx, f"market.{kind}", name, version=version)
-    return version
-
-
-async def bump_version(tx: Tx, name: str) -> int:
-    """Return the next version of one side of the market; its row stays locked until the transaction ends."""
-    state = market_state.c
-    statement = update(market_state).where(state.name == name).values(version=state.version + 1)
-    version: int = (await tx.connection.execute(statement.returning(state.version))).scalar_one()
-    return version
-
-
-async def hold_version(tx: Tx, name: str) -> int:
-    """Return the version of one side of the market, which nobody else changes until the transaction ends."""
-    query = select(market_state.c.version).where(market_state.c.name == name).with_for_update()
-    version: int = (await tx.connection.execute(query)).scalar_one()
-    return version
+    """Take the writers' lock, then read what the last writer left."""
+    return await _parameters(tx, await lock_parameters(tx))
 
 
 def _check_many(entries: Mapping[str, object]) -> None:
@@ -431,7 +387,7 @@ async def _write_many(
         return BulkPut(latest, 0, entries)
     names = sorted(merged)
     more = f" and {len(names) - NAMES_A_CHANGE_MAX} more" if len(names) > NAMES_A_CHANGE_MAX else ""
-    version = await _next_version(tx, kind, ",".join(names[:NAMES_A_CHANGE_MAX]) + more)
+    version = await next_version(tx, kind, ",".join(names[:NAMES_A_CHANGE_MAX]) + more)
     await tx.connection.execute(insert(table), [_stored(merged[name], version) for name in names])
     return BulkPut(version, len(names), entries - len(names))
 
@@ -447,14 +403,9 @@ def _merged_instrument(parameters: MarketParameters, symbol: str, change: Instru
     return merged
 
 
-def _check_expected(name: str, stored: int, expected: int | None) -> None:
-    if expected is not None and expected != stored:
-        detail = f"{name} is at version {stored}, not {expected}."
-        raise ConflictError(detail, "version_conflict", (FieldError("/version", "version_conflict", detail),))
-
-
 def _check_same_contract(current: InstrumentParameters, merged: InstrumentParameters) -> None:
-    for name in ("underlying", "kind", "contract_size"):
+    fixed = ["underlying", "kind", "contract_size", *(["expiry"] if current.expiry is not None else [])]
+    for name in fixed:
         if getattr(current, name) != getattr(merged, name):
             detail = f"The {name} of {current.symbol} never changes: positions hold it. Use another symbol."
             raise ConflictError(detail, "contract_fixed", (FieldError(f"/{name}", "contract_fixed", detail),))
@@ -485,32 +436,14 @@ def _sorted_pair(pair: tuple[str, str] | None) -> tuple[str, str]:
     return a, b
 
 
-async def _version_of(tx: Tx, table: Table, *where: ColumnElement[bool]) -> int:
-    query = select(func.coalesce(func.max(table.c.version), 0)).where(*where)
-    version: int = (await tx.connection.execute(query)).scalar_one()
-    return version
-
-
-async def _versions_of(tx: Tx, table: Table, key: Column[Any]) -> dict[str, int]:
-    query = select(key, func.max(table.c.version)).group_by(key)
-    return {row[0]: row[1] for row in await tx.connection.execute(query)}
-
-
-async def _row_at(tx: Tx, table: Table, where: ColumnElement[bool], at: int | None = None) -> RowMapping | None:
-    query = select(table).where(where).order_by(table.c.version.desc()).limit(1)
-    if at is not None:
-        query = query.where(table.c.version <= at)
-    return (await tx.connection.execute(query)).mappings().first()
-
-
 async def _parameters(tx: Tx, version: int) -> MarketParameters:
     """Return the parameters as of a version; no lock is needed, since rows under it never change."""
-    assets = {a.asset: a for a in map(_asset, await _latest(tx, asset_parameters, ("asset",), version))}
-    instruments = map(_instrument, await _latest(tx, instrument_parameters, ("symbol",), version))
-    values = await _latest(tx, model_parameters, ("name",), version)
-    correlations = await _latest(tx, correlation_parameters, ("matrix", "a", "b"), version)
+    assets = {a.asset: a for a in map(_asset, await latest(tx, asset_parameters, ("asset",), version))}
+    instruments = map(_instrument, await latest(tx, instrument_parameters, ("symbol",), version))
+    values = await latest(tx, model_parameters, ("name",), version)
+    correlations = await latest(tx, correlation_parameters, ("matrix", "a", "b"), version)
     models, policy, clearing = _models({row["name"]: to_float(row["value"]) for row in values})
-    lending = {p.asset: p for p in map(_lending, await _latest(tx, lending_parameters, ("asset",), version))}
+    lending = {p.asset: p for p in map(_lending, await latest(tx, lending_parameters, ("asset",), version))}
     return MarketParameters(
         version=version,
         default_asset=assets.pop(DEFAULT_ASSET),
@@ -524,18 +457,8 @@ async def _parameters(tx: Tx, version: int) -> MarketParameters:
         default_lending=lending.pop(DEFAULT_ASSET),
         lending=MappingProxyType(lending),
         clearing=clearing,
+        venues=await stored_venues(tx, version),
     )
-
-
-async def _latest(tx: Tx, table: Table, key: tuple[str, ...], version: int) -> Sequence[RowMapping]:
-    columns: list[Column[Any]] = [table.c[name] for name in key]
-    query = (
-        select(table)
-        .ext(distinct_on(*columns))
-        .where(table.c.version <= version)
-        .order_by(*columns, table.c.version.desc())
-    )
-    return (await tx.connection.execute(query)).mappings().all()
 
 
 def _models(values: Mapping[str, float]) -> tuple[ModelParameters, HealthPolicy, ClearingParameters]:

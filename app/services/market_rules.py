@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from app.db.tables import SYMBOL_PATTERN
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     )
 
 _SYMBOL = re.compile(SYMBOL_PATTERN)
+
+EXPIRY_MIN, EXPIRY_MAX = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,7 @@ def check_assets(merged: Mapping[str, AssetParameters], after: MarketParameters)
 def check_instrument(merged: InstrumentParameters, underlying: AssetParameters) -> None:
     """Refuse an instrument out of range, or whose margin rates contradict those it inherits."""
     refuse(_symbol_errors("/underlying", (merged.underlying,)))
+    refuse(_expiry_errors(merged))
     refuse(_range_errors(asdict(merged), _INSTRUMENT_RANGES))
     refuse(_effective_margin_errors(merged, underlying))
 
@@ -233,6 +237,17 @@ def refuse(errors: Iterable[FieldError]) -> None:
     found = tuple(errors)
     if found:
         raise InvalidError(found[0].detail, code=found[0].code, errors=found)
+
+
+def _expiry_errors(instrument: InstrumentParameters) -> Iterator[FieldError]:
+    expiry = instrument.expiry
+    if expiry is None:
+        return
+    if instrument.kind != "future":
+        yield FieldError("/expiry", "not_allowed", f"A {instrument.kind} does not expire: only a future does.")
+    elif not EXPIRY_MIN <= expiry < EXPIRY_MAX:
+        detail = f"An expiry lies between {EXPIRY_MIN:%Y} and {EXPIRY_MAX:%Y}."
+        yield FieldError("/expiry", "out_of_range", detail)
 
 
 def _symbol_errors(pointer: str, symbols: Iterable[str]) -> Iterator[FieldError]:

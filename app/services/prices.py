@@ -15,7 +15,8 @@ from app.domain.prices import StoredPrice
 from app.errors import NotFoundError, invalid
 from app.services import market_rules as rules
 from app.services import price_history
-from app.services.market import bump_version, stablecoins
+from app.services.market import stablecoins
+from app.services.parameter_versions import bump_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

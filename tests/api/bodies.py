@@ -51,6 +51,12 @@ EVERYTHING: dict[str, Any] = {
         "correlation": {"BTC": {"ETH": 0.9}},
         "hedge_correlation": {"BTC": {"ETH": 0.5}},
         "span_charges": {"BTC": {"intra_commodity": 10}},
+        "venues": {
+            "deribit": {"BTC": {"mmp": 0.06, "parameters": {"price_range": 0.2, "extended_moves": [0.5, -0.5]}}},
+            "okx": {"ETH": {"mr2": 10, "parameters": {"minimum_tiers": [[0, 1], [1000, 2]]}}},
+            "derive": {"BTC": {"cash": -5, "confidence": 0.9}},
+            "paradex": {"SOL": {"fee_provision": 3}},
+        },
     },
     "settings": {"margin_mode": "cross", "target_utilization": 0.5},
     "as_of": AS_OF,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -379,6 +380,34 @@ async def test_every_model_nets_across_members_as_one_quote_would(service: Servi
         grown = await quoted(more)
         for name in ("isolated", "cross", "scenario", "span"):
             assert float(member["edge"][name]) == pytest.approx((grown[name] - whole[name]) * 100, rel=1e-6), name
+
+
+async def test_a_venues_model_is_told_where_it_is_asked_for(service: Service) -> None:
+    """Deribit has no parameters for SOL: of the fleet as one it can't tell, of those on other coins it can."""
+    fleet = await positioned(service)
+    path = f"/fleets/{fleet.id}/risk"
+    assert list((await fleet.lead.get(path))["margin"]) == ["isolated", "cross", "scenario", "portfolio", "span"]
+    found = await fleet.lead.get(f"{path}?models=okx&models=deribit")
+    held = [
+        {"symbol": "BTC-PERP", "side": "long", "size": 0.5},
+        {"symbol": "ETH-PERP", "side": "long", "size": 5},
+        {"symbol": "SOL-PERP", "side": "short", "size": 100},
+    ]
+    whole = await service.quote(positions=held, models=["okx"])
+    assert float(found["margin"]["okx"]["fleet"]) == pytest.approx(whole["models"]["okx"]["initial_margin"])
+    assert found["margin"]["deribit"]["fleet"] is None
+    assert found["margin"]["deribit"]["reason"] == "deribit has no parameters for SOL"
+    alone = [member["margin"]["deribit"] for member in found["members"]]
+    assert alone[2] is None
+    btc = await service.quote(positions=held[:1], models=["deribit"])
+    assert float(alone[0]) == pytest.approx(btc["models"]["deribit"]["initial_margin"])
+    refused = await fleet.lead.send("GET", f"{path}?models=kraken")
+    problem(refused, 422, "invalid_parameter")
+    parts = service.app.state.parts
+    scarce = parts.settings.model_copy(update={"quote_milliseconds_max": 4.0})  # two models of three units are 4.8 ms
+    service.app.state.parts = replace(parts, settings=scarce)
+    problem(await fleet.lead.send("GET", f"{path}?models=okx&models=deribit"), 422, "too_much_work")
+    assert (await fleet.lead.send("GET", f"{path}?models=okx")).status_code == 200
 
 
 async def test_what_is_reserved_counts_in_the_net_utilization(service: Service) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +14,7 @@ from app.db.tables import APPEND_ONLY, api_keys, market_prices, metadata, model_
 from app.domain.parameters import MarketParameters
 from app.services.market import load_parameters
 from app.services.prices import load_prices
+from tests.database import shipped_parameters
 from tests.postgres import fresh_database
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ async def test_operators_have_their_views(database: Database) -> None:
 
 async def test_a_new_database_holds_the_packages_defaults(database: Database) -> None:
     async with database.transaction("test") as tx:
-        assert await load_parameters(tx) == replace(MarketParameters(), version=1)
+        assert await load_parameters(tx) == shipped_parameters()
         assert await load_prices(tx) == {}
 
 
@@ -112,7 +113,7 @@ async def test_several_may_migrate_at_once(empty_url: URL, settings: Settings) -
     await asyncio.gather(*(migrate.upgrade(empty_url) for _ in range(4)))
     database = Database(empty_url, settings)
     async with database.transaction("test") as tx:
-        assert await load_parameters(tx) == replace(MarketParameters(), version=1)
+        assert await load_parameters(tx) == shipped_parameters()
     await database.close()
 
 

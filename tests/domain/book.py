@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from app.domain.collateral import CollateralTerms
 from app.domain.margin.result import MarginTerms, SpanCharges
+from app.domain.margin.venues.terms import VenueInputs, VenueParameters
 from app.domain.parameters import CorrelationTable, InstrumentParameters, MarginMode, MarketParameters, Regime
 from app.domain.prices import StoredPrice
 from app.domain.quote import MarginQuote, QuoteTerms, margin_quote
@@ -88,6 +89,8 @@ class Book:
     scenario_set: str = "moderate"
     scenarios: tuple[Scenario, ...] | None = None
     span_charges: Mapping[str, SpanCharges] = field(default_factory=dict)
+    venues: Mapping[str, Mapping[str, VenueParameters]] = field(default_factory=dict)
+    venue_inputs: Mapping[str, Mapping[str, VenueInputs]] = field(default_factory=dict)
 
     def parameters(self) -> MarketParameters:
         shipped = MarketParameters()
@@ -99,7 +102,7 @@ class Book:
             known = instruments.get(symbol) or InstrumentParameters(symbol, symbol.partition("-")[0])
             instruments[symbol] = replace(known, **changes)
         stress, hedge = self.stress or shipped.stress, self.hedge or shipped.hedge
-        return replace(shipped, assets=assets, instruments=instruments, stress=stress, hedge=hedge)
+        return replace(shipped, assets=assets, instruments=instruments, stress=stress, hedge=hedge, venues=self.venues)
 
     def quote(self, *, stored: Mapping[str, StoredPrice] | None = None, models: Sequence[str] = MODELS) -> MarginQuote:
         terms = MarginTerms(
@@ -108,6 +111,7 @@ class Book:
             scenario_set=self.scenario_set,
             regime=self.regime,
             span_charges=self.span_charges,
+            venues=self.venue_inputs,
         )
         request = QuoteTerms(
             positions=columns(self.rows),

@@ -38,6 +38,21 @@ def test_a_day_of_an_agent(served: Serving) -> None:
     assert '"utilization":0.50' in said  # 30,500 at a third, of 20,000
 
 
+def test_deribit_and_paradex(served: Serving) -> None:
+    said = said_by(served, shell_lines(PAGES["quotes"].partition("### Deribit")[2]))
+    assert '"initial_margin_coin":0.12286134' in said
+    said = said_by(served, shell_lines(PAGES["quotes"].partition("### Paradex")[2]))
+    assert '"initial_margin":11221' in said
+    assert '"maintenance_margin":5621' in said
+
+
+def test_okx_and_derive(served: Serving) -> None:
+    said = said_by(served, shell_lines(PAGES["quotes"].partition("### OKX")[2]))
+    assert '"maintenance_margin":1208.82073' in said
+    said = said_by(served, shell_lines(PAGES["quotes"].partition("### Derive")[2]))
+    assert '"net_initial":-608' in said
+
+
 def test_an_agents_book(served: Serving) -> None:
     said = said_by(served, shell_lines(PAGES["book"], "API="))
     assert '"accepted":true' in said

@@ -17,7 +17,6 @@ from app.services.market import (
     AssetChange,
     InstrumentChange,
     Matrix,
-    Versioned,
     get_asset,
     get_instrument,
     list_changes,
@@ -29,7 +28,9 @@ from app.services.market import (
     put_model_parameters,
 )
 from app.services.market_cache import MarketCache
+from app.services.parameter_versions import Versioned
 from app.services.prices import PRICES_A_POST_MAX, PostedPrices, load_prices, post_prices
+from tests.database import shipped_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -123,7 +124,7 @@ async def test_a_change_of_nothing_writes_no_version(database: Database) -> None
 async def test_every_version_stays_readable(database: Database) -> None:
     await _put_asset(database, "BTC", {"haircut": 0.2})
     await _put_asset(database, "ETH", {"haircut": 0.3})
-    assert await _parameters(database, at=1) == replace(MarketParameters(), version=1)
+    assert await _parameters(database, at=1) == shipped_parameters()
     second = await _parameters(database, at=2)
     assert (second.asset("BTC").haircut, second.asset("ETH").haircut) == (0.2, 0.12)
     async with database.transaction("reader") as tx:
@@ -447,7 +448,7 @@ async def test_the_cache_starts_from_the_packages_defaults(database: Database) -
     view = await cache.refresh()
     assert age_before is None
     assert view is cache.view
-    assert view.parameters == replace(MarketParameters(), version=1)
+    assert view.parameters == shipped_parameters()
     assert cache.age_seconds is not None
     assert view.read_at is not None
 

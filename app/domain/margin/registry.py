@@ -11,6 +11,7 @@ from app.domain.margin.portfolio import portfolio_margin
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.margin.scenario import scenario
 from app.domain.margin.span import span
+from app.domain.margin.venues.registry import VENUES
 from app.domain.portfolio import Portfolio
 
 MarginModel = Callable[[Portfolio, MarginTerms], MarginResult]
@@ -22,5 +23,6 @@ MODELS: Mapping[str, MarginModel] = MappingProxyType(
         "scenario": scenario,
         "portfolio": portfolio_margin,
         "span": span,
+        **{name: venue.model for name, venue in VENUES.items()},
     }
 )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.domain.black76 import Floats
+from app.domain.margin.venues.terms import VenueInputs, VenueParameters
 from app.domain.parameters import MarketParameters, Regime
 from app.domain.record import record
 from app.domain.scenarios import NAMED, Scenario
@@ -30,13 +31,19 @@ class SpanCharges:
 
 @record(frozen=True, slots=True)
 class MarginTerms:
-    """What a model needs beside the portfolio: parameters, the scenario set, the regime, SPAN charges."""
+    """What a model needs beside the portfolio: parameters, the scenario set, the regime, SPAN charges.
+
+    `venues` is what the caller knows of an underlying at a venue, by venue and underlying; `stable_prices` are the USD
+    prices of stablecoins, 1 where one has none.
+    """
 
     parameters: MarketParameters = field(default_factory=MarketParameters)
     scenarios: Sequence[Scenario] = NAMED["moderate"]
     scenario_set: str = "moderate"
     regime: Regime = "normal"
     span_charges: Mapping[str, SpanCharges] = field(default_factory=lambda: MappingProxyType({}))
+    venues: Mapping[str, Mapping[str, VenueInputs]] = field(default_factory=lambda: MappingProxyType({}))
+    stable_prices: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @record(frozen=True, slots=True)
@@ -79,7 +86,7 @@ class MarginResult:
     position_initial: Floats
     position_maintenance: Floats
     per_underlying: Mapping[str, Floats]
-    parameters: Mapping[str, Figure]
+    parameters: Mapping[str, Figure | VenueParameters]
     add_ons: Mapping[str, float] = field(default_factory=dict)
     worst: Worst | None = None
     scenarios: ScenarioTable | None = None

@@ -1,0 +1,52 @@
+"""One venue: its model, and what it knows of each underlying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
+
+from app.domain.margin.result import MarginResult, MarginTerms
+from app.domain.margin.venues.terms import VenueInputs, VenueParameters
+from app.domain.parameters import DEFAULT_ASSET, MarketParameters
+from app.domain.portfolio import Portfolio
+from app.errors import invalid, pointer_to
+
+P = TypeVar("P", bound=VenueParameters)
+I = TypeVar("I", bound=VenueInputs)  # noqa: E741  parameters and inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Venue(Generic[P, I]):
+    """A venue's name, its model, the types of its parameters and inputs, and its published parameters.
+
+    `published` holds them by underlying; what stands under `default` holds for every other one.
+    """
+
+    name: str
+    model: Callable[[Portfolio, MarginTerms], MarginResult]
+    parameters: type[P]
+    inputs: type[I]
+    published: Mapping[str, P]
+
+    def listed(self, market: MarketParameters) -> Mapping[str, P]:
+        """Return the parameters by underlying: stored ones in place of those that the package ships."""
+        return {**self.published, **cast("Mapping[str, P]", market.venues.get(self.name, {}))}
+
+    def known(self, market: MarketParameters, underlying: str) -> P | None:
+        """Return an underlying's parameters, those for all others where it has none of its own, None without any."""
+        listed = self.listed(market)
+        return listed.get(underlying, listed.get(DEFAULT_ASSET))
+
+    def parameters_of(self, market: MarketParameters, underlying: str) -> P:
+        """Return an underlying's parameters. Raises InvalidError `missing_parameters` for one without any."""
+        found = self.known(market, underlying)
+        if found is None:
+            pointer = pointer_to("market", "venues", self.name, underlying, "parameters")
+            raise invalid(pointer, "missing_parameters", f"{self.name} has no parameters for {underlying}")
+        return found
+
+    def inputs_of(self, terms: MarginTerms, underlying: str) -> I:
+        """Return what the caller knows of an underlying, nothing where it says nothing."""
+        given = cast("Mapping[str, I]", terms.venues.get(self.name, {}))
+        return given.get(underlying) or self.inputs()

@@ -1,0 +1,106 @@
+"""No venue's model gives anything but a number, whatever within their bounds positions, parameters and inputs are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from app.domain.margin.result import MarginResult
+from app.domain.margin.venues.registry import VENUES
+from app.domain.margin.venues.terms import VenueInputs, VenueParameters
+from app.domain.margin.venues.venue import Venue
+from app.domain.parameters import DEFAULT_ASSET
+from app.errors import InvalidError
+from tests.domain.book import NOW, Book, Row, greeks, linear, option
+
+SIZES = st.sampled_from([1e-12, 1e-3, 1.0, 1e6, 1e15])
+SIDES = st.sampled_from(["long", "short"])
+GREEK = st.sampled_from([0.0, 0.1, 1e15, -1e15])
+ROWS = st.one_of(
+    st.builds(lambda side, size, mark: linear("BTC-PERP", side, size, mark_price=mark), SIDES, SIZES, SIZES),
+    st.builds(lambda side, size, mark: linear("BTC-FUT", side, size, mark_price=mark), SIDES, SIZES, SIZES),
+    st.builds(
+        lambda notional, delta, gamma, vega: greeks("BTC-X", notional, delta, gamma=gamma, vega=vega),
+        SIZES,
+        st.sampled_from([-1_000.0, -1.0, 0.0, 1_000.0]),
+        GREEK,
+        GREEK,
+    ),
+    st.builds(
+        lambda kind, side, size, strike, days, iv, rate: option("BTC", kind, side, size, strike, days, iv, rate=rate),
+        st.sampled_from(["call", "put"]),
+        SIDES,
+        SIZES,
+        SIZES,
+        st.sampled_from([1e-6, 0.01, 1.0, 29.999, 30.0, 400.0, 18_000.0]),
+        st.sampled_from([0.0001, 0.5, 50.0]),
+        st.sampled_from([0.0, -1.0, 1.0]),
+    ),
+)
+
+
+@st.composite
+def own_parameters(draw: st.DrawFn, venue: Venue[Any, Any]) -> VenueParameters:
+    """Draw parameters of which some stand at a bound, or between."""
+    known: VenueParameters = venue.published.get("BTC") or venue.published[DEFAULT_ASSET]
+    changes: dict[str, Any] = {}
+    for one in fields(known):
+        if draw(st.integers(0, 4)) == 0:
+            low, high = one.metadata["bounds"]
+            number = st.sampled_from([low, high, (low + high) / 2, min(max(low, 0.0), high), min(max(low, 1.0), high)])
+            changes[one.name] = _like(draw, getattr(known, one.name), number)
+    own = replace(known, **changes)
+    assume(not list(own.faults()))
+    return own
+
+
+def _like(draw: st.DrawFn, value: Any, number: st.SearchStrategy[float]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_like(draw, item, number) for item in value)
+    return int(draw(number)) if isinstance(value, int) else draw(number)
+
+
+@st.composite
+def own_inputs(draw: st.DrawFn, venue: Venue[Any, Any]) -> VenueInputs:
+    known = {one.name: draw(st.sampled_from([None, *one.metadata["bounds"]])) for one in fields(venue.inputs)}
+    inputs: VenueInputs = venue.inputs(**known)
+    assume(not list(inputs.faults()))
+    return inputs
+
+
+def margin(name: str, rows: list[Row], prices: Mapping[str, float], **venue: Any) -> MarginResult:
+    far = {"BTC-FUT": {"kind": "future", "expiry": NOW + timedelta(days=60_000)}}
+    whole = Book(rows=tuple(rows), prices=prices, instruments=far, **venue)
+    return whole.quote(models=[name]).models[name]
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("name", VENUES)
+def test_figures_are_numbers(name: str) -> None:
+    venue = VENUES[name]
+
+    @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+    @given(st.lists(ROWS, min_size=1, max_size=4), own_parameters(venue), own_inputs(venue), SIZES)
+    def check(rows: list[Row], parameters: VenueParameters, inputs: VenueInputs, price: float) -> None:
+        own = {"venues": {name: {"BTC": parameters}}, "venue_inputs": {name: {"BTC": inputs}}}
+        try:
+            result = margin(name, rows, {"BTC": price}, **own)
+        except InvalidError:
+            assume(False)
+        assert math.isfinite(result.initial_margin)
+        assert 0.0 <= result.maintenance_margin <= result.initial_margin * (1.0 + 1e-9)
+        assert np.isfinite(result.position_initial).all()
+        assert np.isfinite(result.per_underlying["scenario_pnl"]).all()
+        assert result.position_initial.sum() == pytest.approx(
+            result.initial_margin, rel=1e-6, abs=1e-9 * float(np.abs(result.position_initial).sum())
+        ) or set(result.add_ons) & {"mr8"}
+
+    check()
