@@ -23,7 +23,7 @@ REGIMES: tuple[Regime, ...] = ("normal", "sideways", "sell_off", "liquidity_cris
 T = TypeVar("T")
 
 DEFAULT_ASSET = "default"
-MEMO_MAX = 256
+MEMO_MAX = 512
 """Derived tables that one version of the parameters keeps."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -82,6 +82,19 @@ class PriceFinder:
             return None
         self.used[name] = price
         return price.value
+
+    def known_all(self, names: Sequence[str]) -> list[float | None]:
+        """Return `known` of each name."""
+        used, requested = self.used, self.requested
+        found: list[float | None] = []
+        for name in names:
+            if name in requested and name not in used:  # as most are
+                value = requested[name]
+                used[name] = Price(value, "request")
+                found.append(value)
+            else:
+                found.append(self.known(name))
+        return found
 
     def _asset(self, name: str) -> Price | None:
         if name in self.requested:
