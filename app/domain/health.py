@@ -149,9 +149,12 @@ def _ratio(numerator: float, equity: float, insolvent: bool) -> float | None:
 
 def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
-    figures = curve.common(np.array([-move, move]))
-    after = zip(figures.equity.tolist(), figures.maintenance.tolist(), strict=True)
-    return min((equity / kept for equity, kept in after if kept > MAINTENANCE_MIN), default=None)
+    ratios = [
+        after.equity / after.maintenance
+        for after in (curve.point(-move), curve.point(move))
+        if after.maintenance > MAINTENANCE_MIN
+    ]
+    return min(ratios, default=None)
 
 
 def _zone(utilization: float | None, policy: HealthPolicy) -> str:

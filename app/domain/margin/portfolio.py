@@ -268,7 +268,7 @@ def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirem
     floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
     risk, floor = max(joint, parallel) * multiplier, total(floors)
     add_on = concentration(portfolio.gross, portfolio.prices, portfolio.underlyings, models.concentration_rate)
-    added = total(add_on)
+    added = total(add_on) if portfolio.underlyings.any_limit else 0.0
     rule = "floor" if floor > risk else "joint" if joint >= parallel else "parallel"
     return _Requirement(
         rule=rule,
