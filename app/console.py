@@ -32,11 +32,11 @@ _STYLE = {
 
 def offline_quote(raw: bytes, settings: Settings) -> bytes:
     """Return the API's reply to a request body, with the package's own parameters and no stored prices."""
-    now = system_now()
     body = MARGIN_QUOTE.decode(raw)
-    terms = quote_terms(body, MarketParameters(), Limits.of(settings), now)
-    quote = margin_quote(terms, {}, quote_time(body, now))
-    return encoder.encode(margin_reply(quote, body.positions, terms.margin, settings.price_age_seconds_max))
+    as_of = quote_time(body, system_now())
+    terms = quote_terms(body, MarketParameters(), Limits.of(settings), as_of)
+    quote = margin_quote(terms, {}, as_of)
+    return encoder.encode(margin_reply(quote, terms, body.columns["id"], settings.price_age_seconds_max))
 
 
 def print_quote(raw: bytes, settings: Settings, *, as_json: bool) -> None:

@@ -48,10 +48,10 @@ def write_report(raw: bytes, history: Path | None, out: Path, seed: int, setting
 
 def offline_subject(raw: bytes, daily: Daily, seed: int, settings: Settings) -> Subject:
     """Return what is reported of a request body, with the package's own parameters and no stored prices."""
-    now = system_now()
     body = MARGIN_QUOTE.decode(raw)
-    terms = quote_terms(body, MarketParameters(), Limits.of(settings), now)
-    return Subject(body.name or "Portfolio", terms, {}, quote_time(body, now), daily, seed)
+    as_of = quote_time(body, system_now())
+    terms = quote_terms(body, MarketParameters(), Limits.of(settings), as_of)
+    return Subject(body.name or "Portfolio", terms, {}, as_of, daily, seed)
 
 
 def read_history(path: Path) -> Daily:

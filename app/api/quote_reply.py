@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import Struct
 
 from app.api.body import encoder
-from app.api.quote_request import PositionIn
 from app.domain.black76 import Floats
 from app.domain.health import Advisory
 from app.domain.margin.result import MarginResult, MarginTerms
 from app.domain.parameters import CorrelationTable, MarketParameters, Pairs
 from app.domain.portfolio import Portfolio
-from app.domain.quote import MarginQuote
-from app.domain.terms import REMEMBERED_MARKETS_MAX
+from app.domain.quote import MarginQuote, QuoteTerms
+from app.domain.terms import REMEMBERED_MARKETS_MAX, MarketKey, PositionTerms
+
+_Margins = tuple[list[float], list[float]]
+"""Each position's initial and maintenance margin under one model, USD."""
 
 
 class PositionOut(Struct, gc=False):
@@ -76,9 +78,10 @@ class ScenarioOut(Struct, omit_defaults=True):
     shocks: dict[str, float] | None = None
 
 
-def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginTerms, stale_seconds: float) -> Any:
+def margin_reply(quote: MarginQuote, terms: QuoteTerms, ids: Sequence[str | None], stale_seconds: float) -> Any:
     """Return the reply, ready to encode."""
     health, distances = quote.health, quote.distances
+    alone = _margins(quote.isolated)
     return {
         "as_of": quote.as_of,
         "equity": quote.equity,
@@ -87,7 +90,10 @@ def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginT
         "unrealized_pnl": quote.unrealized_pnl,
         "options_value": quote.options_value,
         "allocated_collateral": quote.allocated,
-        "models": {name: _model(result, quote.portfolio) for name, result in quote.models.items()},
+        "models": {
+            name: _model(result, quote.portfolio, alone if result is quote.isolated else _margins(result))
+            for name, result in quote.models.items()
+        },
         "capital_freed": quote.capital_freed,
         "portfolio_margin_eligible": quote.eligible,
         "health": health,
@@ -100,40 +106,45 @@ def margin_reply(quote: MarginQuote, positions: list[PositionIn], terms: MarginT
                 zip(quote.portfolio.underlyings.names, distances.by_underlying.tolist(), strict=True)
             ),
         },
-        "positions": _positions(quote, positions),
+        "positions": _positions(quote, terms.positions, ids, alone),
         "collateral": _collateral(quote),
         "advisories": [*quote.advisories, *_price_advisories(quote, stale_seconds)],
         "prices": quote.prices,
         "parameters": parameters_shown(
             tuple(dict.fromkeys([*quote.portfolio.underlyings.names, *quote.collateral.assets])),
-            quote.portfolio.symbols,
-            terms,
+            terms.positions.markets[1],
+            terms.margin,
         ),
     }
 
 
-def _positions(quote: MarginQuote, positions: list[PositionIn]) -> list[PositionOut]:
-    book, alone = quote.portfolio, quote.isolated
+def _margins(result: MarginResult) -> _Margins:
+    return result.position_initial.tolist(), result.position_maintenance.tolist()
+
+
+def _positions(
+    quote: MarginQuote, terms: PositionTerms, ids: Sequence[str | None], alone: _Margins
+) -> list[PositionOut]:
+    book = quote.portfolio
     names = book.underlyings.names
     return list(
         map(
             PositionOut,
             range(len(book)),
-            [p.id for p in positions],
+            ids,
             book.symbols,
-            [names[j] for j in book.underlying.tolist()],
-            _kinds(book, positions),
-            _sides(book, positions),
+            map(names.__getitem__, book.underlying.tolist()),
+            _kinds(book, terms),
+            _sides(book, terms),
             ["isolated" if own else quote.health.model for own in book.isolated.tolist()]
             if book.any_isolated
             else repeat(quote.health.model),
             book.notional.tolist(),
             book.exposure.tolist(),
             book.mark.tolist(),
-            [p.entry_price for p in positions],
+            terms.entry_price,
             book.unrealized_pnl.tolist(),
-            alone.position_initial.tolist(),
-            alone.position_maintenance.tolist(),
+            *alone,
             (book.mark * (1.0 + quote.liquidation_move)).tolist(),
             quote.liquidation_move.tolist(),
             quote.breached.tolist(),
@@ -141,24 +152,26 @@ def _positions(quote: MarginQuote, positions: list[PositionIn]) -> list[Position
     )
 
 
-def _sides(book: Portfolio, positions: list[PositionIn]) -> list[str]:
+def _sides(book: Portfolio, terms: PositionTerms) -> Iterable[str]:
+    if not book.has_options and "delta" not in terms.given:
+        return cast("Sequence[str]", terms.side)  # each linear position has one
     sides = ["short" if delta < 0.0 else "long" for delta in book.delta.tolist()]
     if not book.has_options:
         return sides
-    return [p.side or side for p, side in zip(positions, sides, strict=True)]  # a short put has a positive delta
+    return [given or side for given, side in zip(terms.side, sides, strict=True)]  # a short put has a positive delta
 
 
-def _kinds(book: Portfolio, positions: list[PositionIn]) -> Iterable[str]:
-    notionals = [p.notional for p in positions]
-    if not book.has_options and notionals.count(None) == len(book):
+def _kinds(book: Portfolio, terms: PositionTerms) -> Iterable[str]:
+    if not book.has_options and "notional" not in terms.given:
         return repeat("linear", len(book))
     options = set(book.options.row.tolist())
     return [
-        "option" if i in options else "linear" if notional is None else "greeks" for i, notional in enumerate(notionals)
+        "option" if i in options else "linear" if notional is None else "greeks"
+        for i, notional in enumerate(terms.notional)
     ]
 
 
-def _model(result: MarginResult, book: Portfolio) -> dict[str, Any]:
+def _model(result: MarginResult, book: Portfolio, margins: _Margins) -> dict[str, Any]:
     worst = result.worst
     return {
         "initial_margin": result.initial_margin,
@@ -167,9 +180,7 @@ def _model(result: MarginResult, book: Portfolio) -> dict[str, Any]:
         "scenarios": _scenarios(result),
         "add_ons": result.add_ons,
         "per_underlying": _per_underlying(result.per_underlying, book.underlyings.names),
-        "per_position": list(
-            map(ShareOut, book.symbols, result.position_initial.tolist(), result.position_maintenance.tolist())
-        ),
+        "per_position": list(map(ShareOut, book.symbols, *margins)),
         "parameters": result.parameters,
         "not_modelled": result.not_modelled,
         **result.notes,
@@ -222,36 +233,35 @@ def _price_advisories(quote: MarginQuote, stale_seconds: float) -> list[Advisory
     ]
 
 
-def parameters_shown(names: tuple[str, ...], of_positions: Sequence[str], terms: MarginTerms) -> dict[str, Any]:
-    """Return the parameters that a quote of these assets and positions was made with."""
+def parameters_shown(names: tuple[str, ...], markets: tuple[MarketKey, ...], terms: MarginTerms) -> dict[str, Any]:
+    """Return the parameters that a quote of these assets and of positions on these markets was made with."""
     parameters = terms.parameters
-    symbols = tuple(dict.fromkeys(of_positions))
+
+    def figures() -> dict[str, msgspec.Raw]:
+        return _figures(names, markets, parameters)
+
     # the books that agents keep asking for are on the same few markets: their parameters are encoded once
-    key = ("reply", names, symbols) if len(names) + len(symbols) <= REMEMBERED_MARKETS_MAX else None
-    figures = _figures(names, symbols, parameters)
+    few = len(names) + len(markets) <= REMEMBERED_MARKETS_MAX
     return {
         "version": parameters.version,
         "regime": terms.regime,
-        **(figures() if key is None else parameters.remembered(key, figures)),
+        **(parameters.remembered(("reply", names, markets), figures) if few else figures()),
         **parameters.remembered("reply", lambda: _factors(parameters)),
     }
 
 
 def _figures(
-    names: Sequence[str], symbols: Sequence[str], parameters: MarketParameters
-) -> Callable[[], dict[str, msgspec.Raw]]:
-    """Return what makes the JSON of the parameters of these assets and symbols."""
-
-    def make() -> dict[str, msgspec.Raw]:
-        shown = {
-            "assets": {name: parameters.asset(name) for name in names},
-            "instruments": {s: parameters.instruments[s] for s in symbols if s in parameters.instruments},
-            "stress_correlation": _correlation(parameters.stress, names),
-            "hedge_correlation": _correlation(parameters.hedge, names),
-        }
-        return {name: msgspec.Raw(encoder.encode(value)) for name, value in shown.items()}
-
-    return make
+    names: Sequence[str], markets: Sequence[MarketKey], parameters: MarketParameters
+) -> dict[str, msgspec.Raw]:
+    """Return the JSON of the parameters of these assets, and of the markets that are listed."""
+    listed = dict.fromkeys(symbol for symbol, _ in markets if symbol in parameters.instruments)
+    shown = {
+        "assets": {name: parameters.asset(name) for name in names},
+        "instruments": {symbol: parameters.instruments[symbol] for symbol in listed if symbol is not None},
+        "stress_correlation": _correlation(parameters.stress, names),
+        "hedge_correlation": _correlation(parameters.hedge, names),
+    }
+    return {name: msgspec.Raw(encoder.encode(value)) for name, value in shown.items()}
 
 
 def _correlation(table: CorrelationTable, names: Sequence[str]) -> dict[str, Any]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app.api.body import Body, Moment, Request, moment
+from app.api.body import Body, Moment, Request, colons_written, moment
 from app.api.venue_wire import VenuesIn, check_venue_lengths, venue_inputs, venue_parameters
 from app.domain.collateral import CollateralTerms
+from app.domain.computed import computed
 from app.domain.margin.result import MarginTerms, SpanCharges
 from app.domain.margin.venues.registry import VENUES
 from app.domain.margin.venues.unit import UNIT_MILLISECONDS
@@ -33,6 +33,7 @@ from app.domain.parameters import (
     Regime,
 )
 from app.domain.quote import QuoteTerms
+from app.domain.record import record
 from app.domain.scenarios import NAMED, Scenario
 from app.domain.terms import PositionTerms
 from app.errors import invalid, pointer_to, pointers_under
@@ -190,7 +191,7 @@ SettingsIn = msgspec.defstruct(
 )
 
 
-class MarginQuoteIn(Request):
+class MarginQuoteIn(Request, dict=True):
     """POST /api/quotes/margin."""
 
     positions: list[PositionIn]
@@ -205,16 +206,43 @@ class MarginQuoteIn(Request):
     as_of: Moment | None = None
     name: Text | None = None
 
+    @computed
+    def columns(self) -> Mapping[str, Sequence[Any]]:
+        """The positions' fields, each a column."""
+        return _columns(self.positions)
 
-MARGIN_QUOTE = Body(MarginQuoteIn)
+    @computed
+    def terms(self) -> PositionTerms:
+        """The positions as the risk core reads them. Raises InvalidError for an expiry that is no time."""
+        return _terms(self.columns)
 
+
+def _colons(body: MarginQuoteIn) -> int:
+    """Return the colons of the body as JSON: the positions, nearly all of it, are not written but counted.
+
+    Each value has the colon of its key, and those of its own text. A time is not read before it is known to stand once.
+    """
+    if any(body.columns["expiry"]):
+        return colons_written(body)
+    terms = body.terms
+    count = colons_written(msgspec.structs.replace(body, positions=[]))
+    count += len(terms) * len(terms.full)
+    for name in (*(terms.given - terms.full), "id"):
+        count += len(terms) - body.columns[name].count(None)
+    for name in _TEXTS:
+        count += "".join(filter(None, body.columns[name])).count(":")
+    return count
+
+
+MARGIN_QUOTE = Body(MarginQuoteIn, _colons)
+
+_TEXTS = frozenset({"symbol", "underlying", "id"})
 _FIELDS = tuple(f.name for f in fields(PositionTerms))
-_NO_ROWS: Mapping[str, Sequence[Any]] = MappingProxyType(dict.fromkeys(_FIELDS, ()))
 _DEFAULT_MODELS = ("isolated", "cross", "portfolio")
 _DEFAULT_SCENARIOS = "moderate"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Limits:
     """The named limits on one portfolio."""
 
@@ -231,9 +259,9 @@ class Limits:
         )
 
 
-def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
-    """Return what the body asks for, over the given parameters. Raises InvalidError with pointers."""
-    terms = read_terms(body, parameters, limits, now)
+def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, as_of: datetime) -> QuoteTerms:
+    """Return what the body asks for at its `quote_time`. Raises InvalidError with pointers."""
+    terms = read_terms(body, parameters, limits, as_of)
     repairs = body.market is not None and body.market.correlates
     work = estimated_work(terms.positions, terms.margin.parameters, terms.margin_mode, repairs=repairs)
     if venues := len(VENUES.keys() & set(terms.models)):
@@ -242,7 +270,7 @@ def quote_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limit
     return terms
 
 
-def read_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, now: datetime) -> QuoteTerms:
+def read_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits, as_of: datetime) -> QuoteTerms:
     """Return what `quote_terms` does of a body whose work is judged elsewhere. Raises InvalidError with pointers."""
     _check_lengths(body, limits)
     # the struct is made from the parameter classes, so the type checker can't follow it
@@ -253,8 +281,8 @@ def read_terms(body: MarginQuoteIn, parameters: MarketParameters, limits: Limits
     if settings or not (market is None or market.prices_only):
         parameters = _overridden(parameters, market or MarketIn(), settings)
     scenario_set, scenarios = _scenarios(body.scenarios)
-    positions = position_terms(body.positions)
-    check_rows(positions, parameters, limits, quote_time(body, now))
+    positions = body.terms
+    check_rows(positions, parameters, limits, as_of)
     return QuoteTerms(
         positions=positions,
         collateral=_holdings(body.collateral or ()),
@@ -294,14 +322,21 @@ def check_rows(terms: PositionTerms, parameters: MarketParameters, limits: Limit
 
 def position_terms(positions: Sequence[PositionIn]) -> PositionTerms:
     """Return the positions as columns."""
+    return _terms(_columns(positions))
+
+
+def _columns(positions: Sequence[PositionIn]) -> Mapping[str, Sequence[Any]]:
+    names = PositionIn.__struct_fields__
     if not positions:
-        return PositionTerms(**_NO_ROWS)
-    columns = dict(zip(_FIELDS, zip(*map(msgspec.structs.astuple, positions), strict=True), strict=False))
-    if any(columns["expiry"]):
-        columns["expiry"] = tuple(
-            None if text is None else moment(text, f"/positions/{i}/expiry") for i, text in enumerate(columns["expiry"])
-        )
-    return PositionTerms(**columns)
+        return dict.fromkeys(names, ())
+    return dict(zip(names, zip(*map(msgspec.structs.astuple, positions), strict=True), strict=True))
+
+
+def _terms(columns: Mapping[str, Sequence[Any]]) -> PositionTerms:
+    expiry = columns["expiry"]
+    if any(expiry):
+        expiry = [None if text is None else moment(text, f"/positions/{i}/expiry") for i, text in enumerate(expiry)]
+    return PositionTerms(**{name: columns[name] for name in _FIELDS} | {"expiry": expiry})
 
 
 def fields_given(struct: Struct) -> dict[str, Any]:
@@ -316,13 +351,15 @@ def _check_lengths(body: MarginQuoteIn, limits: Limits) -> None:
     check_length("/collateral", body.collateral, limits.positions_max)
     check_length("/liabilities", body.liabilities, limits.positions_max)
     check_length("/reservations", body.reservations, limits.positions_max)
-    if body.market is not None:
-        check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
+    if isinstance(body.scenarios, list):
+        check_length("/scenarios", body.scenarios, limits.scenarios_max)
+    if body.market is None:
+        return
+    check_length("/market/prices", body.market.prices, MARKET_ENTRIES_MAX)
+    if not body.market.prices_only:
         for name in _BY_NAME:
             check_length(f"/market/{name}", getattr(body.market, name), OVERRIDES_MAX)
         check_venue_lengths(body.market.venues)
-    if isinstance(body.scenarios, list):
-        check_length("/scenarios", body.scenarios, limits.scenarios_max)
 
 
 def _underlyings(terms: PositionTerms, parameters: MarketParameters) -> int:

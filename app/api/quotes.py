@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from operator import attrgetter
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from app.api.body import encoder
+from app.api.body import EncodedResponse, encoder
 from app.api.deps import Parts, body_of, caller_of, document, parts_of
 from app.api.quote_reply import is_finite, margin_reply
 from app.api.quote_request import MARGIN_QUOTE, Limits, MarginQuoteIn, quote_terms, quote_time
@@ -17,8 +16,6 @@ from app.domain.margin.venues.registry import VENUES
 from app.domain.quote import margin_quote
 
 router = APIRouter(prefix="/api/quotes", tags=["quotes"])
-
-_strike = attrgetter("strike")
 
 INLINE_POSITIONS_MAX = 400
 """Positions up to which handing a quote to a thread costs more than it frees the loop."""
@@ -35,7 +32,7 @@ async def quote_margin(request: Request) -> Response:
         reply = _quote(parts, body, now)
     else:
         reply = await parts.workshop.run(_quote, parts, body, now)
-    return Response(reply, media_type="application/json")
+    return EncodedResponse(reply)
 
 
 def _is_light(body: MarginQuoteIn) -> bool:
@@ -49,17 +46,18 @@ def _is_light(body: MarginQuoteIn) -> bool:
         and len(body.collateral or ()) + len(body.liabilities or ()) <= INLINE_POSITIONS_MAX
         and not isinstance(body.scenarios, list)
         and VENUES.keys().isdisjoint(body.models or ())
-        and not any(map(_strike, body.positions))
+        and "strike" not in body.terms.given
     )
 
 
 def _quote(parts: Parts, body: MarginQuoteIn, now: datetime) -> bytes:
     view, settings = parts.market.view, parts.settings
     started = time.perf_counter()
-    terms = quote_terms(body, view.parameters, Limits.of(settings), now)
-    quote = margin_quote(terms, view.prices, quote_time(body, now))
+    as_of = quote_time(body, now)
+    terms = quote_terms(body, view.parameters, Limits.of(settings), as_of)
+    quote = margin_quote(terms, view.prices, as_of)
     parts.metrics.margin_quote_seconds.observe(time.perf_counter() - started)
     parts.metrics.margin_quote_positions.observe(len(body.positions))
     if not is_finite(quote):
         raise ArithmeticError("a quote came out without a number")
-    return encoder.encode(margin_reply(quote, body.positions, terms.margin, settings.price_age_seconds_max))
+    return encoder.encode(margin_reply(quote, terms, body.columns["id"], settings.price_age_seconds_max))

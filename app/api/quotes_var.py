@@ -119,9 +119,9 @@ def _asked(
     terms = var_terms(body, view.parameters.models)
     service_terms(body, len(terms.confidences))
     portfolio = margin_body(body)
-    if held is None:
-        held = quote_terms(portfolio, view.parameters, Limits.of(parts.settings), now)
     as_of = quote_time(portfolio, now)
+    if held is None:
+        held = quote_terms(portfolio, view.parameters, Limits.of(parts.settings), as_of)
     holdings = {item.asset for item in (*held.collateral, *held.liabilities)}
     largest = exposed(held, view.prices, as_of, moving=holdings).portfolio
     check_var_work(largest, terms, Limits.of(parts.settings))

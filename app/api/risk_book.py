@@ -143,10 +143,10 @@ def risk_book(parts: Parts, asked: Asked[Any]) -> RiskBook:
         raise invalid("/positions", "missing", 'give positions or collateral, or "book": "account"')
     given: dict[str, Any] = {name: getattr(body, name) for name in _OF_REQUEST}
     quote = MarginQuoteIn(**given)
-    limits = Limits.of(parts.settings)
-    terms = read_terms(quote, view.parameters, limits, now)
+    as_of = quote_time(quote, now)
+    terms = read_terms(quote, view.parameters, Limits.of(parts.settings), as_of)
     repairs = quote.market is not None and quote.market.correlates
-    return RiskBook(terms, view.prices, quote_time(quote, now), {}, repairs=repairs)
+    return RiskBook(terms, view.prices, as_of, {}, repairs=repairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def reply(
         "history": None if history is None else history_shown(history, book.now),
         "not_modelled": NOT_MODELLED,
         "prices": dict(account.prices),
-        "parameters": parameters_shown(names, account.whole.symbols, book.terms.margin),
+        "parameters": parameters_shown(names, book.terms.positions.markets[1], book.terms.margin),
     }
 
 

@@ -50,7 +50,7 @@ class Collateral:
     @computed
     def liabilities(self) -> float:
         """Value of all debts, USD, >= 0."""
-        return abs(total(self.value[self.holdings :]))
+        return abs(total(self.value[self.holdings :])) if self.holdings < len(self.assets) else 0.0
 
     def split(self, underlyings: Underlyings) -> CollateralSplit:
         """Return how the value moves with prices: with which underlying, with other coins, or not at all."""

@@ -73,6 +73,10 @@ class AccountCurve(Protocol):
         """Return the figures where every non-stable price makes the same move (K,)."""
         ...
 
+    def point(self, move: float) -> Point:
+        """Return the figures where every non-stable price makes the move."""
+        ...
+
     def single(self, underlying: int) -> Line:
         """Return the figures as a function of one underlying's move, with all positions and collateral on it."""
         ...
@@ -216,6 +220,17 @@ class AdditiveCurve:
             pool.reserved + lanes.maintenance.sum(axis=0),
         )
 
+    def point(self, move: float) -> Point:
+        """See AccountCurve."""
+        if not self.pool.portfolio.is_linear:
+            return _point(self, move)
+        now, slope = self.lines
+        return Point(
+            now.equity + slope.equity * move,
+            now.initial + slope.initial * move,
+            now.maintenance + slope.maintenance * move,
+        )
+
     @property
     def has_options(self) -> bool:
         """Whether some underlyings have no closed form."""
@@ -249,6 +264,11 @@ class AdditiveCurve:
         backing = CollateralSplit(self.pool.backing.on_underlying[alone], 0.0, 0.0)
         pool = replace(self.pool, portfolio=lane, backing=backing)
         return AdditiveCurve(pool, self.initial_weight[alone], self.maintenance_weight[alone])
+
+
+def _point(curve: AccountCurve, move: float) -> Point:
+    figures = curve.common(np.array([move]))
+    return Point(float(figures.equity[0]), float(figures.initial[0]), float(figures.maintenance[0]))
 
 
 def _columns(figures: Figures) -> tuple[Floats, Floats, Floats]:
@@ -304,6 +324,10 @@ class PortfolioCurve:
         """See AccountCurve."""
         loose = np.where(self.pool.portfolio.underlyings.stable, 0.0, 1.0)
         return self._at(moves, loose, 1.0)
+
+    def point(self, move: float) -> Point:
+        """See AccountCurve."""
+        return _point(self, move)
 
     def single(self, underlying: int) -> Line:
         """See AccountCurve."""

@@ -149,9 +149,12 @@ def _ratio(numerator: float, equity: float, insolvent: bool) -> float | None:
 
 def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
-    figures = curve.common(np.array([-move, move]))
-    after = zip(figures.equity.tolist(), figures.maintenance.tolist(), strict=True)
-    return min((equity / kept for equity, kept in after if kept > MAINTENANCE_MIN), default=None)
+    ratios = [
+        after.equity / after.maintenance
+        for after in (curve.point(-move), curve.point(move))
+        if after.maintenance > MAINTENANCE_MIN
+    ]
+    return min(ratios, default=None)
 
 
 def _zone(utilization: float | None, policy: HealthPolicy) -> str:
@@ -237,20 +240,22 @@ def advisories(
 def _share_advisories(collateral: Collateral, policy: HealthPolicy) -> list[Advisory]:
     columns = (collateral.amount, collateral.price, collateral.stable)
     held = zip(collateral.assets, *(column[: collateral.holdings].tolist() for column in columns), strict=False)
-    worth = [(asset, amount * price, is_stable) for asset, amount, price, is_stable in held]
-    total = sum(value for _, value, _ in worth)
+    stables, coins = 0.0, dict[str, float]()
+    for asset, amount, price, is_stable in held:
+        if is_stable:
+            stables += amount * price
+        else:
+            coins[asset] = coins.get(asset, 0.0) + amount * price
+    total = stables + sum(coins.values())
     if total <= 0.0:
         return []
     found = []
-    stable = sum(value for _, value, is_stable in worth if is_stable) / total
+    stable = stables / total
     if stable < policy.stable_share_min:
         detail = f"stablecoins are {stable:.0%} of collateral"
         found.append(Advisory("stable_share_low", detail, stable, policy.stable_share_min))
-    by_asset: dict[str, float] = {}
-    for asset, value, is_stable in worth:
-        if not is_stable:
-            by_asset[asset] = by_asset.get(asset, 0.0) + value / total
-    for asset, share in sorted(by_asset.items()):
+    for asset in sorted(coins):
+        share = coins[asset] / total
         if share > policy.asset_share_max:
             detail = f"{asset} is {share:.0%} of collateral"
             found.append(Advisory("asset_share_high", detail, share, policy.asset_share_max))

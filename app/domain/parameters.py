@@ -29,7 +29,7 @@ T = TypeVar("T")
 DEFAULT_ASSET = "default"
 EXPIRY_HOUR = 8
 """The hour, UTC, at which a contract expires whose name has no more than the day: that of Deribit, OKX and Binance."""
-MEMO_MAX = 256
+MEMO_MAX = 512
 """Derived tables that one version of the parameters keeps."""
 
 

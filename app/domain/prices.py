@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -87,6 +87,19 @@ class PriceFinder:
         """Return the prices of the listed stablecoins, 1 where nothing says otherwise."""
         stable = [name for name, asset in self.parameters.assets.items() if asset.kind == "stable"]
         return {name: price for name in stable if (price := self.known(name)) is not None}
+
+    def known_all(self, names: Sequence[str]) -> list[float | None]:
+        """Return `known` of each name."""
+        used, requested = self.used, self.requested
+        found: list[float | None] = []
+        for name in names:
+            if name in requested and name not in used:  # as most are
+                value = requested[name]
+                used[name] = Price(value, "request")
+                found.append(value)
+            else:
+                found.append(self.known(name))
+        return found
 
     def _asset(self, name: str) -> Price | None:
         if name in self.requested:

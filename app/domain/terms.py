@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from functools import lru_cache
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.domain import black76
 from app.domain.black76 import Floats
@@ -27,7 +30,7 @@ from app.domain.prices import PriceFinder
 from app.domain.record import record
 from app.errors import FieldError, InvalidError, invalid
 
-T = TypeVar("T")
+S = TypeVar("S", bound=np.generic)
 
 YEAR_SECONDS = 31_536_000.0
 YEAR_DAYS = 365.0
@@ -35,6 +38,8 @@ FORWARD_MIN, FORWARD_MAX = 0.5, 2.0
 """Multiples of the underlying's price that a forward lies within."""
 REMEMBERED_MARKETS_MAX = 64
 """Books on more markets are resolved anew each time: their tables are large, and seldom asked for twice."""
+REMEMBERED_ROWS_MAX = 512
+"""Likewise books of more positions."""
 
 _SIGN = {"long": 1.0, "short": -1.0, None: np.nan, "call": 1.0, "put": -1.0}
 
@@ -84,13 +89,16 @@ class PositionTerms:
         return frozenset([name for name, values in columns if values[0] is not None or values.count(None) < rows])
 
     @computed
-    def markets(self) -> tuple[list[int], tuple[MarketKey, ...]]:
+    def full(self) -> frozenset[str]:
+        """The columns that every row gives, those aside whose first look leaves a doubt: a size of 0 is one."""
+        return frozenset([name for name in self.given if all(getattr(self, name))])
+
+    @computed
+    def markets(self) -> tuple[tuple[int, ...], tuple[MarketKey, ...]]:
         """Each row's market (n,), and the different markets that it points to, in order of appearance."""
-        if "underlying" not in self.given:  # symbols alone are compared faster than pairs
-            code, symbols = _numbered(self.symbol)
-            return code, tuple([(symbol, None) for symbol in symbols])
-        code, keys = _numbered(list(zip(self.symbol, self.underlying, strict=True)))
-        return code, tuple(keys)
+        number = _numbered_before if len(self) <= REMEMBERED_ROWS_MAX else _numbered
+        # symbols alone are compared faster than pairs
+        return number(tuple(self.symbol), tuple(self.underlying) if "underlying" in self.given else None)
 
     def floats(self, name: str, default: float = np.nan) -> Floats:
         """Return a column of numbers (n,) with `default` for what was left out."""
@@ -100,7 +108,7 @@ class PositionTerms:
                 values.fill(default)
             return values
         values = np.array(getattr(self, name), dtype=np.float64)
-        if default == default:  # noqa: PLR0124  None became NaN, which may be the default as well
+        if name not in self.full and default == default:  # noqa: PLR0124  None became NaN, as the default may be
             values[np.isnan(values)] = default
         return values
 
@@ -109,10 +117,17 @@ _COLUMNS = tuple(field.name for field in fields(PositionTerms))
 _all_columns = attrgetter(*_COLUMNS)
 
 
-def _numbered(keys: Sequence[T]) -> tuple[list[int], list[T]]:
-    """Return each key's number, and the different keys, numbered in order of appearance."""
+def _numbered(
+    symbols: tuple[str | None, ...], underlyings: tuple[str | None, ...] | None
+) -> tuple[tuple[int, ...], tuple[MarketKey, ...]]:
+    """Return each row's market, and the different markets, numbered in order of appearance."""
+    keys = list(zip(symbols, repeat(None) if underlyings is None else underlyings, strict=False))
     number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
-    return [number[key] for key in keys], list(number)
+    return tuple([number[key] for key in keys]), tuple(number)
+
+
+# an agent asks for the same positions again and again, at other sizes and prices
+_numbered_before = lru_cache(maxsize=256)(_numbered)
 
 
 def _flags(column: Sequence[Any]) -> Flags:
@@ -177,8 +192,7 @@ def _check_columns(terms: PositionTerms, kinds: _Kinds) -> None:
         if not is_there:
             continue
         for name in _NEEDS[kind]:
-            column = getattr(terms, name)
-            if None in column:
+            if name not in terms.full and None in (column := getattr(terms, name)):
                 absent = mask & ~_flags(column)
                 errors += [_field(i, name, "missing", f"a {kind} position needs {name}") for i in _first(absent)]
         for name in _FOREIGN[kind]:
@@ -222,12 +236,45 @@ class _Markets:
     """Of each market in that order: its underlying, and whether it is that asset or its perpetual."""
 
 
-def _markets(terms: PositionTerms, parameters: MarketParameters) -> tuple[Rows, _Markets]:
-    """Return each row's market (n,) and the markets, each distinct (symbol, underlying) resolved once."""
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The markets of a book, and of each of its rows (n,): which one, on which underlying, and what that one sets."""
+
+    markets: _Markets
+    code: Rows
+    underlying: Rows
+    contract_size: Floats
+    initial_rate: Floats
+    maintenance_rate: Floats
+
+
+def _place(terms: PositionTerms, parameters: MarketParameters) -> _Placed:
+    """Return the rows at their markets, each distinct (symbol, underlying) resolved once."""
     code, keys = terms.markets
-    if len(keys) <= REMEMBERED_MARKETS_MAX:
-        return np.array(code, dtype=np.intp), parameters.remembered(keys, lambda: _resolve(keys, code, parameters))
-    return np.array(code, dtype=np.intp), _resolve(keys, code, parameters)
+
+    def make() -> _Placed:
+        few = len(keys) <= REMEMBERED_MARKETS_MAX
+        markets = parameters.remembered(keys, resolve) if few else resolve()
+        at = np.array(code, dtype=np.intp)
+        return _Placed(
+            markets=markets,
+            code=at,
+            underlying=_unwritable(markets.underlying[at]),
+            contract_size=_unwritable(markets.contract_size[at]),
+            initial_rate=_unwritable(markets.initial_rate[at]),
+            maintenance_rate=_unwritable(markets.maintenance_rate[at]),
+        )
+
+    def resolve() -> _Markets:
+        return _resolve(keys, code, parameters)
+
+    return parameters.remembered(("rows", code, keys), make) if len(code) <= REMEMBERED_ROWS_MAX else make()
+
+
+def _unwritable(column: NDArray[S]) -> NDArray[S]:
+    """Return the column, which several portfolios are to share."""
+    column.setflags(write=False)
+    return column
 
 
 def _check_underlyings(keys: Sequence[MarketKey], code: Sequence[int], parameters: MarketParameters) -> None:
@@ -327,16 +374,16 @@ def build_portfolio(
     """
     kinds = _kinds(terms)
     _check_columns(terms, kinds)
-    code, markets = _markets(terms, parameters)
+    placed = _place(terms, parameters)
+    code, markets, underlying = placed.code, placed.markets, placed.underlying
     marks, size = terms.floats("mark_price"), terms.floats("size")
     lowest = _lowest_marks(size, code, markets, marks)
     prices.marks, prices.other_marks = _asset_marks(markets, lowest)
-    if not all(terms.mark_price):
+    if "mark_price" not in terms.full:
         marks = _fill_marks(marks, lowest, kinds, code, markets, prices)
-    underlying = markets.underlying[code]
     under_prices = _underlying_prices(kinds, markets, prices, underlying)
-    side = np.array([_SIGN[s] for s in terms.side], dtype=np.float64)
-    units = _units(terms, size, code, markets)
+    side = np.fromiter(map(_SIGN.__getitem__, terms.side), np.float64, len(terms))
+    units = _units(terms, size, placed.contract_size)
     notional = units * marks
     delta, options = side, no_options()
     if kinds.any_option:
@@ -360,8 +407,8 @@ def build_portfolio(
         vega=vega,
         mark=marks,
         unrealized_pnl=_unrealized_pnl(terms, kinds, side * units, marks),
-        initial_rate=_initial_rate(terms, markets.initial_rate[code]),
-        maintenance_rate=markets.maintenance_rate[code],
+        initial_rate=_initial_rate(terms, placed.initial_rate),
+        maintenance_rate=placed.maintenance_rate,
         is_option=kinds.option,
         isolated=_isolated(terms),
         allocated=terms.floats("allocated_collateral"),
@@ -378,14 +425,14 @@ def _years_of_futures(expiries: Sequence[datetime | None], now: datetime) -> Flo
     return np.array(seconds) / YEAR_SECONDS
 
 
-def _units(terms: PositionTerms, size: Floats, code: Rows, markets: _Markets) -> Floats:
+def _units(terms: PositionTerms, size: Floats, contract: Floats) -> Floats:
     """Return size x contract size (n,), 0 without a size; a position's own contract size goes before its market's."""
-    contract = markets.contract_size[code]
     if "contract_size" in terms.given:
         own = terms.floats("contract_size")
         contract = np.where(np.isnan(own), contract, own)
     units: Floats = size * contract
-    units[np.isnan(units)] = 0.0
+    if "size" not in terms.full:
+        units[np.isnan(units)] = 0.0
     return units
 
 
@@ -430,7 +477,9 @@ def _first_rows(groups: Rows, mask: Flags) -> list[tuple[int, int]]:
 
 def _underlying_prices(kinds: _Kinds, markets: _Markets, prices: PriceFinder, underlying: Rows) -> Floats:
     """Return the price of each underlying: needed under an option, else NaN where unknown."""
-    needed = dict(_first_rows(underlying, kinds.option)) if kinds.any_option else {}
+    if not kinds.any_option:
+        return np.array(prices.known_all(markets.table.names), dtype=np.float64)
+    needed = dict(_first_rows(underlying, kinds.option))
     return np.array(
         [
             prices.asset(name, f"/positions/{needed[j]}/underlying") if j in needed else prices.known(name)
@@ -446,7 +495,8 @@ def _unrealized_pnl(terms: PositionTerms, kinds: _Kinds, units: Floats, marks: F
         return np.zeros(len(units))
     entry = terms.floats("entry_price")
     pnl: Floats = units * (marks - entry)
-    pnl[np.isnan(entry) | ~kinds.linear] = 0.0
+    if kinds.any_greeks or kinds.any_option or "entry_price" not in terms.full:
+        pnl[np.isnan(entry) | ~kinds.linear] = 0.0
     return pnl
 
 

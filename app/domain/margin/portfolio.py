@@ -42,6 +42,7 @@ KEPT_SIZE_MAX = REPAIR_SIZE_MAX
 """Underlyings up to which correlations are kept: all that may need a repair are, which takes long."""
 _TAIL = np.array([True, *[False] * 21, True])
 CELLS = len(_PRICES)
+_IN_RANGES = (True,) * CELLS
 # in the order of the price, so that each side is a slice; both hold the cells where only volatility moves
 DOWN_CELLS = slice(0, 13)
 UP_CELLS = slice(10, 23)
@@ -267,7 +268,7 @@ def _require(portfolio: Portfolio, scan: _Scan, terms: MarginTerms) -> _Requirem
     floors = floor_by_underlying(portfolio.gross, portfolio.net, models)
     risk, floor = max(joint, parallel) * multiplier, total(floors)
     add_on = concentration(portfolio.gross, portfolio.prices, portfolio.underlyings, models.concentration_rate)
-    added = total(add_on)
+    added = total(add_on) if portfolio.underlyings.any_limit else 0.0
     rule = "floor" if floor > risk else "joint" if joint >= parallel else "parallel"
     return _Requirement(
         rule=rule,
@@ -302,7 +303,7 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
         position_initial=share,
         position_maintenance=models.maintenance_fraction * share,
         per_underlying=_per_underlying(portfolio, scan, required),
-        parameters=_parameters(models, terms),
+        parameters=terms.parameters.remembered(("portfolio", terms.regime), lambda: _parameters(models, terms)),
         add_ons={"concentration": required.added},
         worst=Worst(required.rule, binding, 0.0 - max(required.risk, required.floor)),
         scenarios=ScenarioTable(
@@ -310,7 +311,7 @@ def portfolio_margin(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
             vol_move=scan.cells.vol_moves,
             weight=scan.cells.weights,
             pnl=scan.total,
-            in_ranges=[True] * len(_PRICES),
+            in_ranges=_IN_RANGES,
             vol_in_ranges=True,
         ),
         notes={
