@@ -199,6 +199,8 @@ MEANING = [
     Case("expiry in the year 9999", _option(expiry="9999-12-31T23:59:59Z"), 422, "expiry_too_far", EXPIRY),
     Case("expiry past the year 9999", _option(expiry="9999-12-31T23:59:59-10:00"), 422, "expiry_too_far", EXPIRY),
     Case("expiry before the year 1", _option(expiry="0001-01-01T00:00:00+10:00"), 422, "option_expired", EXPIRY),
+    Case("expiry of nothing", _option(expiry=""), 422, "invalid_value", EXPIRY),
+    Case("expiry of nothing, of a linear position", _linear("expiry", '""'), 422, "invalid_value", EXPIRY),
     Case("expiry on no day", _option(expiry="2027-02-30T00:00:00Z"), 422, "invalid_value", EXPIRY),
     Case("as_of in the year 9999", _positions(LINEAR, as_of="9999-12-31T00:00:00Z"), 422, "invalid_as_of", "/as_of"),
     Case("as_of before the year 1", _positions(LINEAR, as_of="0001-01-01T00:00:00+10:00"), 422, "invalid_as_of",
