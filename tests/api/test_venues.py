@@ -157,6 +157,20 @@ async def test_what_lacks_is_named(
 
 
 @SHARED
+async def test_underlyings_with_scenarios_of_their_own_are_limited(shared: Service) -> None:
+    """A reply that shows all of them to all underlyings would grow as their square: a few kilobytes ask for gigabytes."""
+    rows = [LINEAR | {"symbol": f"A{k}-PERP", "mark_price": 100} for k in range(200)]
+
+    def body(first_move: float) -> dict[str, Any]:
+        units = {f"A{k}": {"parameters": {"extended_moves": [k * first_move + 1]}} for k in range(200)}
+        return {"positions": rows, "models": ["deribit"], "market": {"venues": {"deribit": units}}}
+
+    refused = problem(await shared.post(MARGIN, json=body(0.01)), 422, "too_much_work")
+    assert refused["errors"][0]["pointer"] == "/market/venues/deribit"
+    assert len((await shared.quote(**body(0)))["models"]["deribit"]["scenarios"]) == 28
+
+
+@SHARED
 async def test_a_key_that_stands_twice_is_found(shared: Service) -> None:
     raw = '{"positions": [], "market": {"venues": {"deribit": {"BTC": {"mmp": 1, "mmp": 2}}}}}'
     problem(await shared.post(MARGIN, content=raw), 422, "duplicate_key")

@@ -13,8 +13,11 @@ from app.domain.margin.venues.unit import Unit
 from app.domain.margin.venues.venue import Venue
 from app.domain.portfolio import Portfolio
 from app.domain.record import record
+from app.errors import invalid, pointer_to
 
 NO_CHARGE: Mapping[str, float] = {}
+SCENARIO_CELLS_MAX = 250_000
+"""Underlyings x scenarios that a result shows: where each underlying has scenarios of its own, they grow as a square."""
 
 
 class Label(NamedTuple):
@@ -77,7 +80,7 @@ def report(
         initial_share[margin.unit.rows] = margin.initial_share
         maintenance_share[margin.unit.rows] = margin.maintenance_share
     columns = _columns(portfolio, margins)
-    table, by_unit, binding = _scenarios(portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
+    table, by_unit, binding = _scenarios(venue.name, portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
     extra = sum(account.values())
     absent = sorted(terms.venues.get(venue.name, {}).keys() - {m.unit.name for m in margins}.union(used))
     return MarginResult(
@@ -119,8 +122,17 @@ def _columns(portfolio: Portfolio, margins: Sequence[UnitMargin]) -> dict[str, F
     return columns
 
 
+def _check_cells(venue: str, underlyings: int, scenarios: int) -> None:
+    if underlyings * scenarios > SCENARIO_CELLS_MAX:
+        detail = (
+            f"{underlyings} underlyings x {scenarios} scenarios, over the limit of {SCENARIO_CELLS_MAX}: "
+            "give fewer of them scenarios of their own"
+        )
+        raise invalid(pointer_to("market", "venues", venue), "too_much_work", detail)
+
+
 def _scenarios(
-    portfolio: Portfolio, margins: Sequence[UnitMargin], *, in_vol_ranges: bool
+    venue: str, portfolio: Portfolio, margins: Sequence[UnitMargin], *, in_vol_ranges: bool
 ) -> tuple[ScenarioTable | None, Floats, Floats]:
     """Return the scenarios that the units have, each table once, their P&L by unit (J, S), and which binds each (J,).
 
@@ -132,6 +144,7 @@ def _scenarios(
         if margin.labels not in starts:
             starts[margin.labels] = len(labels)
             labels += margin.labels
+    _check_cells(venue, len(portfolio.prices), len(labels))
     by_unit = np.full((len(portfolio.prices), len(labels)), np.nan)
     binding = np.full(len(portfolio.prices), np.nan)
     for margin in margins:
