@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from app.domain.margin.result import MarginResult
+from app.domain.margin.venues import deribit, derive, okx
 from app.domain.margin.venues.registry import VENUES
 from app.domain.margin.venues.terms import VenueInputs, VenueParameters
 from app.domain.margin.venues.venue import Venue
@@ -104,3 +105,16 @@ def test_figures_are_numbers(name: str) -> None:
         ) or set(result.add_ons) & {"mr8"}
 
     check()
+
+
+def test_a_zero_of_either_sign_is_shown_as_the_same() -> None:
+    """Both are one set of parameters, so that whoever asks first would choose what all others are shown."""
+    for zero in (-0.0, 0.0):
+        tables = [
+            deribit.matrix(deribit.DeribitParameters(extended_moves=(zero,))).labels,
+            okx.scenarios(okx.OkxParameters(extreme_move=zero)).labels,
+            derive.scenarios(derive.DeriveParameters(edge_moves=(zero,), tails=((zero, zero),))).labels,
+        ]
+        assert all(
+            math.copysign(1.0, figure) == 1.0 for table in tables for label in table for figure in label if not figure
+        )
