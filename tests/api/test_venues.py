@@ -158,7 +158,7 @@ async def test_what_lacks_is_named(
 
 @SHARED
 async def test_underlyings_with_scenarios_of_their_own_are_limited(shared: Service) -> None:
-    """A reply that shows all of them to all underlyings would grow as their square: a few kilobytes ask for gigabytes."""
+    """All are shown to every underlying, so that a reply would grow as their square."""
     rows = [LINEAR | {"symbol": f"A{k}-PERP", "mark_price": 100} for k in range(200)]
 
     def body(first_move: float) -> dict[str, Any]:

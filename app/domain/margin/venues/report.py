@@ -17,7 +17,7 @@ from app.errors import invalid, pointer_to
 
 NO_CHARGE: Mapping[str, float] = {}
 SCENARIO_CELLS_MAX = 250_000
-"""Underlyings x scenarios that a result shows: where each underlying has scenarios of its own, they grow as a square."""
+"""Underlyings x scenarios that a result shows: of underlyings with scenarios of their own a square."""
 
 
 class Label(NamedTuple):
