@@ -169,13 +169,14 @@ def skew_moves(moneyness: Floats, years: Floats, parameters: DeriveParameters) -
 def static_discounts(options: Options, parameters: DeriveParameters) -> tuple[Floats, Floats]:
     """Return what multiplies a shocked value (O,), where its expiry's is >= 0 and where it is < 0.
 
-    .95·e^(-T(r + .08)) and min(1/D, 1.04·e^(T(.5r + .08))), D = e^(-rT).
+    .95·e^(-T(r + .08)) and min(1/D, 1.04·e^(T(.5r + .08))), D = e^(-rT), r no lower than 0: that of Derive's contracts
+    is unsigned, and below it a discount would make options worth more.
     """
     p, years = parameters, options.years
-    carry = -np.log(options.discount)  # r·T
+    carry = np.maximum(-np.log(options.discount), 0.0)  # r·T
     long = p.long_discount * np.exp(-(p.long_rate_multiple * carry + p.long_rate_add * years))
     short = p.short_premium * np.exp(p.short_rate_multiple * carry + p.short_rate_add * years)
-    return long, np.minimum(1.0 / options.discount, short)
+    return long, np.minimum(np.exp(carry), short)
 
 
 def scenario_pnl(unit: Unit, shocks: Scenarios, parameters: DeriveParameters) -> Floats:
