@@ -96,6 +96,24 @@ async def test_what_is_said_of_no_position_is_told(shared: Service) -> None:
     assert found["unused_inputs"] == "ETH, SOL"
 
 
+@pytest.mark.parametrize(
+    ("symbol", "others", "unused"),
+    [
+        ("SOL-PERP", {"parameters": {"price_range": 0.3}}, None),
+        ("BTC-PERP", {"parameters": {"price_range": 0.3}}, "default"),  # it has its own
+        ("SOL-PERP", {"parameters": {"price_range": 0.3}, "mmp": 1}, "default"),
+    ],
+)
+@SHARED
+async def test_parameters_of_all_others_are_used(
+    shared: Service, symbol: str, others: dict[str, Any], unused: str | None
+) -> None:
+    body = {"positions": [LINEAR | {"symbol": symbol}], "models": ["deribit"], "market": {}}
+    found = await model(shared, body, deribit={"default": others})
+    assert found.get("unused_inputs") == unused
+    assert found["parameters"][symbol[:3]]["price_range"] == (0.3 if symbol == "SOL-PERP" else 0.16)
+
+
 @SHARED
 async def test_paradex(shared: Service) -> None:
     row = {"symbol": "BTC-USD-PERP", "side": "long", "size": 1, "mark_price": 70000}
