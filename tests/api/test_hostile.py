@@ -47,6 +47,29 @@ def _with(spelled: str | bytes) -> bytes:
     return b'{"positions":[],' + (spelled if isinstance(spelled, bytes) else spelled.encode()) + b"}"
 
 
+DOTS = [
+    Case("dots for a name", _with('"...":1'), 422, "unknown_field", "/..."),
+    Case("dots for a name in an object", _with('"market":{"...":1}'), 422, "unknown_field", "/market/..."),
+    Case("dots for a name in a position", _linear("...", "1"), 422, "unknown_field", "/positions/0/..."),
+    Case("dots for an asset", _with('"market":{"assets":{"...":{}}}'), 422, "invalid_value", "/market/assets"),
+    Case("dots within an entry", _with('"market":{"assets":{"A":{},"B":{"...":1}}}'), 422, "unknown_field",
+         "/market/assets/B/..."),
+    Case("a name that ends as a path", _with('"x` - at `$.market[...]":1'), 422, "unknown_field"),
+    Case("a name that ends as the path of all", _with('"x` - at `$[...]":1'), 422, "unknown_field"),
+    Case("a name that ends as a path into a list", _with('"x` - at `$.positions[...]":1'), 422, "unknown_field"),
+    Case("a name that holds a path", _linear("x` - at `$.market[...]` - at `$[...]", "1"), 422, "unknown_field"),
+    Case("a value that ends as a path", _linear("side", '"x` - at `$.market[...]`"'), 422, "invalid_value",
+         "/positions/0/side"),
+    Case("a value that is told as a name", _linear("side", '"Object contains unknown field `x`"'), 422, "invalid_value",
+         "/positions/0/side"),
+    Case("two entries refused", _with('"market":{"prices":{"A":1,"B":0,"C":-1}}'), 422, "invalid_value",
+         "/market/prices/B"),
+    Case("entries refused for two reasons", _with('"market":{"assets":{"A":{},"B":{"haircut":[]}},"prices":{"B":0}}'),
+         422, "invalid_value", "/market/assets/B/haircut"),
+    Case("an entry before another refusal", _with('"market":{"prices":{"A":1,"B":1,"C":0}},"as_of":1'), 422,
+         "invalid_value", "/market/prices/C"),
+]  # fmt: skip
+"""Names and values that look like what the decoder says of a path."""
 NOT_JSON = [
     Case("not JSON", b"positions=1", 400, "not_json"),
     Case("empty", b"", 400, "not_json"),
@@ -246,7 +269,7 @@ MEANING = [
          "/scenarios/0/price_move"),
 ]  # fmt: skip
 
-TABLE = [*NOT_JSON, *NUMBERS, *DUPLICATES, *REFUSED_ENTRIES, *SHAPES, *LIMITS, *MEANING]
+TABLE = [*NOT_JSON, *DOTS, *NUMBERS, *DUPLICATES, *REFUSED_ENTRIES, *SHAPES, *LIMITS, *MEANING]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
