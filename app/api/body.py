@@ -242,6 +242,8 @@ def _second_look(raw: bytes, message: str) -> Any:
     """Return the document, in which no key stands twice. Raises InvalidError, or BadRequestError with the message."""
     try:
         document = _parse(raw)
+        if b"\\u" in raw:
+            _check_text(document)
     except ValueError:
         raise BadRequestError(detail=message, code="not_json") from None
     _check_keys(document)
@@ -259,6 +261,15 @@ def _malformed(raw: bytes, message: str) -> BadRequestError | InvalidError:
 
 def _too_deep() -> InvalidError:
     return invalid("", "nested_too_deeply", "the JSON is nested too deeply")
+
+
+def _check_text(document: Any) -> None:
+    """Refuse half a surrogate pair, which can't be said again in a reply. Raises ValueError."""
+    for value, _ in _walk(document):
+        texts = [name for name, _ in value] if isinstance(value, _Pairs) else [value]
+        for text in texts:
+            if isinstance(text, str):
+                text.encode()
 
 
 def _check_keys(document: Any) -> None:
