@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Generic, TypeVar, cast
 
@@ -79,12 +79,20 @@ class EncodedResponse(Response):
 
 
 def moment(text: str, pointer: str) -> datetime:
-    """Return the time of an RFC 3339 text. Raises InvalidError, also for one without a zone."""
+    """Return the time of an RFC 3339 text. Raises InvalidError, also for one without a zone.
+
+    One that has no year in UTC is the first or the last that there is, so that whoever asks can convert it.
+    """
     if _RFC3339.fullmatch(text):
         try:
-            return datetime.fromisoformat(text.upper())
+            found = datetime.fromisoformat(text.upper())
+            found.astimezone(UTC)
         except ValueError:
             pass  # such as the 30th of February: refused like any other text below
+        except OverflowError:
+            return (datetime.min if found.year == 1 else datetime.max).replace(tzinfo=UTC)
+        else:
+            return found
     raise invalid(pointer, "invalid_value", "a time is written like 2026-12-25T08:00:00Z, with its zone")
 
 

@@ -161,6 +161,8 @@ async def test_hostile_bodies(shared: Service, venues: dict[str, Any], code: str
         ("BTC-X", {"kind": "future"}, "missing_expiry", "/market/instruments/BTC-X/expiry"),
         ("BTC-X", {"kind": "future", "expiry": "soon"}, "invalid_value", "/market/instruments/BTC-X/expiry"),
         ("BTC-X", {"kind": "future", "expiry": "2300-01-01T00:00:00Z"}, "out_of_range", "/expiry"),
+        ("BTC-X", {"kind": "future", "expiry": "9999-12-31T23:59:59-10:00"}, "out_of_range", "/expiry"),
+        ("BTC-X", {"kind": "future", "expiry": "0001-01-01T00:00:00+10:00"}, "out_of_range", "/expiry"),
         ("BTC-X", {"expiry": "2030-01-01T00:00:00Z"}, "not_allowed", "/market/instruments/BTC-X/expiry"),
     ],
 )
