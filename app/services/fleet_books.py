@@ -11,6 +11,7 @@ from app.domain.fleet import merged
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.quote import AccountFigures
 from app.services import book, fleets
+from app.services.fleet_limits import reachable
 from app.services.fleets import Fleet, Member
 from app.services.margin import Scene
 
@@ -56,9 +57,10 @@ def reach(books: FleetBooks) -> Decimal:
     """Return what all members together may have drawn, USDC."""
     fleet = books.fleet
     held = balance(books.master, fleet) - fleet.drawn
-    return fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
+    return reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
 
 
 def to_share_out(books: FleetBooks) -> Decimal:
-    """Return what there is to be delegated anew, USDC: what all may reach less what those hold who are to reduce."""
-    return max(ZERO, reach(books) - sum((m.drawn for m, _ in books.members if m.reduce_only), ZERO))
+    """Return what there is to be delegated anew, USDC: what all may reach less what those have who are to reduce."""
+    kept = (max(member.max_margin, member.drawn) for member, _ in books.members if member.reduce_only)
+    return max(ZERO, reach(books) - sum(kept, ZERO))

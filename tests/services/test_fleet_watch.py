@@ -136,7 +136,7 @@ async def test_drift_is_told_once_when_it_begins_and_once_when_it_is_over(watche
 
 async def test_drift_is_held_to_the_parameter_and_looked_at_once_a_minute(watched: Watched) -> None:
     squadron = watched.squadron
-    fleet = await squadron.fleet(100_000)
+    fleet = await squadron.fleet(100_000, over_delegation=True)
     await squadron.order(await squadron.member(fleet, 50_000), "buy", "0.3")
     await squadron.order(await squadron.member(fleet, 50_000), "buy", "4", "ETH-PERP")
     await post(watched, 0.1)
@@ -159,7 +159,7 @@ async def test_drift_is_held_to_the_parameter_and_looked_at_once_a_minute(watche
 async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watched) -> None:
     """At 49,500 the fleet is in ORANGE: 14,850 of margin on 19,500. No worker has looked when it is calm again."""
     squadron = watched.squadron
-    fleet = await squadron.fleet(30_000, "0.2")
+    fleet = await squadron.fleet(30_000, "0.2", over_delegation=True)
     await squadron.order(await squadron.member(fleet, 30_000), "buy", 1)
     await watched.look()
     assert [e["zone"] for e in await watched.told(fleet)] == ["YELLOW"]
@@ -188,7 +188,7 @@ async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watche
 async def test_a_live_call_is_an_emergency_in_every_zone(watched: Watched) -> None:
     """Long and short of one coin net as one, GREEN, and are margined by themselves: 43,200 of 45,000."""
     squadron = watched.squadron
-    fleet = await squadron.fleet(45_000, "0")
+    fleet = await squadron.fleet(45_000, "0", over_delegation=True)
     for side in ("buy", "sell"):
         await squadron.order(await squadron.member(fleet, 30_000), side, 1)
     await squadron.desk.prices({"BTC": "72000"})
@@ -244,7 +244,7 @@ async def test_a_stale_price_of_one_member_lets_nobody_else_down(watched: Watche
 async def test_one_fleet_at_fault_is_no_others(watched: Watched) -> None:
     """The zone of the first fleet can't be written: the second one's is told all the same."""
     squadron = watched.squadron
-    found = [await squadron.fleet(30_000) for _ in range(2)]
+    found = [await squadron.fleet(30_000, over_delegation=True) for _ in range(2)]
     for fleet in found:
         await squadron.order(await squadron.member(fleet, 30_000), "buy", 1)
     first, second = sorted(found, key=lambda fleet: fleet.id)
@@ -307,7 +307,7 @@ async def test_what_a_stale_price_hides_is_given_back_once_it_is_fresh(watched: 
 async def test_a_call_that_is_made_meanwhile_keeps_all_where_it_is(watched: Watched) -> None:
     """A worker has read the fleet while it was sound; before it has the locks the fleet is called."""
     squadron = watched.squadron
-    fleet = await squadron.fleet(30_000, "0")
+    fleet = await squadron.fleet(30_000, "0", over_delegation=True)
     idle, busy = await squadron.member(fleet, 3_000), await squadron.member(fleet, 30_000)
     await squadron.order(idle, "buy", "0.1")
     await squadron.desk.order(idle, "sell", "0.1", reduce_only=True)
