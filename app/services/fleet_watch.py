@@ -47,7 +47,7 @@ class FleetWatch:
     """The fleet that was looked at last: where there are many, the next look goes on from it."""
 
     def __post_init__(self) -> None:
-        self.drift = DriftWatch(self.worker_id, self.database)
+        self.drift = DriftWatch(self.worker_id, self.database, self.metrics)
         self.returns = Returns(self.worker_id, self.database, self.scenes)
 
     async def look(self, within: Collection[int]) -> None:

@@ -156,6 +156,38 @@ async def test_drift_is_held_to_the_parameter_and_looked_at_once_a_minute(watche
     assert [e["limit"] for e in await watched.told(fleet, "fleet.drift")] == [0.3]
 
 
+async def test_drift_that_cannot_be_computed_is_told_of_once_and_tried_less_and_less_often(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The closes are away for the looks at 0 s and at 60 s, and back from then on: the next one is at 180 s."""
+    squadron, [watch, _] = watched.squadron, watched.watches
+    fleet, clock = await squadron.fleet(100_000), [0.0]
+    member = await squadron.member(fleet, 50_000)
+    await squadron.order(member, "buy", "0.3")
+    await squadron.order(member, "buy", "4", "ETH-PERP")
+    await post(watched, 0.1)
+    watch.drift.clock, watch.drift.every_seconds = (lambda: clock[0]), 60.0
+    caplog.set_level("INFO", "app.services")
+
+    async def drifted_at(seconds: float) -> int:
+        clock[0] = seconds
+        await watch.look(EVERYTHING)
+        return len(await watched.told(fleet, "fleet.drift"))
+
+    def said() -> list[str]:
+        return [record.message for record in caplog.records if "drift" in record.message]
+
+    await watched.execute("ALTER TABLE daily_closes RENAME TO away")
+    assert [await drifted_at(seconds) for seconds in (0, 1, 59, 60)] == [0] * 4
+    await watched.execute("ALTER TABLE away RENAME TO daily_closes")
+    assert len(said()) == 1
+    assert f"the drift of {fleet.id} can't be computed" in said()[0]
+    assert watched.metrics.registry.get_sample_value("primerisk_fleet_drift_failures_total") == 1
+    assert watched.metrics.registry.get_sample_value("primerisk_decision_failures_total") == 0
+    assert [await drifted_at(seconds) for seconds in (120, 179, 180)] == [0, 0, 1]
+    assert said()[1:] == [f"the drift of {fleet.id} can be computed again"]
+
+
 async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watched) -> None:
     """At 49,500 the fleet is in ORANGE: 14,850 of margin on 19,500. No worker has looked when it is calm again."""
     squadron = watched.squadron
