@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import case, func, insert, select, update
+from sqlalchemy import Text, bindparam, case, func, insert, select, text, update
 
 from app.db.session import Tx
 from app.db.tables import margin_calls
@@ -55,6 +55,11 @@ class StoredCall:
     def lost(self) -> Decimal:
         """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
         return self.deficit + self.uncovered
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the account's own, for its pooled book: neither its fleet's nor for isolated positions."""
+        return self.cause in ("utilization", "maintenance")
 
     @property
     def is_spent(self) -> bool:
@@ -106,14 +111,42 @@ async def save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> S
     return after
 
 
-async def wake(tx: Tx, agents: Collection[str]) -> None:
+async def wake(tx: Tx, agents: Collection[str], waited_for: str) -> None:
     """Have the live calls of these agents looked at now: what those that have expired waited for is over.
 
-    One that is still open may be expiring in another transaction, which has seen what it would wait for.
+    One that is still open may be expiring in another transaction, which has seen what it would wait for; one may be
+    made by another, which nobody sees yet. Whoever is to write such a one `stands` on the call that it waits for: so
+    that call is locked first here.
     """
     columns = margin_calls.c
+    await tx.connection.execute(select(columns.id).where(columns.id == waited_for).with_for_update(key_share=True))
     live = (columns.agent_id.in_(agents), columns.state.in_(LIVE_STATES))
     await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=tx.now))
+
+
+_STANDS = text(
+    """
+    SELECT id FROM margin_calls
+    WHERE agent_id = :master AND cause = 'fleet' AND state IN ('noticed', 'open', 'liquidating')
+      AND NOT jsonb_exists(figures, 'in_doubt')
+    FOR SHARE SKIP LOCKED
+    """
+).bindparams(bindparam("master", type_=Text))
+
+
+async def stands(tx: Tx, master_id: str) -> bool:
+    """Tell whether a fleet's call is one that members wait for, and stays so until this transaction has ended.
+
+    False also where it is being decided on at this moment. Ask last: whoever ends it waits for this transaction.
+    """
+    return (await tx.connection.execute(_STANDS, {"master": master_id})).first() is not None
+
+
+async def has_ended_since(tx: Tx, master_id: str, moment: datetime) -> bool:
+    """Tell whether a call of the fleet that an agent leads has ended at a moment or after it."""
+    columns = margin_calls.c
+    ended = (columns.agent_id == master_id, columns.cause == "fleet", columns.ended_at >= moment)
+    return (await tx.connection.execute(select(columns.id).where(*ended).limit(1))).first() is not None
 
 
 async def turns(tx: Tx, agents: Collection[str]) -> dict[str, StoredCall]:

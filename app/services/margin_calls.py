@@ -162,7 +162,7 @@ async def _decide(
         settled, case = await _advance(tx, case, rules)
         if settled:
             break
-    case = await _saved(tx, case)
+    case = await _saved(tx, await call_case.awake(tx, case))
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, held.agent_id)  # the screen hears of it by the book's version
     decided = replace(await _look(tx, case, rules), turns=case.turns, named=_named(case), drew=bool(case.drew))
@@ -328,7 +328,7 @@ async def _become(tx: Tx, case: Case, call: StoredCall, what: Become) -> tuple[b
             asked_back = await recalls.arm(tx, case.scene, held, case.judged, call.id, call.cause)
             case = case.with_book(held)
             if case.pool is not None and case.leads and not held.settings.auto_liquidate:
-                await calls.wake(tx, case.pool.members)  # from now on they are by themselves
+                await calls.wake(tx, case.pool.members, call.id)  # from now on they are by themselves
             told = {"cancelled_orders": cancelled, "cancelled_offers": offers, "recalls": asked_back}
             await _tell(tx, "margin_call.expired", case.shown(), moved, **told)
             return False, case.with_call(moved, "margin_call.expired")
@@ -376,7 +376,7 @@ async def _end_of_turns(tx: Tx, case: Case, call: StoredCall) -> dict[str, Any]:
     """Have the members looked at who waited for their fleet's call, and return what it has closed of each."""
     if case.pool is None or not case.leads:
         return {}
-    await calls.wake(tx, case.pool.members)
+    await calls.wake(tx, case.pool.members, call.id)
     turns = (await calls.under(tx, call.id))[: fleet_pool.MEMBERS_TOLD_MAX]
     return {"members": [{"agent_id": t.agent_id, "margin_call_id": t.id, "slices": t.slices} for t in turns]}
 
@@ -562,7 +562,7 @@ async def _postponed(tx: Tx, held: Book, call: StoredCall | None, now: datetime)
         return later
     if held.leads is not None:
         members = await fleets.list_members(tx, held.leads, fleets.MEMBERS_MAX)
-        await calls.wake(tx, [member.agent_id for member in members])
+        await calls.wake(tx, [member.agent_id for member in members], call.id)
     return replace(later, figures={**call.figures, IN_DOUBT: True})
 
 
