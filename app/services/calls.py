@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Text, bindparam, case, func, insert, select, text, update
+from sqlalchemy import Text, bindparam, case, exists, func, insert, null, select, text, union_all, update
 
+from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
 from app.db.tables import margin_calls
 from app.domain.book import ZERO
@@ -173,18 +174,34 @@ async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
     await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
 
 
-async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
-    """Return agents of these shards whose calls are due, the longest due first."""
-    columns = margin_calls.c
-    query = (
-        select(columns.agent_id)
-        .where(
-            columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now, shards.within(columns.agent_id, within)
-        )
-        .order_by(columns.next_action_at)
-        .limit(limit)
+async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> dict[str, str | None]:
+    """Return agents of these shards whose calls are due, each with the master of its fleet, the longest due first.
+
+    They are so many at most that are in no fleet, and so many of fleets, of each as many: a crowd hides nobody.
+    """
+    columns, member, fleet = margin_calls.c, fleet_members.c, fleets.c
+    is_due = (
+        columns.state.in_(LIVE_STATES),
+        columns.next_action_at <= tx.now,
+        shards.within(columns.agent_id, within),
     )
-    return list((await tx.connection.execute(query)).scalars())
+    belongs = exists().where(member.agent_id == columns.agent_id, member.joined_at.is_not(None))
+    alone = select(columns.agent_id, null().label("master_id"), columns.next_action_at).where(*is_due, ~belongs)
+    place = func.row_number().over(partition_by=fleet.id, order_by=columns.next_action_at)
+    ranked = (
+        select(columns.agent_id, fleet.master_id, columns.next_action_at, place.label("place"))
+        .join(fleet_members, (member.agent_id == columns.agent_id) & member.joined_at.is_not(None))
+        .join(fleets, fleet.id == member.fleet_id)
+        .where(*is_due)
+        .subquery()
+    )
+    of_fleets = select(ranked.c.agent_id, ranked.c.master_id, ranked.c.next_action_at)
+    both = union_all(
+        alone.order_by(columns.next_action_at).limit(limit).subquery().select(),
+        of_fleets.order_by(ranked.c.place, ranked.c.next_action_at).limit(limit).subquery().select(),
+    ).subquery()
+    rows = await tx.connection.execute(select(both.c.agent_id, both.c.master_id).order_by(both.c.next_action_at))
+    return {row.agent_id: row.master_id for row in rows}
 
 
 async def get(tx: Tx, agent_id: str, call_id: str) -> StoredCall:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 
+from sqlalchemy import select
+
+from app.db.fleet_tables import fleet_members
+from app.db.fleet_tables import fleets as known_fleets
 from app.db.session import Tx
 from app.domain.book import ZERO, Book
 from app.domain.fleet import merged
@@ -40,6 +45,14 @@ async def load(tx: Tx, fleet: Fleet) -> FleetBooks:
     members = [m for m in await fleets.list_members(tx, fleet.id, fleets.MEMBERS_MAX) if m.joined_at is not None]
     books = await book.load_all(tx, [fleet.master_id, *(m.agent_id for m in members)])
     return FleetBooks(fleet, books[fleet.master_id], [(m, books[m.agent_id]) for m in members])
+
+
+async def masters_of(tx: Tx, agents: Collection[str]) -> dict[str, str]:
+    """Return, of these agents, those that are members of a fleet, each with who leads it."""
+    of_member, of_fleet = fleet_members.c, known_fleets.c
+    query = select(of_member.agent_id, of_fleet.master_id).join(known_fleets, of_fleet.id == of_member.fleet_id)
+    joined = query.where(of_member.agent_id.in_(agents), of_member.joined_at.is_not(None))
+    return {row.agent_id: row.master_id for row in await tx.connection.execute(joined)}
 
 
 def figures(scene: Scene, books: FleetBooks) -> AccountFigures:

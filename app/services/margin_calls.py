@@ -68,6 +68,7 @@ SLICES_A_STEP_MAX, POSITIONS_USUAL = 3_000, 15
 """Slices in one step, times the positions of the book that each of them assesses: 200 of a usual book."""
 TURNS_AT_ONCE = 16
 """Members named at once, whose turns follow each other: each is judged anew when it comes."""
+_IS_CALLED = {"margin_call.opened", "margin_call.reminded", "margin_call.expired"}
 IN_DOUBT = "in_doubt"
 RETRY_STALE = timedelta(seconds=1)
 
@@ -206,9 +207,14 @@ async def _without_openings(tx: Tx, case: Case) -> Case:
 
 
 def _named(case: Case) -> tuple[str, ...]:
-    """Return on whom to decide besides: the master, as news of a member may be its pool's; members, when it expires."""
+    """Return on whom to decide besides: the master, as news of a member may be its pool's; members, when it expires.
+
+    That a member is called too changes nothing of a fleet's call that lives: a thousand of them would have it looked at
+    as often.
+    """
     of, call = case.held.delegation, case.call
-    if of is not None and of.is_pooled and (case.told or case.uncalled):
+    is_news = of is not None and (case.told if of.fleet_call is None else set(case.told) - _IS_CALLED)
+    if of is not None and of.is_pooled and (is_news or case.uncalled):
         return (of.master_id,)
     if case.pool is None or not case.leads or call is None or call.state not in ("expired", "liquidating"):
         return ()

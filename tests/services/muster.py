@@ -149,7 +149,7 @@ class Muster:
     async def due(self) -> list[str]:
         """Return whose calls are due."""
         async with self.squadron.desk.database.transaction(ACTOR) as tx:
-            return await calls.due(tx, 100)
+            return list(await calls.due(tx, 100))
 
     async def called(self) -> list[str]:
         async with self.squadron.desk.database.transaction(ACTOR) as tx:
