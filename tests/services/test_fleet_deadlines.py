@@ -20,6 +20,7 @@ from app.services.fleet_watch import needy
 from app.services.lending import NewOffer, Wanted
 from app.services.netting import NewObligation
 from app.services.wallet import Names
+from tests.services.calls import RULES
 from tests.services.desk import ACTOR
 from tests.services.muster import FALLEN, PRICES, Muster
 from tests.services.squadron import Squadron
@@ -243,8 +244,20 @@ async def test_whoever_ends_a_fleets_call_waits_for_those_that_are_about_to_wait
     assert late in await muster.due()
 
 
-async def test_a_master_is_sold_once_its_time_is_over_however_its_pool_trembles(muster: Muster) -> None:
-    """Its own call has waited for one of the fleet's: what it began to sell then it sells before the next one."""
+async def test_who_waits_for_a_call_that_is_never_made_is_looked_at_within_a_second(muster: Muster) -> None:
+    """The pool is in breach as a member's call runs out, and no more when its master is decided on."""
+    master, member = muster.fleet.master_id, muster.pooled[2]
+    await muster.squadron.desk.prices(FALLEN)
+    decided = await muster.decide(member)
+    assert decided.told == ("margin_call.opened", "margin_call.expired")
+    assert decided.named == (master,)
+    await muster.squadron.desk.deposit(master, "USDC", 50_000)
+    assert (await muster.decide(master)).told == ()
+    assert await _is_soon(muster, member)
+
+
+async def _overdue_once(muster: Muster) -> None:
+    """Have a master begin to be sold, of two positions, whose own call has waited for one of its fleet's."""
     squadron, master = muster.squadron, muster.fleet.master_id
     await squadron.desk.deposit(master, "USDC", 300_000)
     await squadron.desk.deposit(muster.pooled[2], "USDC", 20_000)
@@ -255,6 +268,12 @@ async def test_a_master_is_sold_once_its_time_is_over_however_its_pool_trembles(
     await muster.crash()
     assert (await muster.calls.only(master)).cause == "fleet"
     await muster.calls.pass_time(master, 301)
+
+
+async def test_a_master_is_sold_once_its_time_is_over_however_its_pool_trembles(muster: Muster) -> None:
+    """Its own call has waited for one of the fleet's: what it began to sell then it sells before the next one."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await _overdue_once(muster)
     await squadron.desk.prices(SAVED)
     assert (await muster.decide(master)).told[-1] == "liquidation.executed"
     assert list(await muster.calls.sizes(master)) == ["BTC-PERP"], "there is more to be sold"
@@ -264,6 +283,23 @@ async def test_a_master_is_sold_once_its_time_is_over_however_its_pool_trembles(
     assert [kind for agent, kind in told if agent == master][:2] == ["liquidation.executed", "liquidation.completed"]
     assert await muster.calls.utilization(master) <= 0.75 + 1e-9
     assert {call.cause for call in await muster.calls.calls(master) if call.state == "completed"} == {"utilization"}
+
+
+async def test_a_venue_that_fills_nothing_of_its_master_holds_up_no_fleet(muster: Muster) -> None:
+    """As many requests as an operator is spared, 30 s each; then the fleet is called all the same."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await _overdue_once(muster)
+    await muster.set(master, execution="venue")
+    await squadron.desk.prices(SAVED)
+    assert (await muster.decide(master)).told[-1] == "liquidation.requested"
+    await squadron.desk.prices(FALLEN)
+    told: list[str] = []
+    for _ in range(RULES.venue_attempts + 1):
+        assert (await muster.calls.calls(master))[0].cause == "utilization"
+        await muster.calls.pass_time(master, 31)
+        told += (await muster.decide(master)).told
+    assert told == [*["liquidation.requested"] * RULES.venue_attempts, "margin_call.opened"]
+    assert (await muster.calls.calls(master))[0].cause == "fleet"
 
 
 async def test_a_master_that_has_waited_for_no_fleets_call_gives_way_to_it(muster: Muster) -> None:
