@@ -273,6 +273,30 @@ async def test_a_stale_price_of_one_member_lets_nobody_else_down(watched: Watche
     assert (await squadron.get(fleet)).zone == "GREEN", "that waits for all prices"
 
 
+async def test_what_a_fleet_cannot_spare_is_not_asked_for_by_each_of_a_crowd(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three lack 750 each and the fleet has 101 left: that is found out once. Who lacks no more is stood by."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(14_200, "0", over_delegation=True)
+    crowd = [await squadron.member(fleet, 9_000, liquidation_priority=2) for _ in range(3)]
+    small = await squadron.member(fleet, 9_000, liquidation_priority=1)
+    for member in crowd:
+        await squadron.order(member, "buy", "0.2")  # 12,000, of which .375 are drawn
+    await squadron.order(small, "buy", "0.0266")
+    await squadron.desk.prices({"BTC": "54000"})
+    for member in (*crowd, small):
+        await watched.decide(member)
+    before = await squadron.drawn(fleet)
+    caplog.set_level("INFO", "app.services.fleet_watch")
+    await watched.watches[0].look(EVERYTHING)
+    refused = [record.message for record in caplog.records if record.message.startswith("nothing is drawn")]
+    assert len(refused) == 1
+    assert refused[0].endswith("fleet_exhausted")
+    after = await squadron.drawn(fleet)
+    assert {agent for agent in after if after[agent] > before[agent]} == {small}
+
+
 async def test_one_fleet_at_fault_is_no_others(watched: Watched) -> None:
     """The zone of the first fleet can't be written: the second one's is told all the same."""
     squadron = watched.squadron
