@@ -133,6 +133,7 @@ NEEDS = {
     "GET /api/fleets": COORDINATOR,
     "GET /api/fleets/membership": AGENT,
     "GET /api/fleets/{fleet_id}": COORDINATOR,
+    "PATCH /api/fleets/{fleet_id}": COORDINATOR,
     "DELETE /api/fleets/{fleet_id}": COORDINATOR,
     "POST /api/fleets/{fleet_id}/members": COORDINATOR,
     "GET /api/fleets/{fleet_id}/members": COORDINATOR,
