@@ -194,6 +194,14 @@ def test_published_hedge_of_spot() -> None:
     assert result.maintenance_margin == pytest.approx(8_053.32, abs=0.005)
 
 
+def test_greeks_are_shocked_at_the_index_whole() -> None:
+    row = greeks("BTC-X", 100_000.0, 0.5, gamma=4.0) | {"mark_price": 50_000.0}
+    plain = margined("okx", row, prices={"BTC": 50_000.0})
+    above = margined("okx", row, prices={"BTC": 50_000.0}, inputs={"BTC": OkxInputs(index_price=55_000.0)})
+    shocked = above.per_underlying["scenario_pnl"][0]
+    assert shocked == pytest.approx(1.1 * plain.per_underlying["scenario_pnl"][0], rel=1e-12)
+
+
 def test_greeks_of_the_coin_are_contracts() -> None:
     result = margined("okx", greeks("BTC", 100_000.0, 0.5, gamma=0.1))
     assert unit_figure(result, "mr7") == pytest.approx(50_000.0 * 0.0045)

@@ -18,9 +18,9 @@ from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import Unit, check_expiries, term_scale, units
+from app.domain.margin.venues.unit import Unit, check_expiries, holdings, settlement_asset, term_scale, units
 from app.domain.margin.venues.venue import Venue
-from app.domain.parameters import DEFAULT_ASSET, MarketParameters
+from app.domain.parameters import DEFAULT_ASSET
 from app.domain.portfolio import Flags, Portfolio, Rows, sums, total
 from app.domain.record import record
 from app.domain.scenarios import floored
@@ -158,24 +158,6 @@ def minimum_charge(raw: float, tiers: Sequence[tuple[float, float]]) -> float:
     )
 
 
-def settlement_asset(symbol: str, parameters: MarketParameters) -> str | None:
-    """Return the stablecoin that a contract is quoted in, as USDT of BTC-USDT-SWAP; None where it is none."""
-    for quoted in symbol.replace("/", "-").split("-")[1:2]:
-        if quoted in parameters.assets and parameters.asset(quoted).kind == "stable":
-            return quoted
-    return None
-
-
-def is_spot(symbol: str, underlying: str, parameters: MarketParameters) -> bool:
-    """Whether a symbol is the coin itself: as listed, else by its name, as BTC, BTC-USDT or BTC/USD."""
-    listed = parameters.instruments.get(symbol)
-    if listed is not None:
-        return listed.kind == "spot"
-    base, *quoted = symbol.replace("/", "-").split("-")
-    in_dollars = quoted == ["USD"] or (len(quoted) == 1 and settlement_asset(symbol, parameters) is not None)
-    return base == underlying and (not quoted or in_dollars)
-
-
 @record(frozen=True, slots=True)
 class Charges:
     """MR1 to MR9 of one unit, USD >= 0; MR8 is the account's."""
@@ -243,7 +225,7 @@ def stress_pnl(unit: Unit, shocks: Scenarios, at_index: Floats, parameters: OkxP
 
     `at_index` (m,) is what a contract is worth at the index over what it is worth at its mark, both USD.
     """
-    shocked = replace(unit, exposure=unit.exposure * at_index)
+    shocked = replace(unit, exposure=unit.exposure * at_index, gamma=unit.gamma * at_index)
     pnl = shocked.pnl(shocks.moves, shocks.vol_moves, shocked_volatilities(unit, shocks, parameters))
     pnl *= shocks.weights
     return pnl
@@ -253,8 +235,7 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
     check_expiries(unit, terms.parameters)
     parameters, inputs = OKX.parameters_of(terms.parameters, unit.name), OKX.inputs_of(terms, unit.name)
     settle = _settlement_prices(unit.symbols, terms)
-    plain = (np.abs(portfolio.delta[unit.rows]) == 1.0) & (unit.gamma == 0.0) & (unit.vega == 0.0)
-    deltas = _deltas(unit, plain, settle, terms.parameters)
+    deltas = _deltas(unit, holdings(unit, portfolio, terms.parameters), settle)
     shocks = scenarios(parameters)
     index = inputs.index_price or unit.price
     at_index = np.where(np.isnan(unit.mark) | np.isnan(index), 1.0, index / unit.mark)
@@ -307,13 +288,12 @@ def _shares(charges: Charges, unit: Unit, deltas: _Deltas, basis: Floats, losses
     return stress + basis + unit.spread * charges.supplied
 
 
-def _deltas(unit: Unit, plain: Flags, settle: Floats, market: MarketParameters) -> _Deltas:
-    """Return the Δ of the unit; greeks positions, which are not `plain` (m,), are no spot whatever their symbol."""
+def _deltas(unit: Unit, spot: Flags, settle: Floats) -> _Deltas:
+    """Return the Δ of the unit; `spot` (m,) tells holdings of the coin itself."""
     each = unit.exposure * settle
     if len(unit.options):
         each[unit.options.row] = unit.options.dollar_delta()
-    spot = {symbol for symbol in set(unit.symbols) if is_spot(symbol, unit.name, market)}
-    keys, bucket = buckets(unit, plain & np.array([symbol in spot for symbol in unit.symbols], dtype=np.bool_))
+    keys, bucket = buckets(unit, spot)
     return _Deltas(each, unit.instruments(), bucket, keys)
 
 
