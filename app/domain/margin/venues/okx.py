@@ -16,7 +16,7 @@ import numpy as np
 from app.domain.black76 import VOLATILITY_MIN, Floats
 from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
-from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
+from app.domain.margin.venues.report import AccountCharge, Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
 from app.domain.margin.venues.unit import Unit, check_expiries, holdings, settlement_asset, term_scale, units
 from app.domain.margin.venues.venue import Venue
@@ -68,7 +68,8 @@ class OkxParameters(VenueParameters):
 class OkxInputs(VenueInputs):
     """What OKX charges on a risk unit beyond its positions, USD, and the index price in the contracts' quote currency.
 
-    MR2 theta decay, MR3 vega term structure, MR5 interest rate, MR8 borrowing, MR9 stablecoin depegging.
+    MR2 theta decay, MR3 vega term structure, MR5 interest rate, MR8 borrowing, as maintenance and as initial margin
+    (the same where left out), MR9 stablecoin depegging.
     """
 
     index_price: float | None = bounded(None, 1e-12, AMOUNT_MAX)
@@ -76,7 +77,13 @@ class OkxInputs(VenueInputs):
     mr3: float | None = bounded(None)
     mr5: float | None = bounded(None)
     mr8: float | None = bounded(None)
+    mr8_initial: float | None = bounded(None)
     mr9: float | None = bounded(None)
+
+    def contradictions(self) -> Iterable[tuple[str, str]]:
+        """Yield an initial margin of borrowing below its maintenance margin, or without one."""
+        if self.mr8_initial is not None and (self.mr8 is None or self.mr8_initial < self.mr8):
+            yield "mr8_initial", "mr8_initial needs mr8, and must not be less."
 
 
 _MAJOR = OkxParameters(
@@ -306,36 +313,41 @@ def _settlement_prices(symbols: Sequence[str], terms: MarginTerms) -> Floats:
     return np.array([known[symbol] for symbol in symbols], dtype=np.float64)
 
 
-def _borrowing(terms: MarginTerms) -> dict[str, float]:
-    """Return MR8 by underlying or asset, USD, where it is supplied: it is the account's, with or without a position."""
-    each = {name: OKX.inputs_of(terms, name).mr8 for name in terms.venues.get(OKX.name, {})}
-    return {name: charge for name, charge in each.items() if charge is not None}
+def _borrowed(terms: MarginTerms) -> dict[str, OkxInputs]:
+    """Return the inputs of each underlying or asset that MR8 is supplied of."""
+    given = {name: OKX.inputs_of(terms, name) for name in terms.venues.get(OKX.name, {})}
+    return {name: inputs for name, inputs in given.items() if inputs.mr8 is not None}
+
+
+def _borrowing(terms: MarginTerms) -> AccountCharge:
+    """Return MR8: it is the account's, and as initial margin the same unless more is supplied."""
+    supplied = _borrowed(terms)
+    kept = sum((inputs.mr8 or 0.0 for inputs in supplied.values()), 0.0)
+    initial = sum((inputs.mr8_initial or inputs.mr8 or 0.0 for inputs in supplied.values()), 0.0)
+    return AccountCharge(initial, kept, {"mr8": kept, "mr8_initial": initial}, supplied.keys())
 
 
 def _not_modelled(unit: Unit, inputs: OkxInputs, terms: MarginTerms) -> tuple[str, ...]:
     """Return what was not supplied, and OKX's own table of volatility moves where the unit has a volatility."""
-    supplied = {"index_price"} if not _borrowing(terms) else {"index_price", "mr8"}
-    absent = tuple(name for name in inputs.missing if name not in supplied)
+    borrowed = _borrowed(terms)
+    charges = [name for name in inputs.missing if name not in {"index_price", "mr8", "mr8_initial"}]
+    if not borrowed:
+        charges.append("mr8")
+    elif any(each.mr8_initial is None for each in borrowed.values()):
+        charges.append("mr8_initial")
     shocked = len(unit.options) > 0 or np.count_nonzero(unit.vega) > 0
-    return (*absent, "mr1_volatility_table") if shocked else absent
+    return (*sorted(charges), "mr1_volatility_table") if shocked else tuple(sorted(charges))
 
 
 def okx(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return MMR = Σ over underlyings of max(max(MR1, MR2, MR6) + MR3 + MR4 + MR5 + MR9, MR7) + MR8.
 
-    IMR = Σ initial factor x MMR + MR8. MR8 is on the account: that of every underlying and asset it is supplied for.
+    IMR = Σ initial factor x MMR + MR8. MR8 is on the account: that of every underlying and asset it is supplied for; as
+    initial margin it may be more.
     """
     margins = [_unit_margin(unit, portfolio, terms) for unit in units(portfolio)]
-    borrowing = _borrowing(terms)
-    return report(
-        OKX,
-        portfolio,
-        terms,
-        margins,
-        Layout("stress", Charges.__slots__),
-        account={"mr8": sum(borrowing.values(), 0.0)},
-        used=borrowing.keys(),
-    )
+    layout = Layout("stress", Charges.__slots__)
+    return report(OKX, portfolio, terms, margins, layout, account=_borrowing(terms))
 
 
 OKX = Venue("okx", okx, OkxParameters, OkxInputs, MappingProxyType(_published()))
