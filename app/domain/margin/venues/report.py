@@ -13,7 +13,10 @@ from app.domain.margin.venues.unit import Unit
 from app.domain.margin.venues.venue import Venue
 from app.domain.portfolio import Portfolio
 from app.domain.record import record
+from app.errors import invalid, pointer_to
 
+SCENARIOS_MAX = 1_000
+"""Scenarios of one reply: each is a column of every underlying, and each underlying may have its own."""
 NO_NOTES: Mapping[str, Figure] = {}
 
 
@@ -91,7 +94,7 @@ def report(
         initial_share[margin.unit.rows] = margin.initial_share
         maintenance_share[margin.unit.rows] = margin.maintenance_share
     columns = _columns(portfolio, margins)
-    table, by_unit, binding = _scenarios(portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
+    table, by_unit, binding = _scenarios(venue.name, portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
     absent = sorted(terms.venues.get(venue.name, {}).keys() - {m.unit.name for m in margins}.union(account.of))
     return MarginResult(
         model=venue.name,
@@ -133,11 +136,12 @@ def _columns(portfolio: Portfolio, margins: Sequence[UnitMargin]) -> dict[str, F
 
 
 def _scenarios(
-    portfolio: Portfolio, margins: Sequence[UnitMargin], *, in_vol_ranges: bool
+    venue: str, portfolio: Portfolio, margins: Sequence[UnitMargin], *, in_vol_ranges: bool
 ) -> tuple[ScenarioTable | None, Floats, Floats]:
     """Return the scenarios that the units have, each table once, their P&L by unit (J, S), and which binds each (J,).
 
-    Units whose parameters lay out other scenarios add theirs behind; a scenario is NaN for the units without it.
+    Units whose parameters lay out other scenarios add theirs behind; a scenario is NaN for the units without it. Raises
+    InvalidError `too_many_items` for more than the limit.
     """
     starts: dict[tuple[Label, ...], int] = {}
     labels: list[Label] = []
@@ -145,6 +149,9 @@ def _scenarios(
         if margin.labels not in starts:
             starts[margin.labels] = len(labels)
             labels += margin.labels
+    if len(labels) > SCENARIOS_MAX:
+        detail = f"at most {SCENARIOS_MAX} scenarios among all underlyings, not {len(labels)}"
+        raise invalid(pointer_to("market", "venues", venue), "too_many_items", detail)
     by_unit = np.full((len(portfolio.prices), len(labels)), np.nan)
     binding = np.full(len(portfolio.prices), np.nan)
     for margin in margins:
