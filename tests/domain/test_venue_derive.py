@@ -253,7 +253,7 @@ def expiry_pnl(rows: Sequence[Row], prices: Mapping[str, float], move: float, vo
     shocked = [option_value(row, prices, moved(row, move), shocked_iv(row, prices, vol)) for row in rows]
     gained = 0.0
     for row, value in zip(rows, shocked, strict=True):
-        rate, years = row.get("rate") or 0.0, years_of(row)
+        rate, years = max(0.0, row.get("rate") or 0.0), years_of(row)  # the venue's is never below 0
         if sum(shocked) >= 0.0:
             factor = 0.95 * math.exp(-years * (rate + 0.08))
         else:
