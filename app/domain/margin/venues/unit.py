@@ -154,7 +154,10 @@ def is_spot(symbol: str, underlying: str, parameters: MarketParameters) -> bool:
 
 
 def holdings(unit: Unit, portfolio: Portfolio, market: MarketParameters) -> Flags:
-    """Return which positions (m,) are the coin itself; greeks positions are none, whatever their symbol."""
+    """Return which positions (m,) are the coin itself, by what its symbol is listed as or named.
+
+    A greeks position is one only where it is as good as the coin: of delta one, without gamma and vega.
+    """
     spot = {symbol for symbol in set(unit.symbols) if is_spot(symbol, unit.name, market)}
     plain = (np.abs(portfolio.delta[unit.rows]) == 1.0) & (unit.gamma == 0.0) & (unit.vega == 0.0)
     held: Flags = plain & np.array([symbol in spot for symbol in unit.symbols], dtype=np.bool_)
