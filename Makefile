@@ -53,6 +53,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.calls
 	$(BIN)/python -m benchmarks.netting
 	$(BIN)/python -m benchmarks.fleets
+	$(BIN)/python -m benchmarks.crowd
 	$(BIN)/python -m benchmarks.screen --load
 	$(BIN)/python -m benchmarks.stress
 	$(BIN)/python -m benchmarks.sizing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -21,7 +21,7 @@ from app.domain.portfolio import Flags, Rows
 from app.domain.screen import BREACHED, CALLED, Screen, Standing
 from app.domain.tally import Tally, tally
 from app.domain.watch import Band, Ranks, levels_moved
-from app.services import screen_book, watch
+from app.services import fleet_books, screen_book, watch
 from app.services.market_cache import MarketCache, MarketView
 from app.services.shards import ALL
 
@@ -38,11 +38,13 @@ _QUIET = Band(-np.inf, np.inf)
 class Named:
     """Agents on whom a decision is due: those past a level at which it matters when, and those with news to tell.
 
-    Of the former those whose equity covers the least of their maintenance margin come first.
+    Of the former those whose equity covers the least of their maintenance margin come first; `masters`: who leads the
+    fleets that they are members of.
     """
 
     urgent: Sequence[str] = ()
     others: Sequence[str] = ()
+    masters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -199,7 +201,11 @@ class Watchman:
             return Named()
         urgent, others = await asyncio.to_thread(self._due, screen, touched)
         others = np.union1d(others, stale)
-        return Named([screen.agents[row] for row in urgent.tolist()], [screen.agents[row] for row in others.tolist()])
+        names, news = ([screen.agents[row] for row in rows.tolist()] for rows in (urgent, others))
+        if not names:
+            return Named(names, news)
+        async with self._database.transaction(self._actor) as tx:
+            return Named(names, news, await fleet_books.masters_of(tx, names))
 
     def _due(self, screen: Screen, touched: Rows) -> tuple[Rows, Rows]:
         """Return who is in breach without a call, or has one and is not, or stands otherwise than when it was judged.

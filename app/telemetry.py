@@ -259,6 +259,11 @@ class Metrics:
             "Members in breach that their fleet stood by with more of their delegation.",
             registry=self.registry,
         )
+        self.fleet_drift_failures = Counter(
+            "primerisk_fleet_drift_failures_total",
+            "Fleets whose drift can't be computed, each counted once until it can; the log says why.",
+            registry=self.registry,
+        )
         self.clearing_failures = Counter(
             "primerisk_clearing_failures_total",
             "Time-outs and cut-offs that a fault of ours prevented; they are tried again, and the log says why.",

@@ -13,9 +13,10 @@ import os
 import secrets
 import socket
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from types import MappingProxyType
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -45,12 +46,43 @@ RETRY_SECONDS, RETRY_SECONDS_MAX = 0.5, 60.0
 TURN_RETRY_SECONDS = 10.0
 """How long a member is passed over whose turn under its fleet's call has failed."""
 FLEETS_CHANGED_MAX = 3
+_NO_FLEETS: Mapping[str, str] = MappingProxyType({})
+
 LOOK_SECONDS_MAX, FIRST_LOOK_SECONDS_MAX = 15.0, 60.0
 """How long the screen may take for one look, and for the first, before the worker passes for silent."""
 
 
+class _Line:
+    """Accounts that wait, in turn: one that is in no fleet, then a member of a fleet, of each fleet one.
+
+    A fleet of a thousand in breach at once keeps others waiting no longer than as many of them are.
+    """
+
+    def __init__(self) -> None:
+        self._alone: deque[str] = deque()
+        self._fleets: OrderedDict[str, deque[str]] = OrderedDict()
+        self._is_fleets_turn = False
+
+    def append(self, agent: str, master: str | None) -> None:
+        """Put an account at the end, of its fleet's part where it is a member of one."""
+        line = self._alone if master is None else self._fleets.setdefault(master, deque())
+        line.append(agent)
+
+    def pop(self) -> str | None:
+        """Take out who comes next; None: there is nobody."""
+        if self._fleets and (self._is_fleets_turn or not self._alone):
+            self._is_fleets_turn = False
+            master, members = self._fleets.popitem(last=False)
+            agent = members.popleft()
+            if members:
+                self._fleets[master] = members
+            return agent
+        self._is_fleets_turn = True
+        return self._alone.popleft() if self._alone else None
+
+
 class Agenda:
-    """Accounts to decide on: each once, what is urgent first, none by two at a time.
+    """Accounts to decide on: each once, what is urgent first, none by two at a time, no fleet's before all others.
 
     One that is named while it is decided on comes again afterwards. One on which deciding has failed is left alone for
     a while, twice as long after each failure in a row, and then comes by itself: no price may come that would name it.
@@ -59,7 +91,8 @@ class Agenda:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._waiting: dict[str, bool] = {}
-        self._lines: tuple[deque[str], deque[str]] = deque(), deque()
+        self._lines = _Line(), _Line()
+        self._masters: dict[str, str] = {}
         self._under_way: dict[str, bool | None] = {}
         self._failures: dict[str, int] = {}
         self._again_at: dict[str, float] = {}
@@ -68,14 +101,16 @@ class Agenda:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, agents: Iterable[str], *, urgent: bool) -> None:
-        """Put accounts on the agenda."""
+    def add(self, agents: Iterable[str], *, urgent: bool, masters: Mapping[str, str | None] = _NO_FLEETS) -> None:
+        """Put accounts on the agenda; `masters`: who leads the fleets that some are members of, as far as is known."""
         for agent in agents:
+            if (master := masters.get(agent)) is not None:
+                self._masters[agent] = master
             if agent in self._under_way:
                 self._under_way[agent] = urgent or bool(self._under_way[agent])
             elif agent not in self._again_at and (agent not in self._waiting or urgent > self._waiting[agent]):
                 self._waiting[agent] = urgent
-                self._lines[not urgent].append(agent)
+                self._lines[not urgent].append(agent, self._masters.get(agent))
         if self._waiting:
             self._any.set()
 
@@ -83,8 +118,7 @@ class Agenda:
         """Return the next account, once there is one; it is under way until `done` or `put_off`."""
         while True:
             for urgent, line in zip((True, False), self._lines, strict=True):
-                while line:
-                    agent = line.popleft()
+                while (agent := line.pop()) is not None:
                     if self._waiting.get(agent) is urgent:  # else it has moved to the other line, or was taken there
                         del self._waiting[agent]
                         self._under_way[agent] = None
@@ -96,7 +130,9 @@ class Agenda:
         """Note a decision."""
         self._failures.pop(agent, None)
         named_again = self._under_way.pop(agent)
-        if named_again is not None:
+        if named_again is None:
+            self._masters.pop(agent, None)
+        else:
             self.add([agent], urgent=named_again)
 
     def put_off(self, agent: str, *, outage: bool = False) -> float:
@@ -190,7 +226,7 @@ class Worker:
             with self._metrics.screen_seconds.time():
                 named = await self._watchman.look(self._shards)
             self._alive_until = time.monotonic() + LOOK_SECONDS_MAX
-            self._agenda.add(named.urgent, urgent=True)
+            self._agenda.add(named.urgent, urgent=True, masters=named.masters)
             self._agenda.add(named.others, urgent=False)
             self._agenda.recall()
             self._metrics.agenda.set(len(self._agenda))
@@ -201,7 +237,7 @@ class Worker:
         while True:
             async with self._database.transaction(self.id) as tx:
                 due = await calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
-            self._agenda.add(due, urgent=True)
+            self._agenda.add(due, urgent=True, masters=due)
             await asyncio.sleep(self._settings.worker_poll_seconds)
 
     async def _clear(self) -> None:

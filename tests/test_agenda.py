@@ -86,3 +86,27 @@ async def test_whoever_waits_is_woken() -> None:
     await asyncio.sleep(0)
     agenda.add("a", urgent=False)
     assert await asyncio.wait_for(taken, 1) == "a"
+
+
+async def test_a_crowd_of_one_fleet_keeps_nobody_waiting() -> None:
+    """Whoever is in no fleet comes every second time, its master as well; in between, each fleet has its turn."""
+    agenda = Agenda()
+    crowd, few = [f"m{k}" for k in range(1_000)], ["n0", "n1"]
+    agenda.add(crowd, urgent=True, masters=dict.fromkeys(crowd, "lead"))
+    agenda.add(few, urgent=True, masters=dict.fromkeys(few, "other"))
+    agenda.add(["x", "lead"], urgent=True)
+    assert [await _next(agenda) for _ in range(8)] == ["x", "m0", "lead", "n0", "m1", "n1", "m2", "m3"]
+    # one that comes again is of its fleet still, whoever names it, and whatever becomes of the decision
+    agenda.add(["m0", "m1", "y", "z"], urgent=True)
+    for agent in ("m0", "m1"):
+        agenda.done(agent)
+    assert [await _next(agenda) for _ in range(4)] == ["y", "m4", "z", "m5"]
+    assert (await _all(agenda))[-2:] == ["m0", "m1"]
+
+
+async def test_alone_or_in_a_fleet_all_come_in_their_order() -> None:
+    agenda = Agenda()
+    agenda.add("abcd", urgent=True)
+    agenda.add("pqr", urgent=True, masters=dict.fromkeys("pqr", "lead"))
+    agenda.add("uv", urgent=False, masters={"u": "lead", "v": None})
+    assert await _all(agenda) == list("apbqcrdvu")

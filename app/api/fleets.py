@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
@@ -23,19 +24,18 @@ from app.domain import fleet_plan
 from app.domain.book import ZERO
 from app.domain.fleet_plan import Bounds, Policy, Share
 from app.domain.money import AMOUNT_MAX, checked_amount, plain
-from app.errors import ForbiddenError, invalid
+from app.errors import ForbiddenError, invalid, pointer_to
 from app.services import accounts, book, calls, delegation, fleet_books, fleet_cascade, fleet_risk, fleets
 from app.services.accounts import Caller
 from app.services.delegation import Pair
 from app.services.fleet_cascade import Crash
 from app.services.fleet_risk import Asked
-from app.services.fleets import Fleet, Member, Terms
+from app.services.fleet_terms import Delegated, Terms
+from app.services.fleets import Fleet, Member
 from app.services.history_cache import Known
 from app.services.liquidation import Rules
 
 router = APIRouter(prefix="/api/fleets", tags=["fleets"])
-
-Delegated = Literal["pooled", "isolated"]
 
 EMERGENCIES = ("ORANGE", "RED")
 CRASH_MAX = 10
@@ -47,6 +47,13 @@ class FleetPost(wire.Request):
 
     name: str
     dry_powder: wire.Number = wire.NOT_GIVEN
+    over_delegation: bool | None = None
+
+
+class FleetPatch(wire.Request):
+    """PATCH /api/fleets/{id}: whether delegations may add up to more than is within reach."""
+
+    over_delegation: bool | None = None
 
 
 class MemberPost(wire.Request):
@@ -101,6 +108,7 @@ class CascadePost(wire.Request):
 
 
 _FLEET = wire.Body(FleetPost)
+_FLEET_PATCH = wire.Body(FleetPatch)
 _MEMBER = wire.Body(MemberPost)
 _PATCH = wire.Body(MemberPatch)
 _SWEEP = wire.Body(SweepPost)
@@ -136,10 +144,11 @@ async def create_fleet(request: Request, led: Leader, agent_id: MasterId = None)
     """Make the agent the master of a fleet."""
     asked = await body_of(request, _FLEET)
     owner = await owner_for(parts_of(request).database, led.caller, agent_id)
-    share = wire.exact_or_none(asked.dry_powder, "/dry_powder")
+    given = wire.exact_or_none(asked.dry_powder, "/dry_powder")
+    share, over = fleets.DRY_POWDER if given is None else given, bool(asked.over_delegation)
 
     async def deed(tx: Tx) -> Reply:
-        fleet = await fleets.create(tx, owner.agent_id, asked.name, fleets.DRY_POWDER if share is None else share)
+        fleet = await fleets.create(tx, owner.agent_id, asked.name, share, over_delegation=over)
         return Reply(await _shown(tx, fleet), 201)
 
     return await once_in(request, owner, deed)
@@ -167,6 +176,19 @@ async def get_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
     """Show a fleet: what its master holds, what is drawn, what may still be."""
     async with parts_of(request).database.transaction(led.caller.key_id) as tx:
         return wire.JsonResponse(await _shown(tx, await fleets.get(tx, fleet_id, led.master_id)))
+
+
+@router.patch("/{fleet_id}", openapi_extra=document("Change a fleet", request=FleetPatch, scope="coordinator"))
+async def patch_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
+    """Let delegations add up to more than the master can reach, or no more: what is delegated already stays."""
+    asked = await body_of(request, _FLEET_PATCH)
+    fleet = await _fleet(request, led, fleet_id)
+
+    async def deed(tx: Tx) -> Reply:
+        allowed = fleet.over_delegation if asked.over_delegation is None else asked.over_delegation
+        return Reply(await _shown(tx, await fleets.allow_over_delegation(tx, fleet, allowed=allowed)))
+
+    return await once_in(request, led.owner(fleet), deed)
 
 
 @router.delete("/{fleet_id}", openapi_extra=document("Disband a fleet", scope="coordinator", status=204))
@@ -382,15 +404,21 @@ async def post_cascade(request: Request, led: Leader, fleet_id: str) -> Response
     asked, parts = await body_of(request, _CASCADE), parts_of(request)
     crash = Crash(
         shock=_move("/shock", wire.exact_or_none(asked.shock, "/shock") or ZERO),
-        shocks={name: _move(f"/shocks/{name}", wire.exact(m, "/shocks")) for name, m in (asked.shocks or {}).items()},
-        adv={name: _volume(f"/adv/{name}", wire.exact(v, "/adv")) for name, v in (asked.adv or {}).items()},
+        shocks={name: _move(p, wire.exact(m, p)) for name, p, m in _by_name("shocks", asked.shocks)},
+        adv={name: _volume(p, wire.exact(v, p)) for name, p, v in _by_name("adv", asked.adv)},
     )
     async with parts.database.transaction(led.caller.key_id) as tx:
         books = await fleet_books.load(tx, await fleets.get(tx, fleet_id, led.master_id))
         scene = await parts.scenes.at(tx)
+    fleet_cascade.require_known(scene, crash)
     rules = Rules.of(parts.settings)
     found = await parts.workshop.run(fleet_cascade.cascade, books, scene, crash, rules)
     return wire.JsonResponse({"fleet_id": fleet_id, **found})
+
+
+def _by_name(field: str, given: dict[str, msgspec.Raw] | None) -> list[tuple[str, str, msgspec.Raw]]:
+    """Return what is given by name, each with its pointer."""
+    return [(name, pointer_to(field, name), value) for name, value in (given or {}).items()]
 
 
 def _volume(pointer: str, volume: Decimal) -> float:
@@ -522,8 +550,7 @@ def _changed(before: Member, asked: MemberPatch, most: Decimal | None) -> Terms:
 async def _shown(tx: Tx, fleet: Fleet) -> dict[str, Any]:
     """Return a fleet with what its master holds, in USDC."""
     known = await fleets.wallet_of(tx, fleet.id)
-    fleet, held = known.fleet, known.held
-    reach = fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
+    fleet, held, reach = known.fleet, known.held, known.reach
     low, high = fleets.DRY_POWDER_ADVISED
     advisories: list[dict[str, Any]] = []
     if not low <= fleet.dry_powder <= high:
@@ -549,6 +576,8 @@ def _stored(fleet: Fleet) -> dict[str, Any]:
 def _member(member: Member) -> dict[str, Any]:
     row = asdict(member)
     del row["seq"]
+    if row.pop("capped_drawn") is None:
+        row["capped_at"] = None  # it has had room since
     status = "invited" if member.joined_at is None else "active"
     amounts = {"max_margin": plain(member.max_margin), "drawn": plain(member.drawn)}
     return row | amounts | {"id": member.agent_id, "status": status}

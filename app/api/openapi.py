@@ -12,7 +12,16 @@ from app.api.account import AccountSettingsIn
 from app.api.agents import AgentPost, KeyPost
 from app.api.backtest import BacktestIn
 from app.api.escrows import EscrowActionPost, EscrowPost, ResolvePost
-from app.api.fleets import CascadePost, DryPowderPost, FleetPost, MemberPatch, MemberPost, RebalancePost, SweepPost
+from app.api.fleets import (
+    CascadePost,
+    DryPowderPost,
+    FleetPatch,
+    FleetPost,
+    MemberPatch,
+    MemberPost,
+    RebalancePost,
+    SweepPost,
+)
 from app.api.history import HistoryPost
 from app.api.lending import BorrowPost, HoldingPut, LendingPut, OfferPost, PledgePost, RecallPost, ReturnPost
 from app.api.margin_calls import AcknowledgePost
@@ -57,6 +66,7 @@ BODIES = (
     CancelPost,
     ReducePost,
     CollateralPost,
+    FleetPatch,
     FleetPost,
     MemberPost,
     MemberPatch,

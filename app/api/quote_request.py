@@ -222,7 +222,7 @@ def _colons(body: MarginQuoteIn) -> int:
 
     Each value has the colon of its key, and those of its own text. A time is not read before it is known to stand once.
     """
-    if _expires(body.columns):
+    if _given(body.columns["expiry"]):
         return colons_written(body)
     terms = body.terms
     count = colons_written(msgspec.structs.replace(body, positions=[]))
@@ -332,14 +332,13 @@ def _columns(positions: Sequence[PositionIn]) -> Mapping[str, Sequence[Any]]:
     return dict(zip(names, zip(*map(msgspec.structs.astuple, positions), strict=True), strict=True))
 
 
-def _expires(columns: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether any position has an expiry, be it a text that is no time."""
-    return columns["expiry"].count(None) < len(columns["expiry"])
+def _given(column: Sequence[Any]) -> bool:
+    return column.count(None) < len(column)
 
 
 def _terms(columns: Mapping[str, Sequence[Any]]) -> PositionTerms:
     expiry = columns["expiry"]
-    if _expires(columns):
+    if _given(expiry):
         expiry = [None if text is None else moment(text, f"/positions/{i}/expiry") for i, text in enumerate(expiry)]
     return PositionTerms(**{name: columns[name] for name in _FIELDS} | {"expiry": expiry})
 

@@ -26,6 +26,7 @@ fleets = Table(
     Column("zone", Text, nullable=False, server_default="GREEN"),  # as it was last told
     Column("in_emergency", Boolean, nullable=False, server_default=text("false")),  # released for its zone alone
     moment("drifted_at", nullable=True),  # since when it is told that correlations have drifted
+    Column("over_delegation", Boolean, nullable=False, server_default=text("false")),  # lines past what is there
     check("name", "length(name) BETWEEN 1 AND 200"),
     check("dry_powder", "dry_powder >= 0 AND dry_powder <= 0.9"),
     check("drawn", _SUM.format("drawn")),
@@ -50,8 +51,9 @@ fleet_members = Table(
     Column("reduce_only", Boolean, nullable=False, server_default=text("false")),
     moment("invited_at"),
     moment("joined_at", nullable=True),
-    moment("capped_at", nullable=True),  # since when it is told that it draws no more
+    moment("capped_at", nullable=True),  # when it was last told that it draws no more
     Column("made_for_fleet", Boolean, nullable=False, server_default=text("false")),  # and was nobody's before
+    number("capped_drawn", nullable=True),  # what it had drawn when that was told; none once it has had room since
     check("max_margin", "max_margin >= 0 AND max_margin < 1e15 AND scale(max_margin) <= 18"),
     check("drawn", _SUM.format("drawn")),
     check("cap", "drawn <= max_margin OR reduce_only"),

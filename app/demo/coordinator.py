@@ -12,7 +12,7 @@ async def gather(stage: Stage) -> None:
     scopes = {"scopes": ["agent", "coordinator"]}
     key = (await stage.send("POST", f"/keys?agent_id={made['agent_id']}", scopes))["api_key"]
     await stage.deposit(made["agent_id"], WALLET)
-    fleet = await stage.send("POST", "/fleets", {"name": LEADER.name}, key)
+    fleet = await stage.send("POST", "/fleets", {"name": LEADER.name, "over_delegation": True}, key)
     stage.players.append(Player(LEADER, key, made["agent_id"], WALLET, fleet_id=fleet["id"]))
     for member, delegation, most, size in DRAWERS:
         terms = {"name": member.name, "max_margin": most, "delegation": delegation}

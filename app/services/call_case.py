@@ -69,6 +69,12 @@ class Case:
         return self.pool is not None and self.pool.master_id == self.held.agent_id
 
     @property
+    def is_held_back(self) -> bool:
+        """Whether the account's own call has expired and waits for the fleet's."""
+        call = self.call
+        return self.held_back and call is not None and call.state in ("expired", "liquidating") and call.is_own
+
+    @property
     def is_unsure(self) -> bool:
         """Whether so much is stale of what the call is judged on."""
         return self.in_doubt if self.pool is None else self.pool.in_doubt
@@ -99,13 +105,13 @@ class Case:
         return replace(own, pool=self._judged(self._at_best()).pool) if self.in_doubt else own
 
     def _of_leader(self, pool: Pool) -> Situation:
-        return pool.situation(anything_left=bool(pool.line()), waiting=self._waits)
+        return pool.situation(anything_left=bool(pool.line()), waiting=self.waits)
 
     def _of_turn(self, pool: Pool) -> Situation:
         """Return that of a member's turn, which ends when the pool may stop, or when nothing of the member is left."""
         targets = bool(self.targets)
-        judged = pool.situation(anything_left=targets, waiting=self._waits)
-        is_done = not targets and not self._waits
+        judged = pool.situation(anything_left=targets, waiting=self.waits)
+        is_done = not targets and not self.waits
         return replace(judged, is_cured=judged.may_stop, pool=None if is_done else judged.pool)
 
     def _judged(self, health: Health) -> Situation:
@@ -117,13 +123,14 @@ class Case:
             leveraged=held.is_leveraged,
             isolated_breached=bool(doomed),
             anything_left=bool(self.targets),
-            waiting=self._waits,
+            waiting=self.waits,
         )
         isolated = self.call is not None and self.call.cause == "isolated"  # it fails alone, whatever the fleet's does
         return replace(found, held_back=self.held_back and not isolated)
 
     @property
-    def _waits(self) -> bool:
+    def waits(self) -> bool:
+        """Whether orders for the call are out at a venue."""
         return self.call is not None and bool(self.held.requested(self.call.id))
 
     def _at_best(self) -> Health:
@@ -248,7 +255,36 @@ async def placed(tx: Tx, case: Case, master: Book | None, rules: Rules, pool: Po
         return await _of_member(tx, case, master, rules, pool)
     if is_turn:
         raise MasterNeeded(of.master_id)
-    return replace(case, held_back=of.waits_for_fleet)
+    return replace(case, held_back=of.waits_for_fleet and not await _has_waited(tx, case, of.master_id))
+
+
+async def _has_waited(tx: Tx, case: Case, master_id: str) -> bool:
+    """Whether the account's own call is past its deadline, and has waited for a call of its fleet's since.
+
+    It waits for no second one: whoever brings the pool into breach again and again would else put it off for ever.
+    """
+    call = case.call
+    if call is None or not call.is_own or call.deadline_at is None or case.scene.now < call.deadline_at:
+        return False
+    return await calls.has_ended_since(tx, master_id, call.deadline_at)
+
+
+async def _goes_first(tx: Tx, case: Case, rules: Rules) -> bool:
+    """Whether a master's own call is finished before its fleet's takes its place: while something of it is closed."""
+    call = case.call
+    if call is None or case.in_doubt or not case.held.settings.auto_liquidate or call.attempts > rules.venue_attempts:
+        return False
+    return (bool(case.targets) or case.waits) and await _has_waited(tx, case, case.held.agent_id)
+
+
+async def awake(tx: Tx, case: Case) -> Case:
+    """Have a call that is to wait for its fleet's looked at again soon, unless that one is sure to wake it."""
+    of, call, soon = case.held.delegation, case.call, case.scene.now + fleet_pool.LOOK
+    if of is None or call is None or call.next_action_at is None or not case.is_held_back or call.next_action_at < soon:
+        return case
+    if await calls.stands(tx, of.master_id):
+        return case
+    return replace(case, call=replace(call, next_action_at=soon))
 
 
 async def _led(tx: Tx, case: Case, fleet_id: str, rules: Rules) -> Case:
@@ -262,7 +298,7 @@ async def _led(tx: Tx, case: Case, fleet_id: str, rules: Rules) -> Case:
         if is_fleets:
             raise
         return case
-    if not is_fleets and not pool.is_breached:
+    if not is_fleets and (not pool.is_breached or await _goes_first(tx, case, rules)):
         return case
     return replace(case, pool=pool)
 
@@ -283,12 +319,14 @@ async def _of_member(tx: Tx, case: Case, master: Book, rules: Rules, pool: Pool 
     except InvalidError:
         if is_turn:
             raise
-        return replace(case, master=master, held_back=of.waits_for_fleet)
+        waited = await _has_waited(tx, case, master.agent_id)
+        return replace(case, master=master, held_back=of.waits_for_fleet and not waited)
     if fleet_call is not None and (is_turn or _is_next(pool, fleet_call, case.held.agent_id)):
         taken = _taken(case, fleet_call)
         return replace(case, pool=pool, call=taken)
     uncalled = fleet_call is None and pool.is_breached
-    return replace(case, master=master, held_back=of.waits_for_fleet or uncalled, uncalled=uncalled)
+    held_back = (of.waits_for_fleet or uncalled) and not await _has_waited(tx, case, master.agent_id)
+    return replace(case, master=master, held_back=held_back, uncalled=uncalled)
 
 
 def _is_next(pool: Pool, fleet_call: StoredCall, agent_id: str) -> bool:

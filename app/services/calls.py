@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import case, func, insert, select, update
+from sqlalchemy import Text, bindparam, case, exists, func, insert, null, select, text, union_all, update
 
+from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
 from app.db.tables import margin_calls
 from app.domain.book import ZERO
@@ -55,6 +56,11 @@ class StoredCall:
     def lost(self) -> Decimal:
         """The house's losses so far, and how far equity was below zero when nothing was left to close, USD."""
         return self.deficit + self.uncovered
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the account's own, for its pooled book: neither its fleet's nor for isolated positions."""
+        return self.cause in ("utilization", "maintenance")
 
     @property
     def is_spent(self) -> bool:
@@ -106,14 +112,42 @@ async def save(tx: Tx, before: StoredCall | None, after: StoredCall | None) -> S
     return after
 
 
-async def wake(tx: Tx, agents: Collection[str]) -> None:
+async def wake(tx: Tx, agents: Collection[str], waited_for: str) -> None:
     """Have the live calls of these agents looked at now: what those that have expired waited for is over.
 
-    One that is still open may be expiring in another transaction, which has seen what it would wait for.
+    One that is still open may be expiring in another transaction, which has seen what it would wait for; one may be
+    made by another, which nobody sees yet. Whoever is to write such a one `stands` on the call that it waits for: so
+    that call is locked first here.
     """
     columns = margin_calls.c
+    await tx.connection.execute(select(columns.id).where(columns.id == waited_for).with_for_update(key_share=True))
     live = (columns.agent_id.in_(agents), columns.state.in_(LIVE_STATES))
     await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=tx.now))
+
+
+_STANDS = text(
+    """
+    SELECT id FROM margin_calls
+    WHERE agent_id = :master AND cause = 'fleet' AND state IN ('noticed', 'open', 'liquidating')
+      AND NOT jsonb_exists(figures, 'in_doubt')
+    FOR SHARE SKIP LOCKED
+    """
+).bindparams(bindparam("master", type_=Text))
+
+
+async def stands(tx: Tx, master_id: str) -> bool:
+    """Tell whether a fleet's call is one that members wait for, and stays so until this transaction has ended.
+
+    False also where it is being decided on at this moment. Ask last: whoever ends it waits for this transaction.
+    """
+    return (await tx.connection.execute(_STANDS, {"master": master_id})).first() is not None
+
+
+async def has_ended_since(tx: Tx, master_id: str, moment: datetime) -> bool:
+    """Tell whether a call of the fleet that an agent leads has ended at a moment or after it."""
+    columns = margin_calls.c
+    ended = (columns.agent_id == master_id, columns.cause == "fleet", columns.ended_at >= moment)
+    return (await tx.connection.execute(select(columns.id).where(*ended).limit(1))).first() is not None
 
 
 async def turns(tx: Tx, agents: Collection[str]) -> dict[str, StoredCall]:
@@ -140,18 +174,34 @@ async def put_off(tx: Tx, agent_id: str, seconds: float) -> None:
     await tx.connection.execute(update(margin_calls).where(*live).values(next_action_at=again))
 
 
-async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> list[str]:
-    """Return agents of these shards whose calls are due, the longest due first."""
-    columns = margin_calls.c
-    query = (
-        select(columns.agent_id)
-        .where(
-            columns.state.in_(LIVE_STATES), columns.next_action_at <= tx.now, shards.within(columns.agent_id, within)
-        )
-        .order_by(columns.next_action_at)
-        .limit(limit)
+async def due(tx: Tx, limit: int, within: Collection[int] = shards.ALL) -> dict[str, str | None]:
+    """Return agents of these shards whose calls are due, each with the master of its fleet, the longest due first.
+
+    They are so many at most that are in no fleet, and so many of fleets, of each as many: a crowd hides nobody.
+    """
+    columns, member, fleet = margin_calls.c, fleet_members.c, fleets.c
+    is_due = (
+        columns.state.in_(LIVE_STATES),
+        columns.next_action_at <= tx.now,
+        shards.within(columns.agent_id, within),
     )
-    return list((await tx.connection.execute(query)).scalars())
+    belongs = exists().where(member.agent_id == columns.agent_id, member.joined_at.is_not(None))
+    alone = select(columns.agent_id, null().label("master_id"), columns.next_action_at).where(*is_due, ~belongs)
+    place = func.row_number().over(partition_by=fleet.id, order_by=columns.next_action_at)
+    ranked = (
+        select(columns.agent_id, fleet.master_id, columns.next_action_at, place.label("place"))
+        .join(fleet_members, (member.agent_id == columns.agent_id) & member.joined_at.is_not(None))
+        .join(fleets, fleet.id == member.fleet_id)
+        .where(*is_due)
+        .subquery()
+    )
+    of_fleets = select(ranked.c.agent_id, ranked.c.master_id, ranked.c.next_action_at)
+    both = union_all(
+        alone.order_by(columns.next_action_at).limit(limit).subquery().select(),
+        of_fleets.order_by(ranked.c.place, ranked.c.next_action_at).limit(limit).subquery().select(),
+    ).subquery()
+    rows = await tx.connection.execute(select(both.c.agent_id, both.c.master_id).order_by(both.c.next_action_at))
+    return {row.agent_id: row.master_id for row in rows}
 
 
 async def get(tx: Tx, agent_id: str, call_id: str) -> StoredCall:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 
+from sqlalchemy import select
+
+from app.db.fleet_tables import fleet_members
+from app.db.fleet_tables import fleets as known_fleets
 from app.db.session import Tx
 from app.domain.book import ZERO, Book
 from app.domain.fleet import merged
 from app.domain.moves import SETTLEMENT_ASSET
 from app.domain.quote import AccountFigures
 from app.services import book, fleets
+from app.services.fleet_limits import reachable
 from app.services.fleets import Fleet, Member
 from app.services.margin import Scene
 
@@ -41,6 +47,14 @@ async def load(tx: Tx, fleet: Fleet) -> FleetBooks:
     return FleetBooks(fleet, books[fleet.master_id], [(m, books[m.agent_id]) for m in members])
 
 
+async def masters_of(tx: Tx, agents: Collection[str]) -> dict[str, str]:
+    """Return, of these agents, those that are members of a fleet, each with who leads it."""
+    of_member, of_fleet = fleet_members.c, known_fleets.c
+    query = select(of_member.agent_id, of_fleet.master_id).join(known_fleets, of_fleet.id == of_member.fleet_id)
+    joined = query.where(of_member.agent_id.in_(agents), of_member.joined_at.is_not(None))
+    return {row.agent_id: row.master_id for row in await tx.connection.execute(joined)}
+
+
 def figures(scene: Scene, books: FleetBooks) -> AccountFigures:
     """Return what the master and its pooled members come to as one book. Raises InvalidError for a missing price."""
     return scene.figures(merged(books.master, books.pooled))
@@ -56,9 +70,10 @@ def reach(books: FleetBooks) -> Decimal:
     """Return what all members together may have drawn, USDC."""
     fleet = books.fleet
     held = balance(books.master, fleet) - fleet.drawn
-    return fleets.reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
+    return reachable(held, fleet.drawn, fleet.dry_powder, released=fleet.released_at is not None)
 
 
 def to_share_out(books: FleetBooks) -> Decimal:
-    """Return what there is to be delegated anew, USDC: what all may reach less what those hold who are to reduce."""
-    return max(ZERO, reach(books) - sum((m.drawn for m, _ in books.members if m.reduce_only), ZERO))
+    """Return what there is to be delegated anew, USDC: what all may reach less what those have who are to reduce."""
+    kept = (max(member.max_margin, member.drawn) for member, _ in books.members if member.reduce_only)
+    return max(ZERO, reach(books) - sum(kept, ZERO))

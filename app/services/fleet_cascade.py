@@ -20,8 +20,8 @@ from app.domain.money import plain
 from app.domain.parameters import MarketParameters
 from app.domain.prices import StoredPrice
 from app.domain.quote import AccountFigures
-from app.errors import ConflictError
-from app.services import delegation, fleet_books, liquidation, stand_by
+from app.errors import ConflictError, invalid, pointer_to
+from app.services import delegation, fleet_books, fleet_risk, liquidation, stand_by
 from app.services.delegation import Pair
 from app.services.fleet_books import FleetBooks
 from app.services.fleet_pool import Pool
@@ -195,8 +195,26 @@ class _Round:
         self.books = replace(self.books, members=members)
 
 
+def require_known(scene: Scene, crash: Crash) -> None:
+    """Raise InvalidError `not_listed` for a move or a volume of what is no asset of the market's."""
+    parameters = scene.market.parameters
+    known = _priced_assets(scene) | parameters.assets.keys()
+    for field_name, given in (("shocks", crash.shocks), ("adv", crash.adv)):
+        for name in given:
+            if name not in known:
+                asset = parameters.underlying_of(name)
+                instead = f": name its underlying, {asset}" if asset in known else ""
+                detail = f"{name} is no asset that has a price or is listed{instead}"
+                raise invalid(pointer_to(field_name, name), "not_listed", detail)
+
+
+def _priced_assets(scene: Scene) -> set[str]:
+    return {scene.market.parameters.underlying_of(symbol) for symbol in scene.market.prices}
+
+
 def cascade(books: FleetBooks, scene: Scene, crash: Crash, rules: Rules) -> dict[str, Any]:
     """Return the rounds of a cascade. Raises InvalidError for a price that lacks."""
+    unused = crash.shocks.keys() - set(fleet_risk.names_of(books, scene))
     then = _moved(_fresh(scene), _shocks(crash, scene, scene.market.parameters))
     rounds: list[dict[str, Any]] = []
     left = SLICES_MAX
@@ -218,6 +236,7 @@ def cascade(books: FleetBooks, scene: Scene, crash: Crash, rules: Rules) -> dict
         "rounds": rounds,
         "complete": left > 0 and len(rounds) < ROUNDS_MAX,
         "impact_of": sorted(crash.adv),
+        "unused_shocks": sorted(unused),
         "in_breach_after": after.in_breach(),
         "pool_after": {"equity": pool.health.equity, "utilization": pool.health.utilization},
         "equity_after": sum(then.figures(held).equity for held in (books.master, *(held for _, held in books.members))),
@@ -236,7 +255,7 @@ def _shown(now: _Round) -> dict[str, Any]:
 
 
 def _shocks(crash: Crash, scene: Scene, parameters: MarketParameters) -> dict[str, float]:
-    assets = {parameters.underlying_of(symbol) for symbol in scene.market.prices} | crash.shocks.keys()
+    assets = _priced_assets(scene) | crash.shocks.keys()
     return {
         asset: crash.shocks.get(asset, 0.0 if parameters.asset(asset).kind == "stable" else crash.shock)
         for asset in assets

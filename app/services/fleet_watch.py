@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Collection
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from app.db.session import Database
@@ -34,6 +35,13 @@ CALM = ("GREEN", "YELLOW")
 
 
 @dataclass
+class _Left:
+    """What a fleet can still spare in one look: less than this, as far as is known."""
+
+    below: Decimal | None = None
+
+
+@dataclass
 class FleetWatch:
     """Looks at fleets, as one worker."""
 
@@ -47,7 +55,7 @@ class FleetWatch:
     """The fleet that was looked at last: where there are many, the next look goes on from it."""
 
     def __post_init__(self) -> None:
-        self.drift = DriftWatch(self.worker_id, self.database)
+        self.drift = DriftWatch(self.worker_id, self.database, self.metrics)
         self.returns = Returns(self.worker_id, self.database, self.scenes)
 
     async def look(self, within: Collection[int]) -> None:
@@ -82,10 +90,15 @@ class FleetWatch:
             log.exception("%s can't be looked at", fleet.id)
 
     async def _stand_by_all(self, fleet: Fleet, scene: Scene, books: FleetBooks) -> None:
-        """Stand by the members that can be judged now: where a price of one is stale, the others are not let down."""
+        """Stand by the members that can be judged now: where a price of one is stale, the others are not let down.
+
+        What the fleet could not spare for one it can't for who needs as much: they wait for the next look.
+        """
         known = [(member, held) for member, held in books.members if _can_be_judged(scene, held)]
-        for agent_id in needy(scene, replace(books, members=known)):
-            await self._unless_it_fails(fleet, self._stand_by(fleet.master_id, agent_id))
+        needs, left = needy(scene, replace(books, members=known)), _Left()
+        for agent_id, amount in needs.items():
+            if left.below is None or amount < left.below:
+                await self._unless_it_fails(fleet, self._stand_by(fleet.master_id, agent_id, amount, left))
 
     async def _tell_zone(self, seen: Fleet, scene: Scene, books: FleetBooks) -> None:
         """Tell a fleet's zone where it has changed, and restore its dry powder once it is out of its emergency."""
@@ -110,13 +123,15 @@ class FleetWatch:
         if zone != seen.zone:
             self.metrics.fleet_zone_changes.labels(zone).inc()
 
-    async def _stand_by(self, master_id: str, agent_id: str) -> None:
+    async def _stand_by(self, master_id: str, agent_id: str, amount: Decimal, left: _Left) -> None:
         try:
             async with self.database.transaction(self.worker_id) as tx:
                 books = await book.lock_all(tx, {master_id, agent_id})
                 drawn = await stand_by(tx, await self.scenes.at(tx), Pair(books[agent_id], books[master_id]))
         except ConflictError as refused:  # it has come to its cap, or the fleet to its own: the next one may not have
             log.info("nothing is drawn for %s: %s", agent_id, refused.code)
+            if refused.code == "fleet_exhausted":
+                left.below = amount
             return
         if drawn:
             self.metrics.fleet_top_ups.inc()
@@ -141,11 +156,11 @@ def _can_be_judged(scene: Scene, held: Book) -> bool:
     return True
 
 
-def needy(scene: Scene, books: FleetBooks) -> list[str]:
-    """Return the pooled members that are past their breach level, the first to be liquidated last."""
+def needy(scene: Scene, books: FleetBooks) -> dict[str, Decimal]:
+    """Return what the pooled members lack that are past their breach level, the first to be liquidated last."""
     found = [
-        (-member.liquidation_priority, held.agent_id)
+        (-member.liquidation_priority, held.agent_id, amount)
         for member, held in books.members
-        if member.delegation == "pooled" and not member.reduce_only and lacks(scene, held) > 0
+        if member.delegation == "pooled" and not member.reduce_only and (amount := lacks(scene, held)) > 0
     ]
-    return [agent_id for _, agent_id in sorted(found)]
+    return {agent_id: amount for _, agent_id, amount in sorted(found)}

@@ -12,18 +12,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Numeric, Select, Text, bindparam, case, delete, func, insert, select, text, update
 
 from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
 from app.db.tables import balances
-from app.domain.book import PAYING_SERVICES, ZERO, permits
-from app.domain.money import checked_amount, plain
+from app.domain.book import PAYING_SERVICES, ZERO
+from app.domain.money import plain
 from app.domain.moves import SETTLEMENT_ASSET
-from app.errors import ConflictError, NotFoundError, conflict, invalid
-from app.services import accounts, audit, calls, events, shards, wallet
+from app.errors import NotFoundError, conflict, invalid
+from app.services import accounts, audit, calls, events, fleet_limits, shards
+from app.services.fleet_limits import reachable
+from app.services.fleet_terms import Delegated, Terms, checked_terms, digits
 
 DRY_POWDER = Decimal("0.15")
 """Share of the master's wallet that no member reaches, where nothing else is asked for."""
@@ -36,11 +38,11 @@ INVITATIONS_MAX = 50
 INVITATION = timedelta(days=7)
 """How long an invitation keeps others from inviting the agent."""
 FLEETS_A_PAGE_MAX = 200
-SERVICES_MAX = 32
-PRIORITY_MAX = 1_000
+ROOM = Decimal("0.1")
+"""Share of its delegation that a member has drawn or given back when it has had room again."""
+CAPPED_AGAIN = timedelta(minutes=1)
+"""How long after it was told that a member draws no more it is not told again."""
 REASON_CHARACTERS_MAX = 200
-
-Delegated = Literal["pooled", "isolated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Fleet:
     in_emergency: bool
     """Whether the dry powder is released for the zone that the fleet was in, and so until it is out of it."""
     drifted_at: datetime | None
+    over_delegation: bool
+    """Whether delegations may add up to more than is within reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,35 +83,45 @@ class Member:
     joined_at: datetime | None
     capped_at: datetime | None
     made_for_fleet: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a coordinator delegates to a member."""
-
-    max_margin: Decimal
-    services: Sequence[str] = ()
-    liquidation_priority: int = 0
-    delegation: Delegated = "pooled"
+    capped_drawn: Decimal | None
+    """What it had drawn when it was told that it draws no more; None once it has had room since."""
 
 
 # --- fleets
 
 
-async def create(tx: Tx, master_id: str, name: str, dry_powder: Decimal = DRY_POWDER) -> Fleet:
+async def create(
+    tx: Tx, master_id: str, name: str, dry_powder: Decimal = DRY_POWDER, *, over_delegation: bool = False
+) -> Fleet:
     """Make an agent the master of a fleet. Raises ConflictError where it is in one, InvalidError, NotFoundError."""
     if not 1 <= len(name) <= accounts.NAME_CHARACTERS_MAX or "\0" in name:
         raise invalid("/name", "invalid_name", f"a name has 1 to {accounts.NAME_CHARACTERS_MAX} characters")
     if not 0 <= dry_powder <= DRY_POWDER_MAX:
         raise invalid("/dry_powder", "number_out_of_range", f"dry powder is a share from 0 to {DRY_POWDER_MAX}")
-    dry_powder = _digits("/dry_powder", dry_powder)
+    dry_powder = digits("/dry_powder", dry_powder)
     await accounts.lock_account(tx, master_id)
     await _require_unattached(tx, master_id, "")
-    row = {"id": f"fleet_{secrets.token_hex(10)}", "master_id": master_id, "name": name, "dry_powder": dry_powder}
-    made = await tx.connection.execute(insert(fleets).values(row | {"created_at": tx.now}).returning(fleets))
+    terms = {"name": name, "dry_powder": dry_powder, "over_delegation": over_delegation}
+    row = terms | {"id": f"fleet_{secrets.token_hex(10)}", "master_id": master_id, "created_at": tx.now}
+    made = await tx.connection.execute(insert(fleets).values(row).returning(fleets))
     fleet = Fleet(**made.mappings().one())
-    await audit.record(tx, "fleet.created", fleet.id, master_id, name=name, dry_powder=str(dry_powder))
+    await audit.record(tx, "fleet.created", fleet.id, master_id, **terms | {"dry_powder": str(dry_powder)})
     return fleet
+
+
+async def allow_over_delegation(tx: Tx, fleet: Fleet, *, allowed: bool) -> Fleet:
+    """Let delegations add up to more than is within reach, or no more: those that do stay. The master is locked here.
+
+    Raises NotFoundError where the fleet was ended meanwhile.
+    """
+    await accounts.lock_account(tx, fleet.master_id)
+    known = await get(tx, fleet.id, fleet.master_id)
+    if known.over_delegation == allowed:
+        return known
+    statement = update(fleets).where(fleets.c.id == fleet.id).values(over_delegation=allowed).returning(fleets)
+    changed = Fleet(**(await tx.connection.execute(statement)).mappings().one())
+    await audit.record(tx, "fleet.changed", fleet.id, fleet.master_id, over_delegation=allowed)
+    return changed
 
 
 async def _require_unattached(tx: Tx, agent_id: str, pointer: str) -> None:
@@ -146,7 +160,7 @@ _HELD = (
     .label("held")
 )
 _DELEGATED = (
-    select(func.coalesce(func.sum(fleet_members.c.max_margin), 0))
+    select(func.coalesce(func.sum(func.greatest(fleet_members.c.max_margin, fleet_members.c.drawn)), 0))
     .where(fleet_members.c.fleet_id == fleets.c.id, fleet_members.c.joined_at.is_not(None))
     .scalar_subquery()
     .label("delegated")
@@ -155,11 +169,20 @@ _DELEGATED = (
 
 @dataclass(frozen=True, slots=True)
 class Wallet:
-    """A fleet, the USDC that its master holds less what it owes, and what is delegated to its members together."""
+    """A fleet, the USDC that its master holds less what it owes, and what is delegated to its members together.
+
+    Of a member that is to reduce, and holds more than is delegated to it, that counts.
+    """
 
     fleet: Fleet
     held: Decimal
     delegated: Decimal
+
+    @property
+    def reach(self) -> Decimal:
+        """What all members together may have drawn."""
+        of = self.fleet
+        return reachable(self.held, of.drawn, of.dry_powder, released=of.released_at is not None)
 
 
 async def wallet_of(tx: Tx, fleet_id: str) -> Wallet:
@@ -284,26 +307,6 @@ async def lock(tx: Tx, fleet: Fleet) -> list[str]:
     return found
 
 
-def checked_terms(terms: Terms) -> Terms:
-    """Return the terms with their digits alone. Raises InvalidError."""
-    if not 0 <= terms.max_margin < Decimal("1e15"):
-        raise invalid("/max_margin", "number_out_of_range", "max_margin is 0 or more, and below 1e15")
-    if len(terms.services) > SERVICES_MAX:
-        raise invalid("/services", "too_many", f"at most {SERVICES_MAX} services")
-    for k, service in enumerate(terms.services):
-        wallet.check_service(f"/services/{k}", service)
-    if not 0 <= terms.liquidation_priority <= PRIORITY_MAX:
-        detail = f"liquidation_priority is 0 to {PRIORITY_MAX}: the lowest is liquidated first"
-        raise invalid("/liquidation_priority", "number_out_of_range", detail)
-    most = _digits("/max_margin", terms.max_margin)
-    return Terms(most, sorted(set(terms.services)), terms.liquidation_priority, terms.delegation)
-
-
-def _digits(pointer: str, number: Decimal) -> Decimal:
-    """Return a number that may be 0 with its digits alone. Raises InvalidError for more decimals than are kept."""
-    return checked_amount(pointer, number) if number else ZERO
-
-
 async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bool, made: bool = False) -> Member:
     """Add an agent to a fleet: at once, or when it has agreed to it; one that is `made` for it joins at once.
 
@@ -318,7 +321,10 @@ async def invite(tx: Tx, fleet: Fleet, agent_id: str, terms: Terms, *, joins: bo
     added = await tx.connection.execute(insert(fleet_members).values(row).returning(fleet_members))
     member = Member(**added.mappings().one())
     await audit.record(tx, "fleet.invited", fleet.id, agent_id, max_margin=str(checked.max_margin))
-    return await _join(tx, fleet, member) if joins or made else member
+    if joins or made:
+        return await _join(tx, fleet, member)
+    await _require_covered(tx, fleet.id, checked.max_margin)
+    return member
 
 
 async def _require_room(tx: Tx, fleet: Fleet, *, joins: bool) -> None:
@@ -332,6 +338,16 @@ async def _require_room(tx: Tx, fleet: Fleet, *, joins: bool) -> None:
     if invited >= INVITATIONS_MAX and not joins:
         detail = f"{INVITATIONS_MAX} invitations are unanswered: withdraw some"
         raise conflict("", "too_many_invitations", detail)
+
+
+async def _require_covered(tx: Tx, fleet_id: str, more: Decimal) -> None:
+    """Refuse to delegate so much more than the master can reach now, but in a fleet that may. The master is locked.
+
+    Raises ConflictError `over_delegated`.
+    """
+    known = await wallet_of(tx, fleet_id)
+    if more > 0 and not known.fleet.over_delegation and known.delegated + more > known.reach:
+        raise fleet_limits.over_delegated(more, known.delegated, known.reach)
 
 
 async def membership(tx: Tx, agent_id: str) -> tuple[Member, Fleet]:
@@ -373,6 +389,7 @@ async def _require_no_call(tx: Tx, fleet_id: str, *, or_spent: bool = False) -> 
 async def _join(tx: Tx, fleet: Fleet, member: Member) -> Member:
     if member.delegation == "pooled":
         await _require_no_call(tx, fleet.id)
+    await _require_covered(tx, fleet.id, member.max_margin)
     joined = await _change(tx, member.agent_id, joined_at=tx.now)
     await _tell(tx, "fleet.member_joined", joined, max_margin=plain(joined.max_margin))
     await audit.record(tx, "fleet.joined", fleet.id, member.agent_id)
@@ -383,16 +400,23 @@ async def change_terms(tx: Tx, member: Member, terms: Terms, *, reduce_only_on_e
     """Change what is delegated. The accounts are locked, and what the member could spare is given back.
 
     Raises ConflictError `delegation_in_use` where more is drawn than would be delegated, unless the member is to reduce
-    then, or is to already.
+    then, or is to already; `over_delegated` where it is raised past what the master can reach.
     """
     checked = checked_terms(terms)
+    if checked.max_margin > member.max_margin:
+        before = ZERO if member.joined_at is None else max(member.max_margin, member.drawn)
+        await _require_covered(tx, member.fleet_id, max(checked.max_margin, member.drawn) - before)
+    return await _redelegated(tx, member, checked, reduce_only_on_excess=reduce_only_on_excess, cause=cause)
+
+
+async def _redelegated(tx: Tx, member: Member, checked: Terms, *, reduce_only_on_excess: bool, cause: str) -> Member:
     excess = member.drawn - checked.max_margin
     if excess > 0 and not reduce_only_on_excess and not member.reduce_only:
         detail = f"{plain(member.drawn):f} {SETTLEMENT_ASSET} are drawn and in use"
         raise conflict("/max_margin", "delegation_in_use", detail, drawn=plain(member.drawn))
     if checked.delegation != member.delegation:
         await _require_no_call(tx, member.fleet_id)
-    changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_at=None)
+    changed = await _change(tx, member.agent_id, **asdict(checked), reduce_only=excess > 0, capped_drawn=None)
     told = {name: value for name, value in asdict(checked).items() if value != getattr(member, name)}
     if told or changed.reduce_only != member.reduce_only:
         if changed.joined_at is not None:  # who is only invited has no part in it
@@ -406,10 +430,16 @@ async def redelegate(tx: Tx, members: Sequence[Member], amounts: Sequence[Decima
     """Give members new delegations, none below what it has drawn. All accounts are locked.
 
     They are told in the order of their ids, as whoever tells several agents does: their events are numbered one by one.
+    Raises ConflictError `over_delegated` where together they would rise past what the master can reach.
     """
+    before = (await wallet_of(tx, members[0].fleet_id)).delegated if members else ZERO
     for member, amount in sorted(zip(members, amounts, strict=True), key=lambda of: of[0].agent_id):
         terms = Terms(amount, member.services, member.liquidation_priority, member.delegation)
-        await change_terms(tx, member, terms, reduce_only_on_excess=False, cause=policy)
+        await _redelegated(tx, member, checked_terms(terms), reduce_only_on_excess=False, cause=policy)
+    if members:
+        after = await wallet_of(tx, members[0].fleet_id)
+        if before < after.delegated and after.reach < after.delegated and not after.fleet.over_delegation:
+            raise fleet_limits.over_delegated(after.delegated - before, before, after.reach)
 
 
 async def remove(tx: Tx, member: Member) -> None:
@@ -429,7 +459,7 @@ async def write_off(tx: Tx, member: Member) -> Member:
     """Count what a member has drawn as lost, its fleet's no more. The accounts are locked."""
     lost, known = member.drawn, fleets.c
     await tx.connection.execute(update(fleets).where(known.id == member.fleet_id).values(drawn=known.drawn - lost))
-    changed = await _change(tx, member.agent_id, drawn=ZERO, capped_at=None)
+    changed = await _change(tx, member.agent_id, drawn=ZERO, capped_drawn=None)
     await _tell(tx, "fleet.written_off", changed, amount=plain(lost))
     await audit.record(tx, "fleet.written_off", member.fleet_id, member.agent_id, amount=str(plain(lost)))
     return changed
@@ -461,7 +491,8 @@ _DRAW = text(
               <= (money.held + f.drawn) * (1 - CASE WHEN f.released_at IS NULL THEN f.dry_powder ELSE 0 END)
         RETURNING f.id
     )
-    UPDATE fleet_members m SET drawn = m.drawn + :amount, capped_at = NULL
+    UPDATE fleet_members m SET drawn = m.drawn + :amount,
+        capped_drawn = CASE WHEN abs(m.drawn + :amount - capped_drawn) < max_margin * :room THEN capped_drawn END
     FROM taken WHERE m.agent_id = :member AND m.fleet_id = taken.id
     RETURNING m.drawn
     """
@@ -469,15 +500,17 @@ _DRAW = text(
 _GIVE_BACK = text(
     """
     WITH given AS (
-        UPDATE fleet_members SET drawn = drawn - :amount, capped_at = NULL
+        UPDATE fleet_members SET drawn = drawn - :amount,
+            capped_drawn = CASE WHEN abs(drawn - :amount - capped_drawn) < max_margin * :room THEN capped_drawn END
         WHERE agent_id = :member AND drawn >= :amount RETURNING fleet_id, drawn
     )
     UPDATE fleets f SET drawn = f.drawn - :amount FROM given WHERE f.id = given.fleet_id RETURNING given.drawn
     """
 )
 _texts = tuple(bindparam(name, type_=Text) for name in ("master", "member", "asset", "service"))
-_DRAW = _DRAW.bindparams(bindparam("amount", type_=Numeric), *_texts)
-_GIVE_BACK = _GIVE_BACK.bindparams(bindparam("amount", type_=Numeric), bindparam("member", type_=Text))
+_numbers = tuple(bindparam(name, type_=Numeric) for name in ("amount", "room"))
+_DRAW = _DRAW.bindparams(*_numbers, *_texts)
+_GIVE_BACK = _GIVE_BACK.bindparams(*_numbers, bindparam("member", type_=Text))
 
 
 async def take(tx: Tx, master_id: str, agent_id: str, service: str, amount: Decimal) -> Decimal:
@@ -492,63 +525,35 @@ async def take(tx: Tx, master_id: str, agent_id: str, service: str, amount: Deci
         "service": service,
         "paying": list(PAYING_SERVICES),
         "amount": amount,
+        "room": ROOM,
     }
     row = (await tx.connection.execute(_DRAW, values)).first()
     if row is None:
-        raise await _refused(tx, master_id, agent_id, service, amount)
+        raise await fleet_limits.refused(tx, master_id, agent_id, service, amount)
     drawn: Decimal = row.drawn
     return drawn
 
 
 async def put_back(tx: Tx, agent_id: str, amount: Decimal) -> Decimal:
     """Count an amount as given back; return what is still drawn."""
-    drawn: Decimal = (await tx.connection.execute(_GIVE_BACK, {"member": agent_id, "amount": amount})).scalar_one()
+    values = {"member": agent_id, "amount": amount, "room": ROOM}
+    drawn: Decimal = (await tx.connection.execute(_GIVE_BACK, values)).scalar_one()
     return drawn
 
 
-_STANDING = text(
-    """
-    SELECT f.drawn AS fleet_drawn, f.dry_powder, f.released_at, m.drawn, m.max_margin, m.reduce_only, m.services,
-           (SELECT coalesce(sum(CASE WHEN bucket IN ('owed', 'borrowed') THEN -amount ELSE amount END), 0)
-            FROM balances WHERE agent_id = :master AND asset = :asset) AS held
-    FROM fleets f JOIN fleet_members m ON m.fleet_id = f.id
-    WHERE f.master_id = :master AND m.agent_id = :member
-    """
-)
-
-
-async def _refused(tx: Tx, master_id: str, agent_id: str, service: str, amount: Decimal) -> ConflictError:
-    """Return which limit stands against a draw."""
-    values = {"master": master_id, "member": agent_id, "asset": SETTLEMENT_ASSET}
-    row = (await tx.connection.execute(_STANDING, values)).one()
-    if not permits(row.services, service):
-        return wallet.not_delegated(service)
-    if row.reduce_only:
-        return conflict("/amount", "reduce_only", "the fleet's coordinator has it reduce only")
-    own, needed = max(ZERO, row.max_margin - row.drawn), plain(amount)
-    if amount > own:
-        detail = f"{needed:f} {SETTLEMENT_ASSET} more are needed, {plain(own):f} of the delegation are left"
-        return conflict("/amount", "delegation_exhausted", detail, available=plain(own), needed=needed)
-    reach = reachable(row.held, row.fleet_drawn, row.dry_powder, released=row.released_at is not None)
-    left = max(ZERO, reach - row.fleet_drawn)
-    detail = f"{needed:f} {SETTLEMENT_ASSET} more are needed, {plain(left):f} of the fleet's are above its dry powder"
-    return conflict("/amount", "fleet_exhausted", detail, available=plain(left), needed=needed)
-
-
-def reachable(held: Decimal, drawn: Decimal, dry_powder: Decimal, *, released: bool) -> Decimal:
-    """Return what all members together may have drawn, of what the master holds and they have drawn."""
-    return max(ZERO, (held + drawn) * (1 if released else 1 - dry_powder))
-
-
 async def tell_capped(tx: Tx, agent_id: str, figures: Mapping[str, Any]) -> bool:
-    """Tell once that a member has come to the end of what it may draw, until it draws or gives back again.
+    """Tell once that a member has come to the end of what it may draw, until it has had room again.
 
-    Its book is locked first: whoever gives back has told of the member before it comes to the member's row.
+    It has had that when it has drawn or given back a ROOM of its delegation since, or this was changed; and it is told
+    once in CAPPED_AGAIN at most: no coordinator is told at the pace at which a member asks for too much. Its book is
+    locked first: whoever gives back has told of the member before it comes to the member's row.
     """
     await accounts.hold_account(tx, agent_id)
     columns = fleet_members.c
-    first = update(fleet_members).where(columns.agent_id == agent_id, columns.capped_at.is_(None))
-    row = (await tx.connection.execute(first.values(capped_at=tx.now).returning(fleet_members))).mappings().first()
+    is_over = columns.capped_at.is_(None) | (columns.capped_at <= tx.now - CAPPED_AGAIN)
+    first = update(fleet_members).where(columns.agent_id == agent_id, columns.capped_drawn.is_(None), is_over)
+    told = first.values(capped_at=tx.now, capped_drawn=columns.drawn).returning(fleet_members)
+    row = (await tx.connection.execute(told)).mappings().first()
     if row is None:
         return False
     member = Member(**row)

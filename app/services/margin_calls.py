@@ -68,6 +68,7 @@ SLICES_A_STEP_MAX, POSITIONS_USUAL = 3_000, 15
 """Slices in one step, times the positions of the book that each of them assesses: 200 of a usual book."""
 TURNS_AT_ONCE = 16
 """Members named at once, whose turns follow each other: each is judged anew when it comes."""
+_IS_CALLED = {"margin_call.opened", "margin_call.reminded", "margin_call.expired"}
 IN_DOUBT = "in_doubt"
 RETRY_STALE = timedelta(seconds=1)
 
@@ -162,7 +163,7 @@ async def _decide(
         settled, case = await _advance(tx, case, rules)
         if settled:
             break
-    case = await _saved(tx, case)
+    case = await _saved(tx, await call_case.awake(tx, case))
     if (None if case.call is None else case.call.state) != (None if call is None else call.state):
         await accounts.lock_account(tx, held.agent_id)  # the screen hears of it by the book's version
     decided = replace(await _look(tx, case, rules), turns=case.turns, named=_named(case), drew=bool(case.drew))
@@ -206,9 +207,14 @@ async def _without_openings(tx: Tx, case: Case) -> Case:
 
 
 def _named(case: Case) -> tuple[str, ...]:
-    """Return on whom to decide besides: the master, as news of a member may be its pool's; members, when it expires."""
+    """Return on whom to decide besides: the master, as news of a member may be its pool's; members, when it expires.
+
+    That a member is called too changes nothing of a fleet's call that lives: a thousand of them would have it looked at
+    as often.
+    """
     of, call = case.held.delegation, case.call
-    if of is not None and of.is_pooled and (case.told or case.uncalled):
+    is_news = of is not None and (case.told if of.fleet_call is None else set(case.told) - _IS_CALLED)
+    if of is not None and of.is_pooled and (is_news or case.uncalled):
         return (of.master_id,)
     if case.pool is None or not case.leads or call is None or call.state not in ("expired", "liquidating"):
         return ()
@@ -328,7 +334,7 @@ async def _become(tx: Tx, case: Case, call: StoredCall, what: Become) -> tuple[b
             asked_back = await recalls.arm(tx, case.scene, held, case.judged, call.id, call.cause)
             case = case.with_book(held)
             if case.pool is not None and case.leads and not held.settings.auto_liquidate:
-                await calls.wake(tx, case.pool.members)  # from now on they are by themselves
+                await calls.wake(tx, case.pool.members, call.id)  # from now on they are by themselves
             told = {"cancelled_orders": cancelled, "cancelled_offers": offers, "recalls": asked_back}
             await _tell(tx, "margin_call.expired", case.shown(), moved, **told)
             return False, case.with_call(moved, "margin_call.expired")
@@ -376,7 +382,7 @@ async def _end_of_turns(tx: Tx, case: Case, call: StoredCall) -> dict[str, Any]:
     """Have the members looked at who waited for their fleet's call, and return what it has closed of each."""
     if case.pool is None or not case.leads:
         return {}
-    await calls.wake(tx, case.pool.members)
+    await calls.wake(tx, case.pool.members, call.id)
     turns = (await calls.under(tx, call.id))[: fleet_pool.MEMBERS_TOLD_MAX]
     return {"members": [{"agent_id": t.agent_id, "margin_call_id": t.id, "slices": t.slices} for t in turns]}
 
@@ -562,7 +568,7 @@ async def _postponed(tx: Tx, held: Book, call: StoredCall | None, now: datetime)
         return later
     if held.leads is not None:
         members = await fleets.list_members(tx, held.leads, fleets.MEMBERS_MAX)
-        await calls.wake(tx, [member.agent_id for member in members])
+        await calls.wake(tx, [member.agent_id for member in members], call.id)
     return replace(later, figures={**call.figures, IN_DOUBT: True})
 
 

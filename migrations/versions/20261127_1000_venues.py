@@ -98,6 +98,7 @@ _DERIVE = {
     "short_premium": 1.04,
     "short_rate_multiple": 0.5,
     "short_rate_add": 0.08,
+    "settlement_seconds": 1800.0,
     "basis_move": 0.045,
     "basis_factor": 0.5,
     "basis_factor_annual": 2.0,

@@ -298,7 +298,7 @@ async def test_the_wallet_that_is_shown_is_of_one_moment(service: Service) -> No
 
 async def test_stale_prices_are_no_emergency(service: Service) -> None:
     await service.prices(BTC=60_000)
-    fleet = await led(service, 30_000)
+    fleet = await led(service, 30_000, over_delegation=True)
     member = await fleet.member(30_000)
     await member.order("BTC-PERP", "buy", 1)
     await service.prices(BTC=49_500)
@@ -441,7 +441,8 @@ async def test_sharpe_is_of_the_days_within_the_window(service: Service) -> None
 async def test_a_fleet_of_one_admin_is_made_for_an_agent(service: Service) -> None:
     """An admin acts for any coordinator: what it sets is what the coordinator sees."""
     lead = await coordinator(service)
-    made = await lead.post(f"/fleets?agent_id={lead.id}", {"name": "Beta", "dry_powder": 0.5}, key="admin")
+    terms = {"name": "Beta", "dry_powder": 0.5, "over_delegation": True}
+    made = await lead.post(f"/fleets?agent_id={lead.id}", terms, key="admin")
     assert made["dry_powder"] == Decimal("0.5")
     fleet = Led(lead, made["id"])
     await lead.deposit(USDC=1_000)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ROUTES: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
     ("GET", "", None),
+    ("PATCH", "", {"over_delegation": True}),
     ("DELETE", "", None),
     ("GET", "/members", None),
     ("POST", "/members", {"name": "x", "max_margin": 1}),
@@ -183,7 +184,7 @@ async def test_what_is_borrowed_on_drawn_money_is_not_taken_out(service: Service
 async def test_a_coordinator_acts_for_members_and_they_for_themselves_alone(service: Service) -> None:
     await service.prices(BTC=60_000)
     fleet, other = await led(service), await led(service)
-    a, b = await fleet.member(), await fleet.member()
+    a, b = await fleet.member(4_000), await fleet.member(4_000)
     named = f"?agent_id={a.id}"
     order = await fleet.lead.post(f"/orders{named}", {"symbol": "BTC-PERP", "side": "buy", "size": 0.1})
     assert order["status"] == "filled"
@@ -247,7 +248,7 @@ async def test_an_existing_agent_is_nobodys_until_it_agrees(service: Service) ->
 
 async def test_dry_powder_is_for_an_emergency_or_a_reason(service: Service) -> None:
     await service.prices(BTC=60_000)
-    fleet = await led(service, 30_000, dry_powder=0.2)
+    fleet = await led(service, 30_000, dry_powder=0.2, over_delegation=True)
     path = f"/fleets/{fleet.id}/dry-powder"
     answer = await fleet.lead.ask(path, {"action": "release"})
     problem(answer, 422, "no_emergency")
@@ -266,7 +267,7 @@ async def test_dry_powder_is_for_an_emergency_or_a_reason(service: Service) -> N
 
 async def test_a_called_fleet_is_in_an_emergency_whatever_nets(worked: Service) -> None:
     await worked.prices(BTC=60_000)
-    fleet = await led(worked, 45_000, dry_powder=0)
+    fleet = await led(worked, 45_000, dry_powder=0, over_delegation=True)
     for side in ("buy", "sell"):
         await (await fleet.member(30_000)).order("BTC-PERP", side, 1)
     await worked.prices(BTC=72_000)
@@ -467,7 +468,7 @@ async def test_what_is_sold_brings_down_the_next(service: Service) -> None:
 async def test_a_fleets_call_over_http(worked: Service) -> None:
     """One member at the gate falls 25 % with all that the fleet has: the coordinator is called, and pays it off."""
     await worked.prices(BTC=60_000)
-    fleet = await led(worked, 11_500, dry_powder=0.0)
+    fleet = await led(worked, 11_500, dry_powder=0.0, over_delegation=True)
     member = await fleet.member(20_000)
     await member.order("BTC-PERP", "buy", 0.5)
     await worked.prices(BTC=51_000)  # 7,650 of margin on 7,000
@@ -525,7 +526,7 @@ async def test_a_fleet_stands_by_its_pooled_members_alone(worked: Service) -> No
 
 async def test_a_fleets_zone_is_told_and_its_powder_restored(worked: Service) -> None:
     await worked.prices(BTC=60_000)
-    fleet = await led(worked, 30_000, dry_powder=0.2)
+    fleet = await led(worked, 30_000, dry_powder=0.2, over_delegation=True)
     member = await fleet.member(30_000)
     await member.order("BTC-PERP", "buy", 1)
     await worked.prices(BTC=49_500)  # 14,850 of margin on 19,500

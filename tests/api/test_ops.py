@@ -64,6 +64,7 @@ TYPES = {
     "primerisk_netting_movements_saved": "counter",
     "primerisk_fleet_zone_changes": "counter",
     "primerisk_fleet_top_ups": "counter",
+    "primerisk_fleet_drift_failures": "counter",
     "primerisk_fleet_look_seconds": "histogram",
     "primerisk_netting_fees_saved_usd": "counter",
     "primerisk_clearing_failures": "counter",

@@ -52,3 +52,12 @@ def test_a_key_given_twice_is_found(bodies: tuple[str, str, str]) -> None:
     with pytest.raises(InvalidError) as refused:
         MARGIN_QUOTE.decode(twice.encode())
     assert [(error.pointer, error.code) for error in refused.value.errors] == [(pointer, "duplicate_key")]
+
+
+@pytest.mark.parametrize("kept", [{}, {"strike": None, "iv": None}])
+def test_an_empty_expiry_is_no_time(kept: dict[str, Any]) -> None:
+    """It is a text like any other, not one left out."""
+    body = {"positions": [LINEAR, OPTION | {"expiry": ""} | kept]}
+    with pytest.raises(InvalidError) as refused:
+        assert MARGIN_QUOTE.decode(json.dumps(body).encode()).terms
+    assert [(error.pointer, error.code) for error in refused.value.errors] == [("/positions/1/expiry", "invalid_value")]

@@ -70,11 +70,14 @@ async def test_a_posted_depeg_counts(service: Service) -> None:
 
 
 async def test_okx_supplied_charges_and_own_parameters(service: Service) -> None:
-    unit = {"mr2": "1.5", "mr3": 2, "mr5": 3, "mr8": 50, "mr9": 4, "parameters": {"basis_rate": 0.01}}
+    charges = {"mr2": "1.5", "mr3": 2, "mr5": 3, "mr8": 50, "mr8_initial": 80, "mr9": 4}
+    unit = charges | {"parameters": {"basis_rate": 0.01}}
     found = await model(service, OKX, okx={"BTC": unit})
     assert found["not_modelled"] == []
     delta = 9_704.9036898
-    assert found["maintenance_margin"] == pytest.approx(1_164.410924472 + 0.01 * delta + 2 + 3 + 4 + 50)
+    kept = 1_164.410924472 + 0.01 * delta + 2 + 3 + 4
+    assert found["maintenance_margin"] == pytest.approx(kept + 50)
+    assert found["initial_margin"] == pytest.approx(1.3 * kept + 80)
     assert found["parameters"]["BTC"]["basis_rate"] == 0.01
 
 

@@ -44,6 +44,7 @@ ROUTES: dict[str, tuple[str, dict[str, Any] | None]] = {
 }
 ELSEWHERE = {  # walked below and in the tests of agents, webhooks, margin calls, escrows, netting and fleets
     "GET /api/fleets/{fleet_id}",
+    "PATCH /api/fleets/{fleet_id}",
     "DELETE /api/fleets/{fleet_id}",
     "POST /api/fleets/{fleet_id}/members",
     "GET /api/fleets/{fleet_id}/members",

@@ -185,7 +185,7 @@ async def test_underlyings_with_scenarios_of_their_own_are_limited(shared: Servi
         units = {f"A{k}": {"parameters": {"extended_moves": [k * first_move + 1]}} for k in range(200)}
         return {"positions": rows, "models": ["deribit"], "market": {"venues": {"deribit": units}}}
 
-    refused = problem(await shared.post(MARGIN, json=body(0.01)), 422, "too_much_work")
+    refused = problem(await shared.post(MARGIN, json=body(0.01)), 422, "too_many_items")
     assert refused["errors"][0]["pointer"] == "/market/venues/deribit"
     assert len((await shared.quote(**body(0)))["models"]["deribit"]["scenarios"]) == 28
 

@@ -14,7 +14,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from app.services import accounts, delivery, events, fleets
-from app.services.fleets import Terms
+from app.services.fleet_terms import Terms
 from app.services.sender import Sender
 from tests.api.service import ADMIN_KEY, Service, problem, running
 from tests.api.wire import serving

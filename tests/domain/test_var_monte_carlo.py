@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -37,13 +37,12 @@ def simulated(terms: MonteCarloTerms, **rows: float) -> MonteCarloRisk:
     return monte_carlo(exposed(rows or BOOK), COVARIANCE, terms)
 
 
-@DRAWN
-@given(exposures, seeds, st.floats(0.6, 0.995), st.sampled_from([1.0, 10.0]))
-def test_a_linear_book_is_within_three_standard_errors_of_parametric(
-    rows: dict[str, float], seed: int, level: float, days: float
-) -> None:
-    assume(max(map(abs, rows.values())) > 1.0)
-    book, covariance = exposed(rows), drawn_covariance(seed, 3)
+@pytest.mark.parametrize("seed", range(25))
+def test_a_linear_book_is_within_three_standard_errors_of_parametric(seed: int) -> None:
+    """On fixed books: one in two hundred of ever new ones would lie beyond, and be right."""
+    drawn = np.random.default_rng(seed)
+    book, covariance = exposed(dict(zip(NAMES, drawn.normal(0.0, 40_000.0, 3), strict=True))), drawn_covariance(seed, 3)
+    level, days = drawn.uniform(0.6, 0.995), float(drawn.choice([1.0, 10.0]))
     terms = MonteCarloTerms(seed, paths=20_000, confidences=(level,), horizon_days=days)
     ours = monte_carlo(book, covariance, terms).tails[0]
     exact = parametric(book.net, covariance, (level,), horizon_days=days).tails[0]

@@ -369,3 +369,10 @@ def test_currencies_of_other_scenarios_are_listed_one_after_the_other() -> None:
     assert len(result.scenarios.pnl) == 35 + 10
     assert np.isnan(result.per_underlying["scenario_pnl"][1][:35]).all()
     assert result.per_underlying["worst_index"].tolist() == [0.0, 35.0]
+
+
+def test_no_loss_is_shown_as_minus_nothing() -> None:
+    """The dampener takes a loss to 0, not to -0."""
+    pnl = deribit(linear("BTC-PERP", "long", 0.1)).per_underlying["scenario_pnl"][0]
+    assert (pnl == 0.0).any()
+    assert not np.signbit(pnl[pnl == 0.0]).any()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from app.domain.margin.result import MarginResult
 from app.domain.margin.venues.derive import DERIVE, DeriveInputs, DeriveParameters
 from app.errors import InvalidError
-from tests.domain.book import PRICES, Row, greeks, is_option, linear, option
+from tests.domain.book import PRICES, Row, greeks, is_greeks, is_option, linear, option
 from tests.domain.drawn import between, greeks_rows, linear_rows, option_rows
 from tests.domain.venue_books import (
     by_underlying,
@@ -75,7 +75,7 @@ def test_requirement_is_cash_and_market_value_less_net_margin() -> None:
 def test_scenarios_in_order() -> None:
     table = margined("derive", CALL, prices=CALL_PRICES).scenarios
     assert table is not None
-    inner = [(m / 1000, v, 1.0) for m in (135, 90, 45, 0, -45, -90, -135) for v in (1.0, 0.0, -1.0)]
+    inner = [(m / 1000, v, 1.0) for m in (135, 90, 45, 0, -45, -90, -135) for v in (-1.0, 0.0, 1.0)]
     tails = [(-0.66, 0.054545), (-0.33, 0.109091), (0.5, 0.072), (1.0, 0.036), (2.0, 0.018), (3.0, 0.012)]
     expected = [(0.18, 1.0, 1.0), *inner, (-0.18, 1.0, 1.0), *[(m, 1.0, w) for m, w in tails], *[(0.0, 0.0, 1.0)] * 2]
     found = list(zip(table.price_move, table.vol_move, table.weight, strict=True))
@@ -199,7 +199,7 @@ def test_volatility_down_may_fall_to_nothing() -> None:
     table = margined("derive", itm, parameters={"ETH": own}).scenarios
     assert table is not None
     years = 5.0 / 365.0
-    assert table.pnl[12] == pytest.approx(1_000.0 * 0.95 * math.exp(-0.08 * years) - option_value(itm, PRICES))
+    assert table.pnl[10] == pytest.approx(1_000.0 * 0.95 * math.exp(-0.08 * years) - option_value(itm, PRICES))
 
 
 def test_greeks_without_a_price_are_a_named_error() -> None:
@@ -229,7 +229,7 @@ def test_published_parameters_are_sound() -> None:
 
 SHOCKS = (
     [(0.18, "up", 1.0)]
-    + [(m, v, 1.0) for m in (0.135, 0.09, 0.045, 0.0, -0.045, -0.09, -0.135) for v in ("up", "none", "down")]
+    + [(m, v, 1.0) for m in (0.135, 0.09, 0.045, 0.0, -0.045, -0.09, -0.135) for v in ("down", "none", "up")]
     + [(-0.18, "up", 1.0), (-0.66, "up", 0.054545), (-0.33, "up", 0.109091), (0.5, "up", 0.072)]
     + [(1.0, "up", 0.036), (2.0, "up", 0.018), (3.0, "up", 0.012), (0.0, "linear", 1.0), (0.0, "abs", 1.0)]
 )
@@ -253,12 +253,17 @@ def shocked_iv(row: Row, prices: Mapping[str, float], vol: str) -> float:
     return iv * (1.0 + min(cap, max(-cap, k * cap / star)))
 
 
+def moved(row: Row, move: float) -> float:
+    """Return the move of an option's forward: in the last half hour only what is not settled of it moves."""
+    return move * min(1.0, years_of(row) * 31_536_000.0 / 1_800.0)
+
+
 def expiry_pnl(rows: Sequence[Row], prices: Mapping[str, float], move: float, vol: str) -> float:
     """Return what the options of one expiry gain; their rates may differ."""
-    shocked = [option_value(row, prices, move, shocked_iv(row, prices, vol)) for row in rows]
+    shocked = [option_value(row, prices, moved(row, move), shocked_iv(row, prices, vol)) for row in rows]
     gained = 0.0
     for row, value in zip(rows, shocked, strict=True):
-        rate, years = max(0.0, row.get("rate") or 0.0), years_of(row)
+        rate, years = max(0.0, row.get("rate") or 0.0), years_of(row)  # the venue's is never below 0
         if sum(shocked) >= 0.0:
             factor = 0.95 * math.exp(-years * (rate + 0.08))
         else:
@@ -277,7 +282,7 @@ def basis(rows: Sequence[Row], prices: Mapping[str, float]) -> float:
     for days, own in expiries.items():
         gains = [
             sum(
-                option_value(row, prices, m) - option_value(row, prices)
+                option_value(row, prices, moved(row, m)) - option_value(row, prices)
                 if is_option(row)
                 else straight_pnl(row, prices, m, 0.0)
                 for row in own
@@ -288,6 +293,12 @@ def basis(rows: Sequence[Row], prices: Mapping[str, float]) -> float:
     return whole
 
 
+def holds_coin(row: Row) -> bool:
+    if is_greeks(row) and (abs(row["delta"]) != 1.0 or row.get("gamma") or row.get("vega")):
+        return False
+    return "-" not in row["symbol"]
+
+
 def contingency(rows: Sequence[Row], prices: Mapping[str, float]) -> tuple[float, float]:
     symbols: dict[str, float] = {}
     strikes: dict[Any, float] = {}
@@ -295,7 +306,7 @@ def contingency(rows: Sequence[Row], prices: Mapping[str, float]) -> tuple[float
         if is_option(row):
             key = (round(years_of(row), 9), row["strike"])
             strikes[key] = strikes.get(key, 0.0) + signed_size(row)
-        else:
+        elif not holds_coin(row):
             spot = prices[row["symbol"].partition("-")[0]]
             coins = exposure_of(row, prices) * spot / mark_of(row, prices)
             symbols[row["symbol"]] = symbols.get(row["symbol"], 0.0) + coins

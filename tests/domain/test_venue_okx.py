@@ -56,6 +56,30 @@ def test_worked_unit() -> None:
     assert result.not_modelled == ("mr2", "mr3", "mr5", "mr8", "mr9")
 
 
+LTC = linear("LTC-USDT-SWAP", "long", 10.0, mark_price=102.0)
+BORROWED = OkxInputs(mr8=1_571.064377796, mr8_initial=7_855.32188898)
+
+
+def test_the_published_account() -> None:
+    """The response of the position builder (docs of the API v5): units of BTC and LTC, and USDT borrowed."""
+    prices = WORKED | {"LTC": 101.9951}  # from its MR1
+    result = margined("okx", SWAP, LTC, prices=prices, inputs={"USDT": BORROWED})
+    ltc = {"delta": 1_019.5308, "mr1": 183.5067280572, "mr4": 8.1562464, "mr6": 183.5067280572, "mr7": 7.1367156}
+    for name, expected in ltc.items():
+        assert unit_figure(result, name, 1) == pytest.approx(expected, rel=1e-12), name
+    assert unit_figure(result, "maintenance_margin", 1) == pytest.approx(191.6629744572, rel=1e-12)
+    assert unit_figure(result, "initial_margin", 1) == pytest.approx(249.16186679436, rel=1e-12)
+    assert result.maintenance_margin == pytest.approx(2_946.5480841048, rel=1e-12)
+    assert result.initial_margin == pytest.approx(9_643.45070718144, rel=1e-12)
+    assert result.not_modelled == ("mr2", "mr3", "mr5", "mr9")
+
+
+@pytest.mark.parametrize("inputs", [OkxInputs(mr8_initial=5.0), OkxInputs(mr8=5.0, mr8_initial=4.0)])
+def test_borrowing_costs_no_less_at_first(inputs: OkxInputs) -> None:
+    assert [fault.pointer for fault in inputs.faults()] == ["/mr8_initial"]
+    assert not list(BORROWED.faults())
+
+
 def test_index_may_be_supplied() -> None:
     prices = {"BTC": 50_000.0, "USDT": 0.99954}
     result = margined("okx", SWAP, prices=prices, inputs={"BTC": OkxInputs(index_price=97_078.9)})
@@ -158,7 +182,7 @@ def test_supplied_charges() -> None:
     unit = 2_000.0 + 10.0 + 19.4098073796 + 20.0 + 30.0
     assert full.maintenance_margin == pytest.approx(unit + 500.0, rel=1e-12)
     assert full.initial_margin == pytest.approx(1.3 * unit + 500.0, rel=1e-12)
-    assert full.not_modelled == ()
+    assert full.not_modelled == ("mr8_initial",)
     assert full.add_ons["mr8"] == 500.0
     assert full.position_maintenance.sum() == pytest.approx(unit)
     assert full.maintenance_margin > bare.maintenance_margin
@@ -192,6 +216,14 @@ def test_published_hedge_of_spot() -> None:
     assert unit_figure(result, "mr4") == pytest.approx(8_053.32, abs=0.005)
     assert unit_figure(result, "mr7") == pytest.approx(3_020.17, rel=1e-4)  # at a mark of its own
     assert result.maintenance_margin == pytest.approx(8_053.32, abs=0.005)
+
+
+def test_greeks_are_shocked_at_the_index_whole() -> None:
+    row = greeks("BTC-X", 100_000.0, 0.5, gamma=4.0) | {"mark_price": 50_000.0}
+    plain = margined("okx", row, prices={"BTC": 50_000.0})
+    above = margined("okx", row, prices={"BTC": 50_000.0}, inputs={"BTC": OkxInputs(index_price=55_000.0)})
+    shocked = above.per_underlying["scenario_pnl"][0]
+    assert shocked == pytest.approx(1.1 * plain.per_underlying["scenario_pnl"][0], rel=1e-12)
 
 
 def test_greeks_of_the_coin_are_contracts() -> None:

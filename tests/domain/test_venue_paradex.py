@@ -215,6 +215,15 @@ def test_a_book_of_long_options_alone_loses_its_value_at_most() -> None:
     assert unit_figure(result, "scan_risk") <= sum(option_value(row, PRICES) for row in rows)
 
 
+def test_what_the_venue_does_to_options_beyond_the_rule_is_named() -> None:
+    far, near = (option("BTC", "call", "long", 1.0, 60_000.0, days, 0.5) for days in (30.0, 0.01))
+    provisions = {"BTC": ParadexInputs(1.0, 1.0)}
+    assert paradex(far, inputs=provisions).not_modelled == ("volatility_floor",)
+    assert paradex(far, inputs=provisions, own={"volatility_floor": 0.4}).not_modelled == ()
+    assert paradex(near, inputs=provisions).not_modelled == ("volatility_floor", "settlement_average")
+    assert paradex(linear("BTC-PERP", "long", 1.0), inputs=provisions).not_modelled == ()
+
+
 def test_underlyings_add_up_and_may_bind_by_different_rules() -> None:
     pair = (linear("BTC-PERP", "long", 1.0), linear("BTC-27MAR26", "short", 1.0))
     open_one = linear("ETH-PERP", "long", 1.0)

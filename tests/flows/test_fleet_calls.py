@@ -140,7 +140,7 @@ async def mustered(address: str, database: Database, **of_master: int) -> Five:
     await lead.prices(CALM)
     await lead.call("POST", "/wallet/deposits", {"asset": "USDC", "amount": 56_200})
     await lead.call("PATCH", "/account/settings", of_master)
-    fleet_id = (await lead.call("POST", "/fleets", {"name": "Five"}))["id"]
+    fleet_id = (await lead.call("POST", "/fleets", {"name": "Five", "over_delegation": True}))["id"]
     members = []
     for k, orders in enumerate(ORDERS):
         terms = {"liquidation_priority": 0, "delegation": "isolated"} if k == 4 else {"liquidation_priority": k + 1}

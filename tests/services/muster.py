@@ -63,7 +63,7 @@ class Muster:
         At FALLEN the pool, with what the master has left, is at 26,400 of 27,600 (.957), each member past 1.3.
         """
         await squadron.desk.prices(PRICES)
-        made = cls(squadron, await squadron.fleet(usdc))
+        made = cls(squadron, await squadron.fleet(usdc, over_delegation=True))
         await made.set(made.fleet.master_id, grace_period_seconds=of_master)
         for k, orders in enumerate(ORDERS):
             isolated = k == len(ORDERS) - 1
@@ -149,7 +149,7 @@ class Muster:
     async def due(self) -> list[str]:
         """Return whose calls are due."""
         async with self.squadron.desk.database.transaction(ACTOR) as tx:
-            return await calls.due(tx, 100)
+            return list(await calls.due(tx, 100))
 
     async def called(self) -> list[str]:
         async with self.squadron.desk.database.transaction(ACTOR) as tx:

@@ -11,7 +11,8 @@ from app.domain.book import Book
 from app.domain.trade import Order, OrderSide
 from app.services import accounts, book, delegation, fleets, trading, wallet
 from app.services.delegation import Effect, Pair, T
-from app.services.fleets import Fleet, Member, Terms
+from app.services.fleet_terms import Terms
+from app.services.fleets import Fleet, Member
 from app.services.margin import Scenes
 from app.services.trading import Filled
 from app.services.wallet import Names, NewReservation, Reservation
@@ -28,10 +29,10 @@ class Squadron:
     def __post_init__(self) -> None:
         self.scenes = Scenes(self.desk.market, timedelta(hours=1), ITEMS_MAX)
 
-    async def fleet(self, usdc: Amount, dry_powder: str = "0.15") -> Fleet:
+    async def fleet(self, usdc: Amount, dry_powder: str = "0.15", *, over_delegation: bool = False) -> Fleet:
         master = await self.desk.agent(usdc)
         async with self.desk.database.transaction(ACTOR) as tx:
-            return await fleets.create(tx, master, "Alpha", Decimal(dry_powder))
+            return await fleets.create(tx, master, "Alpha", Decimal(dry_powder), over_delegation=over_delegation)
 
     async def member(self, fleet: Fleet, max_margin: Amount, agent_id: str | None = None, **terms: Any) -> str:
         joining = agent_id or await self.desk.agent()

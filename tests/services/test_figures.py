@@ -22,7 +22,8 @@ from app.services import heartbeat
 from app.services.figures import accounts, backtest, books, calls, clearing, every, fleets, lending, webhooks
 from app.services.figures.accounts import Endangered as Shown
 from app.services.figures.keep import Figure, Keeper, Values, gauge
-from app.services.fleets import Terms, invite
+from app.services.fleet_terms import Terms
+from app.services.fleets import invite
 from app.settings import Settings
 from tests.services.calls import BREACH, PRICES, Calls
 from tests.services.clearing import Clearing
@@ -399,7 +400,7 @@ async def test_escrows_and_agreements_and_what_goes_wrong_with_them(database: Da
 async def test_fleets_as_one_and_what_is_left_of_them(database: Database) -> None:
     """Two fleets: of 10,000 with 3,000 drawn, 1,500 kept dry; and of 1,000, all of it within reach."""
     squadron = Squadron(Desk(database))
-    first, second = await squadron.fleet(10_000), await squadron.fleet(1_000, "0.5")
+    first, second = await squadron.fleet(10_000), await squadron.fleet(1_000, "0.5", over_delegation=True)
     member = await squadron.member(first, 8_000)
     for fleet, most in ((first, 100), (second, 2_000)):
         await squadron.member(fleet, most)

@@ -18,7 +18,7 @@ from app.services import agreements, book, delegation, escrows, fleet_pool, flee
 from app.services.agreements import NewAgreement
 from app.services.delegation import Pair
 from app.services.escrows import NewEscrow
-from app.services.fleets import Terms
+from app.services.fleet_terms import Terms
 from app.services.lending import NewOffer
 from app.services.margin import Scene, Scenes
 from app.services.market_cache import MarketCache

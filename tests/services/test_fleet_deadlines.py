@@ -20,6 +20,7 @@ from app.services.fleet_watch import needy
 from app.services.lending import NewOffer, Wanted
 from app.services.netting import NewObligation
 from app.services.wallet import Names
+from tests.services.calls import RULES
 from tests.services.desk import ACTOR
 from tests.services.muster import FALLEN, PRICES, Muster
 from tests.services.squadron import Squadron
@@ -172,7 +173,7 @@ async def test_a_call_that_is_woken_while_it_is_decided_on_stays_awake(muster: M
         assert seen is not None
         assert seen.next_action_at is not None
         async with database.transaction(ACTOR) as ending:
-            await calls.wake(ending, [member])
+            await calls.wake(ending, [member], "")
         await calls.save(deciding, seen, replace(seen, next_action_at=seen.next_action_at + timedelta(seconds=30)))
     assert member in await muster.due()
 
@@ -186,7 +187,7 @@ async def test_a_call_that_expires_while_its_fleets_ends_is_looked_at_again(squa
 
     async def end() -> None:
         async with database.transaction(ACTOR) as ending:
-            await calls.wake(ending, [member])
+            await calls.wake(ending, [member], "")
 
     async with database.transaction(ACTOR) as deciding:
         decided = await margin_calls.decide(deciding, squadron.scenes, member, muster.rules)
@@ -197,6 +198,148 @@ async def test_a_call_that_expires_while_its_fleets_ends_is_looked_at_again(squa
             await asyncio.sleep(0.01)
     await ended
     assert member in await muster.due()
+
+
+async def _about_to_be_called(squadron: Squadron) -> tuple[Muster, str]:
+    """A fleet under a call, and a member without grace whose loss, as of now, has not been seen yet."""
+    muster = await Muster.gathered(squadron, grace=0)
+    late = muster.pooled[2]
+    await squadron.desk.deposit(late, "USDC", 2_000)  # 9,720 of 11,900, and of all 26,700 of 30,500
+    await muster.crash({"BTC": "48000", "ETH": "2700", "SOL": "55"})
+    assert (await muster.calls.only(muster.fleet.master_id)).state == "open"
+    assert await muster.calls.calls(late) == []
+    await squadron.desk.prices({"ETH": "2550"})  # 9,180 of 10,100
+    await squadron.desk.deposit(muster.fleet.master_id, "USDC", 50_000)
+    return muster, late
+
+
+async def _is_soon(muster: Muster, member: str) -> bool:
+    """Whether a member's call is looked at within a second, and not after half a minute."""
+    await muster.calls.pass_time(member, 1)
+    return member in await muster.due()
+
+
+async def test_a_call_that_is_made_while_its_fleets_ends_is_looked_at_within_a_second(squadron: Squadron) -> None:
+    """Its fleet's call is over, and not committed: whoever ends it can't see, nor wake, the one that waits for it."""
+    muster, late = await _about_to_be_called(squadron)
+    database, rules, master = squadron.desk.database, muster.rules, muster.fleet.master_id
+    async with database.transaction(ACTOR) as ending:
+        ended = await margin_calls.decide(ending, squadron.scenes, master, rules)
+        assert ended.told == ("margin_call.cured",)
+        assert (await muster.decide(late)).told == ("margin_call.opened", "margin_call.expired")
+    assert (await muster.calls.only(late)).state == "expired"
+    assert await _is_soon(muster, late)
+
+
+async def test_whoever_ends_a_fleets_call_waits_for_those_that_are_about_to_wait_for_it(squadron: Squadron) -> None:
+    muster, late = await _about_to_be_called(squadron)
+    database, rules, master = squadron.desk.database, muster.rules, muster.fleet.master_id
+    async with database.transaction(ACTOR) as waiting:
+        decided = await margin_calls.decide(waiting, squadron.scenes, late, rules)
+        assert decided.told == ("margin_call.opened", "margin_call.expired")
+        ending = asyncio.create_task(muster.decide(master))
+        while not (ending.done() or await _waits_for_a_lock(database)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (await ending).told == ("margin_call.cured",)
+    assert late in await muster.due()
+
+
+async def test_who_waits_for_a_call_that_is_never_made_is_looked_at_within_a_second(muster: Muster) -> None:
+    """The pool is in breach as a member's call runs out, and no more when its master is decided on."""
+    master, member = muster.fleet.master_id, muster.pooled[2]
+    await muster.squadron.desk.prices(FALLEN)
+    decided = await muster.decide(member)
+    assert decided.told == ("margin_call.opened", "margin_call.expired")
+    assert decided.named == (master,)
+    await muster.squadron.desk.deposit(master, "USDC", 50_000)
+    assert (await muster.decide(master)).told == ()
+    assert await _is_soon(muster, member)
+
+
+async def _overdue_once(muster: Muster) -> None:
+    """Have a master begin to be sold, of two positions, whose own call has waited for one of its fleet's."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await squadron.desk.deposit(master, "USDC", 300_000)
+    await squadron.desk.deposit(muster.pooled[2], "USDC", 20_000)
+    await squadron.order(master, "buy", "12.6")
+    await squadron.order(master, "buy", 10, "ETH-PERP")
+    await muster.crash({"BTC": "55500"})
+    await muster.set(master, grace_period_seconds=900)
+    await muster.crash()
+    assert (await muster.calls.only(master)).cause == "fleet"
+    await muster.calls.pass_time(master, 301)
+
+
+async def test_a_master_is_sold_once_its_time_is_over_however_its_pool_trembles(muster: Muster) -> None:
+    """Its own call has waited for one of the fleet's: what it began to sell then it sells before the next one."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await _overdue_once(muster)
+    await squadron.desk.prices(SAVED)
+    assert (await muster.decide(master)).told[-1] == "liquidation.executed"
+    assert list(await muster.calls.sizes(master)) == ["BTC-PERP"], "there is more to be sold"
+    await squadron.desk.prices(FALLEN)
+    assert (await muster.pool()).is_breached
+    told = await muster.settle([master])
+    assert [kind for agent, kind in told if agent == master][:2] == ["liquidation.executed", "liquidation.completed"]
+    assert await muster.calls.utilization(master) <= 0.75 + 1e-9
+    assert {call.cause for call in await muster.calls.calls(master) if call.state == "completed"} == {"utilization"}
+
+
+async def test_a_venue_that_fills_nothing_of_its_master_holds_up_no_fleet(muster: Muster) -> None:
+    """As many requests as an operator is spared, 30 s each; then the fleet is called all the same."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await _overdue_once(muster)
+    await muster.set(master, execution="venue")
+    await squadron.desk.prices(SAVED)
+    assert (await muster.decide(master)).told[-1] == "liquidation.requested"
+    await squadron.desk.prices(FALLEN)
+    told: list[str] = []
+    for _ in range(RULES.venue_attempts + 1):
+        assert (await muster.calls.calls(master))[0].cause == "utilization"
+        await muster.calls.pass_time(master, 31)
+        told += (await muster.decide(master)).told
+    assert told == [*["liquidation.requested"] * RULES.venue_attempts, "margin_call.opened"]
+    assert (await muster.calls.calls(master))[0].cause == "fleet"
+
+
+async def test_a_master_that_has_waited_for_no_fleets_call_gives_way_to_it(muster: Muster) -> None:
+    """Its own time is over for the first time when the pool is in breach too: members come first."""
+    master = muster.fleet.master_id
+    await _master_in_breach(muster)
+    before = await muster.sold()
+    await muster.calls.pass_time(master, 301)
+    await muster.squadron.desk.prices(FALLEN)
+    await muster.decide(master)
+    call = await muster.calls.only(master)
+    assert (call.cause, call.state) == ("fleet", "open")
+    assert await muster.sold() == before
+
+
+async def test_a_member_waits_for_one_call_of_its_fleet_and_for_no_other(squadron: Squadron) -> None:
+    """It is past its own deadline when its fleet's call is cured, and the pool is in breach again at once."""
+    muster = await Muster.gathered(squadron, grace=200)
+    master, [waited, other] = muster.fleet.master_id, muster.pooled[2:]
+    await squadron.desk.deposit(other, "USDC", 3_000)  # 6,480 of 7,725
+    await muster.crash()
+    for agent_id in muster.everybody:
+        await muster.calls.pass_time(agent_id, 201)
+    told = [(agent, kind) for agent, kind in await muster.settle() if agent in muster.pooled]
+    assert told == [(agent, "margin_call.expired") for agent in muster.pooled[:3]]
+    await squadron.desk.prices(SAVED)
+    assert (await muster.decide(master)).told == ("margin_call.cured",)
+    await squadron.desk.prices(FALLEN | {"BTC": "34000"})  # 23,880 of 22,200, and 19,965 when one is sold
+    assert (await muster.pool()).is_breached
+    told = await muster.settle([waited])
+    assert [kind for agent, kind in told if agent == waited][-1] == "liquidation.completed"
+    assert {agent for agent, *_ in await muster.sold()} == {waited, muster.isolated}
+    # who comes into breach only now has waited for nobody yet
+    assert (await muster.calls.calls(master))[0].state == "open"
+    await muster.settle([other])
+    await muster.calls.pass_time(other, 201)
+    older = "UPDATE margin_calls SET ended_at = ended_at - interval '201 s' WHERE ended_at IS NOT NULL RETURNING 1"
+    await squadron.desk.rows(older)
+    assert [kind for agent, kind in await muster.settle([other]) if agent == other] == ["margin_call.expired"]
+    assert other not in {agent for agent, *_ in await muster.sold()}
 
 
 async def _waits_for_a_lock(database: Database) -> bool:

@@ -136,7 +136,7 @@ async def test_drift_is_told_once_when_it_begins_and_once_when_it_is_over(watche
 
 async def test_drift_is_held_to_the_parameter_and_looked_at_once_a_minute(watched: Watched) -> None:
     squadron = watched.squadron
-    fleet = await squadron.fleet(100_000)
+    fleet = await squadron.fleet(100_000, over_delegation=True)
     await squadron.order(await squadron.member(fleet, 50_000), "buy", "0.3")
     await squadron.order(await squadron.member(fleet, 50_000), "buy", "4", "ETH-PERP")
     await post(watched, 0.1)
@@ -156,10 +156,42 @@ async def test_drift_is_held_to_the_parameter_and_looked_at_once_a_minute(watche
     assert [e["limit"] for e in await watched.told(fleet, "fleet.drift")] == [0.3]
 
 
+async def test_drift_that_cannot_be_computed_is_told_of_once_and_tried_less_and_less_often(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The closes are away for the looks at 0 s and at 60 s, and back from then on: the next one is at 180 s."""
+    squadron, [watch, _] = watched.squadron, watched.watches
+    fleet, clock = await squadron.fleet(100_000), [0.0]
+    member = await squadron.member(fleet, 50_000)
+    await squadron.order(member, "buy", "0.3")
+    await squadron.order(member, "buy", "4", "ETH-PERP")
+    await post(watched, 0.1)
+    watch.drift.clock, watch.drift.every_seconds = (lambda: clock[0]), 60.0
+    caplog.set_level("INFO", "app.services")
+
+    async def drifted_at(seconds: float) -> int:
+        clock[0] = seconds
+        await watch.look(EVERYTHING)
+        return len(await watched.told(fleet, "fleet.drift"))
+
+    def said() -> list[str]:
+        return [record.message for record in caplog.records if "drift" in record.message]
+
+    await watched.execute("ALTER TABLE daily_closes RENAME TO away")
+    assert [await drifted_at(seconds) for seconds in (0, 1, 59, 60)] == [0] * 4
+    await watched.execute("ALTER TABLE away RENAME TO daily_closes")
+    assert len(said()) == 1
+    assert f"the drift of {fleet.id} can't be computed" in said()[0]
+    assert watched.metrics.registry.get_sample_value("primerisk_fleet_drift_failures_total") == 1
+    assert watched.metrics.registry.get_sample_value("primerisk_decision_failures_total") == 0
+    assert [await drifted_at(seconds) for seconds in (120, 179, 180)] == [0, 0, 1]
+    assert said()[1:] == [f"the drift of {fleet.id} can be computed again"]
+
+
 async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watched) -> None:
     """At 49,500 the fleet is in ORANGE: 14,850 of margin on 19,500. No worker has looked when it is calm again."""
     squadron = watched.squadron
-    fleet = await squadron.fleet(30_000, "0.2")
+    fleet = await squadron.fleet(30_000, "0.2", over_delegation=True)
     await squadron.order(await squadron.member(fleet, 30_000), "buy", 1)
     await watched.look()
     assert [e["zone"] for e in await watched.told(fleet)] == ["YELLOW"]
@@ -188,7 +220,7 @@ async def test_a_zone_is_told_once_and_an_emergency_ends_with_it(watched: Watche
 async def test_a_live_call_is_an_emergency_in_every_zone(watched: Watched) -> None:
     """Long and short of one coin net as one, GREEN, and are margined by themselves: 43,200 of 45,000."""
     squadron = watched.squadron
-    fleet = await squadron.fleet(45_000, "0")
+    fleet = await squadron.fleet(45_000, "0", over_delegation=True)
     for side in ("buy", "sell"):
         await squadron.order(await squadron.member(fleet, 30_000), side, 1)
     await squadron.desk.prices({"BTC": "72000"})
@@ -241,10 +273,34 @@ async def test_a_stale_price_of_one_member_lets_nobody_else_down(watched: Watche
     assert (await squadron.get(fleet)).zone == "GREEN", "that waits for all prices"
 
 
+async def test_what_a_fleet_cannot_spare_is_not_asked_for_by_each_of_a_crowd(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three lack 750 each and the fleet has 101 left: that is found out once. Who lacks no more is stood by."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(14_200, "0", over_delegation=True)
+    crowd = [await squadron.member(fleet, 9_000, liquidation_priority=2) for _ in range(3)]
+    small = await squadron.member(fleet, 9_000, liquidation_priority=1)
+    for member in crowd:
+        await squadron.order(member, "buy", "0.2")  # 12,000, of which .375 are drawn
+    await squadron.order(small, "buy", "0.0266")
+    await squadron.desk.prices({"BTC": "54000"})
+    for member in (*crowd, small):
+        await watched.decide(member)
+    before = await squadron.drawn(fleet)
+    caplog.set_level("INFO", "app.services.fleet_watch")
+    await watched.watches[0].look(EVERYTHING)
+    refused = [record.message for record in caplog.records if record.message.startswith("nothing is drawn")]
+    assert len(refused) == 1
+    assert refused[0].endswith("fleet_exhausted")
+    after = await squadron.drawn(fleet)
+    assert {agent for agent in after if after[agent] > before[agent]} == {small}
+
+
 async def test_one_fleet_at_fault_is_no_others(watched: Watched) -> None:
     """The zone of the first fleet can't be written: the second one's is told all the same."""
     squadron = watched.squadron
-    found = [await squadron.fleet(30_000) for _ in range(2)]
+    found = [await squadron.fleet(30_000, over_delegation=True) for _ in range(2)]
     for fleet in found:
         await squadron.order(await squadron.member(fleet, 30_000), "buy", 1)
     first, second = sorted(found, key=lambda fleet: fleet.id)
@@ -307,7 +363,7 @@ async def test_what_a_stale_price_hides_is_given_back_once_it_is_fresh(watched: 
 async def test_a_call_that_is_made_meanwhile_keeps_all_where_it_is(watched: Watched) -> None:
     """A worker has read the fleet while it was sound; before it has the locks the fleet is called."""
     squadron = watched.squadron
-    fleet = await squadron.fleet(30_000, "0")
+    fleet = await squadron.fleet(30_000, "0", over_delegation=True)
     idle, busy = await squadron.member(fleet, 3_000), await squadron.member(fleet, 30_000)
     await squadron.order(idle, "buy", "0.1")
     await squadron.desk.order(idle, "sell", "0.1", reduce_only=True)

@@ -12,7 +12,8 @@ from sqlalchemy import URL
 from app.db.session import Database
 from app.errors import ConflictError, NotFoundError
 from app.services import fleets
-from app.services.fleets import Fleet, Terms
+from app.services.fleet_terms import Terms
+from app.services.fleets import Fleet
 from tests.database import make_settings
 from tests.services.desk import ACTOR, Desk
 from tests.services.squadron import Squadron
@@ -47,7 +48,7 @@ async def check(squadron: Squadron, fleet: Fleet, most: Decimal) -> dict[str, De
 
 @pytest.mark.parametrize("_", range(3))
 async def test_fifty_members_at_once_leave_the_dry_powder_alone(squadron: Squadron, _: int) -> None:
-    fleet = await squadron.fleet(10_000)
+    fleet = await squadron.fleet(10_000, over_delegation=True)
     members = [await squadron.member(fleet, 250) for _ in range(50)]
 
     async def take(agent_id: str, amount: int) -> str:
@@ -141,7 +142,7 @@ async def test_services_and_reduce_only(squadron: Squadron) -> None:
 
 
 async def test_released_dry_powder_is_reached_until_it_is_restored(squadron: Squadron) -> None:
-    fleet = await squadron.fleet(1_000, "0.2")
+    fleet = await squadron.fleet(1_000, "0.2", over_delegation=True)
     member = await squadron.member(fleet, 5_000)
     await squadron.reserve(member, 800)
     with pytest.raises(ConflictError) as refused:

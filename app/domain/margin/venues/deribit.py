@@ -151,7 +151,8 @@ def coin_pnl(unit: Unit, table: Matrix, p: DeribitParameters) -> Floats:
 def dampened(pnl: Floats, relief: Floats, offset: float) -> Floats:
     """Return P&L in coin (S,) drawn towards 0 by the dampener `relief` (S,), in coin, and gains times the offset."""
     value = np.sign(pnl) * np.maximum(np.abs(pnl) - relief, 0.0)
-    return np.where(value > 0.0, offset * value, value)
+    counted: Floats = np.where(value > 0.0, offset * value, value) + 0.0  # no loss of -0.0 is shown
+    return counted
 
 
 def roll_rates(years: Floats, p: DeribitParameters) -> Floats:

@@ -18,10 +18,19 @@ from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import VOLATILITY_LEAST, YEAR_DAYS, Unit, check_expiries, numbered, units
+from app.domain.margin.venues.unit import (
+    VOLATILITY_LEAST,
+    YEAR_DAYS,
+    YEAR_SECONDS,
+    Unit,
+    check_expiries,
+    holdings,
+    numbered,
+    units,
+)
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET
-from app.domain.portfolio import Options, Portfolio, Rows, sums, total
+from app.domain.portfolio import Flags, Options, Portfolio, Rows, sums, total
 from app.domain.record import record
 from app.domain.scenarios import floored
 
@@ -35,8 +44,9 @@ _UP, _SAME, _DOWN, _LINEAR, _ABSOLUTE = range(5)
 class DeriveParameters(VenueParameters):
     """Factors of one underlying. Moves and rates are fractions; a year is 365 days.
 
-    `edge_moves` are shocked with volatility up alone, `moves` with it up, same and down; `tails` are (move, weight),
-    volatility up. Discounts of an expiry's shocked value V': `long_` where V' >= 0, `short_` where V' < 0.
+    `edge_moves` are shocked with volatility up alone, `moves` with it down, same and up; `tails` are (move, weight),
+    volatility up. Discounts of an expiry's shocked value V': `long_` where V' >= 0, `short_` where V' < 0. Options
+    settle at the mean price of their last `settlement_seconds`.
     """
 
     edge_moves: tuple[float, ...] = bounded((0.18, -0.18), -1.0, 10.0)
@@ -52,11 +62,12 @@ class DeriveParameters(VenueParameters):
     term_power_short: float = bounded(0.30, 0.0, 2.0)
     term_power_long: float = bounded(0.13, 0.0, 2.0)
     long_discount: float = bounded(0.95, 0.0, 1.0)
-    long_rate_multiple: float = bounded(1.0, 0.0, 2.0)
-    long_rate_add: float = bounded(0.08, 0.0, 2.0)
+    long_rate_multiple: float = bounded(1.0, 0.0, 10.0)
+    long_rate_add: float = bounded(0.08, 0.0, 10.0)
     short_premium: float = bounded(1.04, 1.0, 10.0)
-    short_rate_multiple: float = bounded(0.5, 0.0, 2.0)
-    short_rate_add: float = bounded(0.08, 0.0, 2.0)
+    short_rate_multiple: float = bounded(0.5, 0.0, 10.0)
+    short_rate_add: float = bounded(0.08, 0.0, 10.0)
+    settlement_seconds: float = bounded(1_800.0, 1.0, 86_400.0)
     basis_move: float = bounded(0.045, 0.0, 1.0)
     basis_factor: float = bounded(0.5, 0.0, 10.0)
     basis_factor_annual: float = bounded(2.0, 0.0, 10.0)
@@ -129,9 +140,9 @@ class Scenarios:
 
 @lru_cache(maxsize=SCENARIOS_KEPT)
 def scenarios(parameters: DeriveParameters) -> Scenarios:
-    """Return the edge upwards, the inner moves with volatility up, same and down, the edge downwards, tails, skews."""
+    """Return the edge upwards, the inner moves with volatility down, same and up, the edge downwards, tails, skews."""
     edges = [(move, _UP, 1.0) for move in parameters.edge_moves]
-    inner = [(move, vol, 1.0) for move in parameters.moves for vol in (_UP, _SAME, _DOWN)]
+    inner = [(move, vol, 1.0) for move in parameters.moves for vol in (_DOWN, _SAME, _UP)]
     tails = [(move, _UP, weight) for move, weight in parameters.tails]
     skews = [(0.0, _LINEAR, 1.0), (0.0, _ABSOLUTE, 1.0)]
     moves, vols, weights = np.array([*edges[:1], *inner, *edges[1:], *tails, *skews]).T + 0.0  # -0 is 0 to the cache
@@ -169,14 +180,19 @@ def skew_moves(moneyness: Floats, years: Floats, parameters: DeriveParameters) -
 def static_discounts(options: Options, parameters: DeriveParameters) -> tuple[Floats, Floats]:
     """Return what multiplies a shocked value (O,), where its expiry's is >= 0 and where it is < 0.
 
-    .95·e^(-T(r + .08)) and min(1/D, 1.04·e^(T(.5r + .08))), D = e^(-rT), r no lower than 0: that of Derive's contracts
-    is unsigned, and below it a discount would make options worth more.
+    .95·e^(-T(r + .08)) and min(1/D, 1.04·e^(T(.5r + .08))), D = e^(-rT). The venue's rate is never below 0: such a one
+    counts as 0.
     """
     p, years = parameters, options.years
-    carry = np.maximum(-np.log(options.discount), 0.0)  # r·T
+    carry = np.maximum(0.0, -np.log(options.discount))  # r·T
     long = p.long_discount * np.exp(-(p.long_rate_multiple * carry + p.long_rate_add * years))
     short = p.short_premium * np.exp(p.short_rate_multiple * carry + p.short_rate_add * years)
     return long, np.minimum(np.exp(carry), short)
+
+
+def unsettled(options: Options, parameters: DeriveParameters) -> Floats:
+    """Return the part (O,) of the price that an option settles at which is not known yet: T / window, at most 1."""
+    return np.minimum(1.0, options.years * YEAR_SECONDS / parameters.settlement_seconds)
 
 
 def scenario_pnl(unit: Unit, shocks: Scenarios, parameters: DeriveParameters) -> Floats:
@@ -187,7 +203,7 @@ def scenario_pnl(unit: Unit, shocks: Scenarios, parameters: DeriveParameters) ->
     options = unit.options
     vol_moves = np.array([parameters.volatility_up, 0.0, -parameters.volatility_down, 0.0, 0.0])[shocks.vols]
     iv = volatilities(options, parameters)[:, shocks.vols]
-    pnl = unit.pnl(shocks.moves, vol_moves, iv)
+    pnl = unit.pnl(shocks.moves, vol_moves, iv, unsettled(options, parameters))
     if len(options):
         before = options.value[:, None]
         expiry = np.unique(options.years, return_inverse=True)[1].reshape(-1)
@@ -212,7 +228,7 @@ def basis_pnl(unit: Unit, parameters: DeriveParameters) -> Floats:
     if not dated.size:
         return np.zeros(len(unit))
     moves = floored(np.array([parameters.basis_move, -parameters.basis_move]))
-    each = unit.pnl(moves, np.zeros(2), unit.options.iv[:, None])[dated]
+    each = unit.pnl(moves, np.zeros(2), unit.options.iv[:, None], unsettled(unit.options, parameters))[dated]
     years, group = np.unique(expiry[dated], return_inverse=True)
     group = group.reshape(-1)
     by_expiry = _by_group(group, each)
@@ -256,22 +272,25 @@ class Contingencies:
         return {name: total(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
-def contingencies(unit: Unit, sizes: Floats, confidence: float | None, parameters: DeriveParameters) -> Contingencies:
+def contingencies(
+    unit: Unit, sizes: Floats, spot: Flags, confidence: float | None, parameters: DeriveParameters
+) -> Contingencies:
     """Return the contingencies at the unit's spot; `sizes` (m,) are notionals in units of the underlying.
 
-    On the net of each perpetual or future and on the net short options of each strike and expiry, at their rates; for
-    oracles below the least confidence (1 - confidence) x notional.
+    `spot` (m,) tells holdings of the coin, which is collateral and pays its haircut. On the net of each perpetual or
+    future and on the net short options of each strike and expiry, at their rates; for oracles below the least
+    confidence (1 - confidence) x notional.
     """
-    p, spot = parameters, unit.spot()
-    delta_one = _net_parts(unit.instruments(), _coins(unit)) * spot
-    short = _short_parts(unit) * spot
+    p, price = parameters, unit.spot()
+    delta_one = _net_parts(unit.instruments(), np.where(spot, 0.0, _coins(unit))) * price
+    short = _short_parts(unit) * price
     doubt = 1.0 - confidence if confidence is not None and confidence < p.confidence_least else 0.0
     return Contingencies(
         perpetual=p.perpetual_rate * delta_one,
         short_option=p.short_option_rate * short,
         perpetual_initial=p.perpetual_rate_initial * delta_one,
         short_option_initial=p.short_option_rate_initial * short,
-        confidence_initial=doubt * spot * sizes,
+        confidence_initial=doubt * price * sizes,
     )
 
 
@@ -310,7 +329,7 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
     binding = worst_scenario(by_scenario)
     worst = pnl[:, binding] if by_scenario[binding] <= total(basis) else basis
     sizes = portfolio.notional[unit.rows] / unit.marks()
-    extra = contingencies(unit, sizes, inputs.confidence, parameters)
+    extra = contingencies(unit, sizes, holdings(unit, portfolio, terms.parameters), inputs.confidence, parameters)
     haircut_initial, haircut = inputs.collateral_initial or 0.0, inputs.collateral_maintenance or 0.0
     stable = terms.stable_prices.get(CASH_ASSET, 1.0)
     factor_initial = parameters.loss_factor_initial + stable_add(stable, parameters)

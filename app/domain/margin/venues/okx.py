@@ -16,11 +16,11 @@ import numpy as np
 from app.domain.black76 import VOLATILITY_MIN, Floats
 from app.domain.computed import computed
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
-from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
+from app.domain.margin.venues.report import AccountCharge, Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import AMOUNT_MAX, VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import Unit, check_expiries, term_scale, units
+from app.domain.margin.venues.unit import Unit, check_expiries, holdings, settlement_asset, term_scale, units
 from app.domain.margin.venues.venue import Venue
-from app.domain.parameters import DEFAULT_ASSET, MarketParameters
+from app.domain.parameters import DEFAULT_ASSET
 from app.domain.portfolio import Flags, Portfolio, Rows, sums, total
 from app.domain.record import record
 from app.domain.scenarios import floored
@@ -68,7 +68,8 @@ class OkxParameters(VenueParameters):
 class OkxInputs(VenueInputs):
     """What OKX charges on a risk unit beyond its positions, USD, and the index price in the contracts' quote currency.
 
-    MR2 theta decay, MR3 vega term structure, MR5 interest rate, MR8 borrowing, MR9 stablecoin depegging.
+    MR2 theta decay, MR3 vega term structure, MR5 interest rate, MR8 borrowing, as maintenance and as initial margin
+    (the same where left out), MR9 stablecoin depegging.
     """
 
     index_price: float | None = bounded(None, 1e-12, AMOUNT_MAX)
@@ -76,7 +77,13 @@ class OkxInputs(VenueInputs):
     mr3: float | None = bounded(None)
     mr5: float | None = bounded(None)
     mr8: float | None = bounded(None)
+    mr8_initial: float | None = bounded(None)
     mr9: float | None = bounded(None)
+
+    def contradictions(self) -> Iterable[tuple[str, str]]:
+        """Yield an initial margin of borrowing below its maintenance margin, or without one."""
+        if self.mr8_initial is not None and (self.mr8 is None or self.mr8_initial < self.mr8):
+            yield "mr8_initial", "mr8_initial needs mr8, and must not be less."
 
 
 _MAJOR = OkxParameters(
@@ -158,24 +165,6 @@ def minimum_charge(raw: float, tiers: Sequence[tuple[float, float]]) -> float:
     )
 
 
-def settlement_asset(symbol: str, parameters: MarketParameters) -> str | None:
-    """Return the stablecoin that a contract is quoted in, as USDT of BTC-USDT-SWAP; None where it is none."""
-    for quoted in symbol.replace("/", "-").split("-")[1:2]:
-        if quoted in parameters.assets and parameters.asset(quoted).kind == "stable":
-            return quoted
-    return None
-
-
-def is_spot(symbol: str, underlying: str, parameters: MarketParameters) -> bool:
-    """Whether a symbol is the coin itself: as listed, else by its name, as BTC, BTC-USDT or BTC/USD."""
-    listed = parameters.instruments.get(symbol)
-    if listed is not None:
-        return listed.kind == "spot"
-    base, *quoted = symbol.replace("/", "-").split("-")
-    in_dollars = quoted == ["USD"] or (len(quoted) == 1 and settlement_asset(symbol, parameters) is not None)
-    return base == underlying and (not quoted or in_dollars)
-
-
 @record(frozen=True, slots=True)
 class Charges:
     """MR1 to MR9 of one unit, USD >= 0; MR8 is the account's."""
@@ -243,7 +232,7 @@ def stress_pnl(unit: Unit, shocks: Scenarios, at_index: Floats, parameters: OkxP
 
     `at_index` (m,) is what a contract is worth at the index over what it is worth at its mark, both USD.
     """
-    shocked = replace(unit, exposure=unit.exposure * at_index)
+    shocked = replace(unit, exposure=unit.exposure * at_index, gamma=unit.gamma * at_index)
     pnl = shocked.pnl(shocks.moves, shocks.vol_moves, shocked_volatilities(unit, shocks, parameters))
     pnl *= shocks.weights
     return pnl
@@ -253,8 +242,7 @@ def _unit_margin(unit: Unit, portfolio: Portfolio, terms: MarginTerms) -> UnitMa
     check_expiries(unit, terms.parameters)
     parameters, inputs = OKX.parameters_of(terms.parameters, unit.name), OKX.inputs_of(terms, unit.name)
     settle = _settlement_prices(unit.symbols, terms)
-    plain = (np.abs(portfolio.delta[unit.rows]) == 1.0) & (unit.gamma == 0.0) & (unit.vega == 0.0)
-    deltas = _deltas(unit, plain, settle, terms.parameters)
+    deltas = _deltas(unit, holdings(unit, portfolio, terms.parameters), settle)
     shocks = scenarios(parameters)
     index = inputs.index_price or unit.price
     at_index = np.where(np.isnan(unit.mark) | np.isnan(index), 1.0, index / unit.mark)
@@ -307,13 +295,12 @@ def _shares(charges: Charges, unit: Unit, deltas: _Deltas, basis: Floats, losses
     return stress + basis + unit.spread * charges.supplied
 
 
-def _deltas(unit: Unit, plain: Flags, settle: Floats, market: MarketParameters) -> _Deltas:
-    """Return the Δ of the unit; greeks positions, which are not `plain` (m,), are no spot whatever their symbol."""
+def _deltas(unit: Unit, spot: Flags, settle: Floats) -> _Deltas:
+    """Return the Δ of the unit; `spot` (m,) tells holdings of the coin itself."""
     each = unit.exposure * settle
     if len(unit.options):
         each[unit.options.row] = unit.options.dollar_delta()
-    spot = {symbol for symbol in set(unit.symbols) if is_spot(symbol, unit.name, market)}
-    keys, bucket = buckets(unit, plain & np.array([symbol in spot for symbol in unit.symbols], dtype=np.bool_))
+    keys, bucket = buckets(unit, spot)
     return _Deltas(each, unit.instruments(), bucket, keys)
 
 
@@ -326,36 +313,41 @@ def _settlement_prices(symbols: Sequence[str], terms: MarginTerms) -> Floats:
     return np.array([known[symbol] for symbol in symbols], dtype=np.float64)
 
 
-def _borrowing(terms: MarginTerms) -> dict[str, float]:
-    """Return MR8 by underlying or asset, USD, where it is supplied: it is the account's, with or without a position."""
-    each = {name: OKX.inputs_of(terms, name).mr8 for name in terms.venues.get(OKX.name, {})}
-    return {name: charge for name, charge in each.items() if charge is not None}
+def _borrowed(terms: MarginTerms) -> dict[str, OkxInputs]:
+    """Return the inputs of each underlying or asset that MR8 is supplied of."""
+    given = {name: OKX.inputs_of(terms, name) for name in terms.venues.get(OKX.name, {})}
+    return {name: inputs for name, inputs in given.items() if inputs.mr8 is not None}
+
+
+def _borrowing(terms: MarginTerms) -> AccountCharge:
+    """Return MR8: it is the account's, and as initial margin the same unless more is supplied."""
+    supplied = _borrowed(terms)
+    kept = sum((inputs.mr8 or 0.0 for inputs in supplied.values()), 0.0)
+    initial = sum((inputs.mr8_initial or inputs.mr8 or 0.0 for inputs in supplied.values()), 0.0)
+    return AccountCharge(initial, kept, {"mr8": kept, "mr8_initial": initial}, supplied.keys())
 
 
 def _not_modelled(unit: Unit, inputs: OkxInputs, terms: MarginTerms) -> tuple[str, ...]:
     """Return what was not supplied, and OKX's own table of volatility moves where the unit has a volatility."""
-    supplied = {"index_price"} if not _borrowing(terms) else {"index_price", "mr8"}
-    absent = tuple(name for name in inputs.missing if name not in supplied)
+    borrowed = _borrowed(terms)
+    charges = [name for name in inputs.missing if name not in {"index_price", "mr8", "mr8_initial"}]
+    if not borrowed:
+        charges.append("mr8")
+    elif any(each.mr8_initial is None for each in borrowed.values()):
+        charges.append("mr8_initial")
     shocked = len(unit.options) > 0 or np.count_nonzero(unit.vega) > 0
-    return (*absent, "mr1_volatility_table") if shocked else absent
+    return (*sorted(charges), "mr1_volatility_table") if shocked else tuple(sorted(charges))
 
 
 def okx(portfolio: Portfolio, terms: MarginTerms) -> MarginResult:
     """Return MMR = Σ over underlyings of max(max(MR1, MR2, MR6) + MR3 + MR4 + MR5 + MR9, MR7) + MR8.
 
-    IMR = Σ initial factor x MMR + MR8. MR8 is on the account: that of every underlying and asset it is supplied for.
+    IMR = Σ initial factor x MMR + MR8. MR8 is on the account: that of every underlying and asset it is supplied for; as
+    initial margin it may be more.
     """
     margins = [_unit_margin(unit, portfolio, terms) for unit in units(portfolio)]
-    borrowing = _borrowing(terms)
-    return report(
-        OKX,
-        portfolio,
-        terms,
-        margins,
-        Layout("stress", Charges.__slots__),
-        account={"mr8": sum(borrowing.values(), 0.0)},
-        used=borrowing.keys(),
-    )
+    layout = Layout("stress", Charges.__slots__)
+    return report(OKX, portfolio, terms, margins, layout, account=_borrowing(terms))
 
 
 OKX = Venue("okx", okx, OkxParameters, OkxInputs, MappingProxyType(_published()))

@@ -15,13 +15,15 @@ from app.domain.black76 import VOLATILITY_MIN, Floats
 from app.domain.margin.result import MarginResult, MarginTerms, Worst, worst_scenario
 from app.domain.margin.venues.report import Label, Layout, UnitMargin, report
 from app.domain.margin.venues.terms import VenueInputs, VenueParameters, bounded
-from app.domain.margin.venues.unit import Unit, term_scale, units
+from app.domain.margin.venues.unit import YEAR_SECONDS, Unit, term_scale, units
 from app.domain.margin.venues.venue import Venue
 from app.domain.parameters import DEFAULT_ASSET
 from app.domain.portfolio import Options, Portfolio, Rows, sums
 from app.domain.scenarios import floored
 
 UP, DOWN = 0.40, -0.22
+SETTLEMENT_SECONDS = 1_800.0
+"""Over which the price is averaged that an option settles at."""
 
 SCENARIOS = (
     (0.16, UP, 1.0),
@@ -108,6 +110,13 @@ def minimum_shares(deltas: Floats, instrument: Rows, p: ParadexParameters) -> Fl
     return ((p.net_delta_rate - half) * whole + half * own) * deltas
 
 
+def left_out(options: Options, p: ParadexParameters) -> tuple[str, ...]:
+    """Return what the venue does to options beyond the rule: a floor of volatility, and less P&L as they settle."""
+    lacks_floor = len(options) > 0 and p.volatility_floor == 0.0
+    settles = bool(np.any(options.years * YEAR_SECONDS < SETTLEMENT_SECONDS))
+    return (*(("volatility_floor",) if lacks_floor else ()), *(("settlement_average",) if settles else ()))
+
+
 def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs) -> UnitMargin:
     """Return one underlying's margin, USD: IM = max(scan, minimum) + provisions, MM = fraction x max + provisions."""
     each = scan(unit, p)
@@ -140,7 +149,7 @@ def unit_margin(unit: Unit, p: ParadexParameters, inputs: ParadexInputs) -> Unit
         },
         initial_share=share + unit.spread * provisions,
         maintenance_share=p.maintenance_fraction * share + unit.spread * provisions,
-        not_modelled=inputs.missing,
+        not_modelled=(*inputs.missing, *left_out(unit.options, p)),
         worst=Worst("scan", binding, float(pnl[binding])) if scanned else Worst("minimum_delta", None, -minimum),
     )
 

@@ -18,9 +18,9 @@ from app.domain.portfolio import Portfolio
 from app.domain.record import record
 from app.errors import invalid, pointer_to
 
-NO_CHARGE: Mapping[str, float] = {}
-SCENARIO_CELLS_MAX = 250_000
-"""Underlyings x scenarios that a result shows: of underlyings with scenarios of their own a square."""
+SCENARIOS_MAX = 1_000
+"""Scenarios of one reply: each is a column of every underlying, and each underlying may have its own."""
+NO_NOTES: Mapping[str, Figure] = {}
 
 
 class Label(NamedTuple):
@@ -62,6 +62,22 @@ class Layout:
     in_vol_ranges: bool = False
 
 
+@record(frozen=True, slots=True)
+class AccountCharge:
+    """What a venue asks of an account as a whole, USD, and the figures by name that it comes from.
+
+    `of` are the underlyings and assets that it takes inputs of, with or without a position.
+    """
+
+    initial: float
+    maintenance: float
+    figures: Mapping[str, float]
+    of: Collection[str]
+
+
+NO_CHARGE = AccountCharge(0.0, 0.0, {}, ())
+
+
 def report(
     venue: Venue[Any, Any],
     portfolio: Portfolio,
@@ -69,13 +85,11 @@ def report(
     margins: Sequence[UnitMargin],
     layout: Layout,
     *,
-    account: Mapping[str, float] = NO_CHARGE,
-    used: Collection[str] = (),
-    notes: Mapping[str, Figure] = NO_CHARGE,
+    account: AccountCharge = NO_CHARGE,
+    notes: Mapping[str, Figure] = NO_NOTES,
 ) -> MarginResult:
     """Return the result of the units' margins, which add up: a venue nets nothing across underlyings.
 
-    `account` are charges, USD, on the account as a whole, `used` what they take inputs of, with or without a position.
     A figure is 0 for an underlying without an open position.
     """
     initial_share, maintenance_share = np.zeros(len(portfolio)), np.zeros(len(portfolio))
@@ -84,17 +98,16 @@ def report(
         maintenance_share[margin.unit.rows] = margin.maintenance_share
     columns = _columns(portfolio, margins)
     table, by_unit, binding = _scenarios(venue.name, portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
-    extra = sum(account.values())
-    absent = _unused(venue, terms, {m.unit.name for m in margins}, used)
+    absent = _unused(venue, terms, {m.unit.name for m in margins}, account.of)
     return MarginResult(
         model=venue.name,
-        initial_margin=sum(m.initial for m in margins) + extra,
-        maintenance_margin=sum(m.maintenance for m in margins) + extra,
+        initial_margin=sum(m.initial for m in margins) + account.initial,
+        maintenance_margin=sum(m.maintenance for m in margins) + account.maintenance,
         position_initial=initial_share,
         position_maintenance=maintenance_share,
         per_underlying={**columns, "worst_index": binding, "scenario_pnl": by_unit},
         parameters={m.unit.name: venue.parameters_of(terms.parameters, m.unit.name) for m in margins},
-        add_ons={**{name: sum(m.figures[name] for m in margins) for name in layout.charges}, **account},
+        add_ons={**{name: sum(m.figures[name] for m in margins) for name in layout.charges}, **account.figures},
         worst=_worst(margins, layout.rule, binding),
         scenarios=table,
         notes={**notes, **({"unused_inputs": ", ".join(absent)} if absent else {})},
@@ -134,21 +147,13 @@ def _columns(portfolio: Portfolio, margins: Sequence[UnitMargin]) -> dict[str, F
     return columns
 
 
-def _check_cells(venue: str, underlyings: int, scenarios: int) -> None:
-    if underlyings * scenarios > SCENARIO_CELLS_MAX:
-        detail = (
-            f"{underlyings} underlyings x {scenarios} scenarios, over the limit of {SCENARIO_CELLS_MAX}: "
-            "give fewer of them scenarios of their own"
-        )
-        raise invalid(pointer_to("market", "venues", venue), "too_much_work", detail)
-
-
 def _scenarios(
     venue: str, portfolio: Portfolio, margins: Sequence[UnitMargin], *, in_vol_ranges: bool
 ) -> tuple[ScenarioTable | None, Floats, Floats]:
     """Return the scenarios that the units have, each table once, their P&L by unit (J, S), and which binds each (J,).
 
-    Units whose parameters lay out other scenarios add theirs behind; a scenario is NaN for the units without it.
+    Units whose parameters lay out other scenarios add theirs behind; a scenario is NaN for the units without it. Raises
+    InvalidError `too_many_items` for more than the limit.
     """
     starts: dict[tuple[Label, ...], int] = {}
     labels: list[Label] = []
@@ -156,7 +161,9 @@ def _scenarios(
         if margin.labels not in starts:
             starts[margin.labels] = len(labels)
             labels += margin.labels
-    _check_cells(venue, len(portfolio.prices), len(labels))
+    if len(labels) > SCENARIOS_MAX:
+        detail = f"at most {SCENARIOS_MAX} scenarios among all underlyings, not {len(labels)}"
+        raise invalid(pointer_to("market", "venues", venue), "too_many_items", detail)
     by_unit = np.full((len(portfolio.prices), len(labels)), np.nan)
     binding = np.full(len(portfolio.prices), np.nan)
     for margin in margins:

@@ -10,10 +10,11 @@ import numpy as np
 from app.domain import black76
 from app.domain.black76 import Floats
 from app.domain.parameters import MarketParameters
-from app.domain.portfolio import Options, Portfolio, Rows
+from app.domain.portfolio import Flags, Options, Portfolio, Rows
 from app.errors import invalid, pointer_to
 
 YEAR_DAYS = 365.0
+YEAR_SECONDS = YEAR_DAYS * 86_400.0
 UNIT_MILLISECONDS = 0.4
 """Roughly what a venue's margin of one underlying takes of one core, options aside, on small machines."""
 VOLATILITY_LEAST = 1e-9
@@ -74,10 +75,11 @@ class Unit:
         years[self.options.row] = self.options.years
         return years
 
-    def pnl(self, moves: Floats, vol_moves: Floats, iv: Floats) -> Floats:
+    def pnl(self, moves: Floats, vol_moves: Floats, iv: Floats, moving: Floats | None = None) -> Floats:
         """Return each position's profit and loss (m, S), USD, at relative price moves (S,).
 
-        `vol_moves` (S,) are the greeks positions', `iv` (O, S) the options' volatilities.
+        `vol_moves` (S,) are the greeks positions', `iv` (O, S) the options' volatilities, `moving` (O,) what part of
+        an option's forward moves: all of it unless given.
         """
         pnl: Floats = self.exposure[:, None] * moves
         if np.count_nonzero(self.gamma):
@@ -85,7 +87,8 @@ class Unit:
         if np.count_nonzero(self.vega):
             pnl += self.vega[:, None] * vol_moves
         if len(self.options):
-            pnl[self.options.row] = self.options.values(moves, iv) - self.options.value[:, None]
+            own = moves if moving is None else moves * moving[:, None]
+            pnl[self.options.row] = self.options.values(own, iv) - self.options.value[:, None]
         return pnl
 
 
@@ -130,6 +133,35 @@ def check_expiries(unit: Unit, market: MarketParameters) -> None:
         if instrument is not None and instrument.kind == "future" and instrument.expires_at is None:
             pointer = pointer_to("market", "instruments", symbol, "expiry")
             raise invalid(pointer, "missing_expiry", f"nothing says when the future {symbol} expires")
+
+
+def settlement_asset(symbol: str, parameters: MarketParameters) -> str | None:
+    """Return the stablecoin that a contract is quoted in, as USDT of BTC-USDT-SWAP; None where it is none."""
+    for quoted in symbol.replace("/", "-").split("-")[1:2]:
+        if quoted in parameters.assets and parameters.asset(quoted).kind == "stable":
+            return quoted
+    return None
+
+
+def is_spot(symbol: str, underlying: str, parameters: MarketParameters) -> bool:
+    """Whether a symbol is the coin itself: as listed, else by its name, as BTC, BTC-USDT or BTC/USD."""
+    listed = parameters.instruments.get(symbol)
+    if listed is not None:
+        return listed.kind == "spot"
+    base, *quoted = symbol.replace("/", "-").split("-")
+    in_dollars = quoted == ["USD"] or (len(quoted) == 1 and settlement_asset(symbol, parameters) is not None)
+    return base == underlying and (not quoted or in_dollars)
+
+
+def holdings(unit: Unit, portfolio: Portfolio, market: MarketParameters) -> Flags:
+    """Return which positions (m,) are the coin itself, by what its symbol is listed as or named.
+
+    A greeks position is one only where it is as good as the coin: of delta one, without gamma and vega.
+    """
+    spot = {symbol for symbol in set(unit.symbols) if is_spot(symbol, unit.name, market)}
+    plain = (np.abs(portfolio.delta[unit.rows]) == 1.0) & (unit.gamma == 0.0) & (unit.vega == 0.0)
+    held: Flags = plain & np.array([symbol in spot for symbol in unit.symbols], dtype=np.bool_)
+    return held
 
 
 def numbered(keys: Sequence[Hashable]) -> Rows:
