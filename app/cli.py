@@ -236,7 +236,8 @@ def quote(
     as_json: Annotated[bool, typer.Option("--json", help="the reply as the API gives it")] = False,
 ) -> None:
     """Quote the margin of a portfolio, offline, with the parameters that the package ships."""
-    raw, settings = _read(file), read_settings()
+    settings = read_settings()
+    raw = _read(file, settings.body_bytes_max)
 
     from app import console  # noqa: PLC0415
 
@@ -252,7 +253,8 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
 ) -> None:
     """Write a portfolio's risk report, one page of HTML with pictures, offline."""
-    raw, settings = _read(file), read_settings()
+    settings = read_settings()
+    raw = _read(file, settings.body_bytes_max)
 
     from app import report_file  # noqa: PLC0415
 
@@ -279,14 +281,16 @@ def demo(
     course.demo(seed, seconds, there)
 
 
-def _read(file: Path) -> bytes:
-    """Return what a file holds, - being standard input. Raises StartupError."""
-    if str(file) == "-":
-        return sys.stdin.buffer.read()
+def _read(file: Path, bytes_max: int) -> bytes:
+    """Return what a file holds, - being standard input. Raises StartupError, also for more than the API takes."""
     try:
-        return file.read_bytes()
+        with sys.stdin.buffer if str(file) == "-" else file.open("rb") as source:
+            raw = source.read(bytes_max + 1)
     except OSError as error:
         raise StartupError(f"{file}: {error.strerror}") from None
+    if len(raw) > bytes_max:
+        raise StartupError(f"{file}: a portfolio has at most {bytes_max} bytes")
+    return raw
 
 
 if __name__ == "__main__":

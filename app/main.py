@@ -196,7 +196,11 @@ def _retentions(settings: Settings) -> tuple[retention.Retention, ...]:
 async def _refused_parameters(_: Request, error: Exception) -> Response:
     """Answer a refused query parameter as a refused field of a body is answered."""
     raised: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
-    errors = tuple(FieldError(pointer_to(str(e["loc"][-1])), _field_code(e["type"]), str(e["msg"])) for e in raised)
+    # ("query", "models", 0): what comes after the kind of parameter leads to the item
+    where = [pointer_to(*map(str, e["loc"][1:])) for e in raised]
+    errors = tuple(
+        FieldError(pointer, _field_code(e["type"]), str(e["msg"])) for pointer, e in zip(where, raised, strict=True)
+    )
     detail = errors[0].detail if errors else "refused"
     return problems.problem_response(InvalidError(detail=detail, code="invalid_parameter", errors=errors))
 

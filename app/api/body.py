@@ -10,8 +10,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Generic, TypeVar, cast
 
@@ -31,11 +31,11 @@ Moment = Annotated[str, Meta(max_length=40, extra_json_schema={"format": "date-t
 """A time as text, read by `moment`: re-encoded it keeps its spelling, which the hunt for hidden keys relies on."""
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
-_PATH = re.compile(r"^(?P<message>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
+_PATH = re.compile(r"(?P<message>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _ANY_KEY = "..."
-_UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
-_MISSING = re.compile(r"missing required field `(?P<name>[^`]*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
 _MESSAGE_MAX = 200
 _COUNTED_BYTES_MAX = 8_192
 """Bodies below this are counted faster by `bytes.count`."""
@@ -79,12 +79,20 @@ class EncodedResponse(Response):
 
 
 def moment(text: str, pointer: str) -> datetime:
-    """Return the time of an RFC 3339 text. Raises InvalidError, also for one without a zone."""
+    """Return the time of an RFC 3339 text. Raises InvalidError, also for one without a zone.
+
+    One that has no year in UTC is the first or the last that there is, so that whoever asks can convert it.
+    """
     if _RFC3339.fullmatch(text):
         try:
-            return datetime.fromisoformat(text.upper())
+            found = datetime.fromisoformat(text.upper())
+            found.astimezone(UTC)
         except ValueError:
             pass  # such as the 30th of February: refused like any other text below
+        except OverflowError:
+            return (datetime.min if found.year == 1 else datetime.max).replace(tzinfo=UTC)
+        else:
+            return found
     raise invalid(pointer, "invalid_value", "a time is written like 2026-12-25T08:00:00Z, with its zone")
 
 
@@ -132,51 +140,80 @@ class Body(Generic[T]):
 
     def _refused(self, raw: bytes, text: str) -> InvalidError:
         """Return the refusal with a pointer to the field, taken from the decoder's message."""
-        match = _PATH.match(text)
-        message, path = (match["message"], match["path"] or "") if match else (text, "")
-        steps = [name or index for name, index in _STEP.findall(path)]
+        match = _PATH.fullmatch(text)
+        message, path = (match["message"], match["path"]) if match else (text, "")
+        steps = [None if index == _ANY_KEY else name or index for name, index in _STEP.findall(path)]
         code = "invalid_value"
-        if unknown := _UNKNOWN.search(message):
+        if unknown := _UNKNOWN.fullmatch(message):
             code, steps = "unknown_field", [*steps, unknown["name"]]
-        elif absent := _MISSING.search(message):
+        elif absent := _MISSING.fullmatch(message):
             code, steps = "missing_field", [*steps, absent["name"]]
-        elif "out of range" in message:
+        elif message.endswith("out of range"):
             code = "number_out_of_range"
-        if _ANY_KEY in steps:
-            return self._refused_entry(raw, steps, code, message)
-        return invalid(pointer_to(*steps), code, _cut(message))
+        where = self._found(raw, steps) if None in steps else cast("list[str]", steps)
+        return invalid(pointer_to(*where), code, _cut(message))
 
-    def _refused_entry(self, raw: bytes, steps: list[str], code: str, message: str) -> InvalidError:
-        """Return the refusal of an object's entry, whose key the decoder leaves out: it is looked for.
+    def _found(self, raw: bytes, steps: _Steps) -> list[str]:
+        """Return the steps with the keys of objects, which the decoder leaves out; up to the first that is not found.
 
-        The decoder stopped there, so that what follows may be no JSON, or hold the same keys again.
+        The decoder stopped there, so that what follows may be no JSON, or hold the same keys again. The message, and
+        so the steps, may hold the caller's own text.
         """
-        plain = _plain(_second_look(raw, "the body is malformed"))
-        while _ANY_KEY in steps:
-            at = steps.index(_ANY_KEY)
-            steps[at] = self._refused_key(plain, steps[:at])
-        return invalid(pointer_to(*steps), code, _cut(message))
+        document = _plain(_second_look(raw, "the body is malformed"))
+        told = self._refusal(document)
+        found: list[str] = []
+        for step in steps:
+            key = self._refused_key(document, found, told) if step is None else step
+            if key is None:
+                break
+            found.append(key)
+        return found
 
-    def _refused_key(self, document: Any, steps: list[str]) -> str:
-        """Return the key of the object at `steps` whose value is refused, found by halving its keys."""
-        parent = document
-        for step in steps[:-1]:
-            parent = parent[int(step)] if isinstance(parent, list) else parent[step]
-        entries: dict[str, Any] = parent[steps[-1]]
+    def _refused_key(self, document: Any, steps: list[str], told: str | None) -> str | None:
+        """Return the key of the object at `steps` whose value is refused, found by halving its keys; None without one.
+
+        Only what is told of the whole document counts: another value may be refused for another reason.
+        """
+        parent = _value_at(document, steps[:-1])
+        place = _place(parent, steps[-1]) if steps else None
+        entries = None if place is None else parent[place]
+        if told is None or not isinstance(entries, dict) or not entries:
+            return None
         while len(entries) > 1:
             items = list(entries.items())
             half = dict(items[: len(items) // 2])
-            parent[steps[-1]] = half
-            entries = half if self._refuses(document) else dict(items[len(items) // 2 :])
-        parent[steps[-1]] = entries
-        return next(iter(entries))
+            parent[place] = half
+            entries = half if self._refusal(document) == told else dict(items[len(items) // 2 :])
+        parent[place] = entries
+        return cast("str", next(iter(entries)))
 
-    def _refuses(self, document: Any) -> bool:
+    def _refusal(self, document: Any) -> str | None:
         try:
             msgspec.convert(document, self.type, strict=False)
-        except msgspec.ValidationError:
-            return True
-        return False
+        except msgspec.ValidationError as error:
+            return str(error)
+        return None
+
+
+_Steps = Sequence[str | None]
+"""Names and indices of a path, None for a key that the decoder leaves out."""
+
+
+def _place(parent: Any, step: str) -> str | int | None:
+    """Return what a step is to its object or array, None where there is no such value."""
+    if isinstance(parent, list):
+        return int(step) if step.isdecimal() and int(step) < len(parent) else None
+    return step if isinstance(parent, dict) and step in parent else None
+
+
+def _value_at(document: Any, steps: Sequence[str]) -> Any:
+    """Return the value at a path, None without one."""
+    for step in steps:
+        place = _place(document, step)
+        if place is None:
+            return None
+        document = document[place]
+    return document
 
 
 def _cut(message: str) -> str:
@@ -213,6 +250,8 @@ def _second_look(raw: bytes, message: str) -> Any:
     """Return the document, in which no key stands twice. Raises InvalidError, or BadRequestError with the message."""
     try:
         document = _parse(raw)
+        if b"\\u" in raw:
+            _check_text(document)
     except ValueError:
         raise BadRequestError(detail=message, code="not_json") from None
     _check_keys(document)
@@ -230,6 +269,15 @@ def _malformed(raw: bytes, message: str) -> BadRequestError | InvalidError:
 
 def _too_deep() -> InvalidError:
     return invalid("", "nested_too_deeply", "the JSON is nested too deeply")
+
+
+def _check_text(document: Any) -> None:
+    """Refuse half a surrogate pair, which can't be said again in a reply. Raises ValueError."""
+    for value, _ in _walk(document):
+        texts = [name for name, _ in value] if isinstance(value, _Pairs) else [value]
+        for text in texts:
+            if isinstance(text, str):
+                text.encode()
 
 
 def _check_keys(document: Any) -> None:

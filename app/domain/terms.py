@@ -252,8 +252,9 @@ def _place(terms: PositionTerms, parameters: MarketParameters) -> _Placed:
     """Return the rows at their markets, each distinct (symbol, underlying) resolved once."""
     code, keys = terms.markets
 
+    few = len(keys) <= REMEMBERED_MARKETS_MAX
+
     def make() -> _Placed:
-        few = len(keys) <= REMEMBERED_MARKETS_MAX
         markets = parameters.remembered(keys, resolve) if few else resolve()
         at = np.array(code, dtype=np.intp)
         return _Placed(
@@ -268,7 +269,9 @@ def _place(terms: PositionTerms, parameters: MarketParameters) -> _Placed:
     def resolve() -> _Markets:
         return _resolve(keys, code, parameters)
 
-    return parameters.remembered(("rows", code, keys), make) if len(code) <= REMEMBERED_ROWS_MAX else make()
+    # rows hold their markets, so that many markets are no more kept under them than by themselves
+    is_kept = few and len(code) <= REMEMBERED_ROWS_MAX
+    return parameters.remembered(("rows", code, keys), make) if is_kept else make()
 
 
 def _unwritable(column: NDArray[S]) -> NDArray[S]:

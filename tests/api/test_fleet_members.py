@@ -402,7 +402,7 @@ async def test_a_venues_model_is_told_where_it_is_asked_for(service: Service) ->
     btc = await service.quote(positions=held[:1], models=["deribit"])
     assert float(alone[0]) == pytest.approx(btc["models"]["deribit"]["initial_margin"])
     refused = await fleet.lead.send("GET", f"{path}?models=kraken")
-    problem(refused, 422, "invalid_parameter")
+    problem(refused, 422, "invalid_parameter", "/models/0")
     parts = service.app.state.parts
     scarce = parts.settings.model_copy(update={"quote_milliseconds_max": 4.0})  # two models of three units are 4.8 ms
     service.app.state.parts = replace(parts, settings=scarce)

@@ -47,6 +47,32 @@ def _with(spelled: str | bytes) -> bytes:
     return b'{"positions":[],' + (spelled if isinstance(spelled, bytes) else spelled.encode()) + b"}"
 
 
+DOTS = [
+    Case("dots for a name", _with('"...":1'), 422, "unknown_field", "/..."),
+    Case("dots for a name in an object", _with('"market":{"...":1}'), 422, "unknown_field", "/market/..."),
+    Case("dots for a name in a position", _linear("...", "1"), 422, "unknown_field", "/positions/0/..."),
+    Case("dots for an asset", _with('"market":{"assets":{"...":{}}}'), 422, "invalid_value", "/market/assets"),
+    Case("dots within an entry", _with('"market":{"assets":{"A":{},"B":{"...":1}}}'), 422, "unknown_field",
+         "/market/assets/B/..."),
+    Case("a name that ends as a path", _with('"x` - at `$.market[...]":1'), 422, "unknown_field"),
+    Case("a name that ends as the path of all", _with('"x` - at `$[...]":1'), 422, "unknown_field"),
+    Case("a name that ends as a path into a list", _with('"x` - at `$.positions[...]":1'), 422, "unknown_field"),
+    Case("a name that holds a path", _linear("x` - at `$.market[...]` - at `$[...]", "1"), 422, "unknown_field"),
+    Case("a value that ends as a path", _linear("side", '"x` - at `$.market[...]`"'), 422, "invalid_value",
+         "/positions/0/side"),
+    Case("a value that is told as a name", _linear("side", '"Object contains unknown field `x`"'), 422, "invalid_value",
+         "/positions/0/side"),
+    Case("half a pair behind a refusal", _with(r'"market":{"prices":{"A":"x"}},"name":"\ud800"'), 400, "not_json"),
+    Case("half a pair for a name", _with(r'"market":{"prices":{"A":"x","\udfff":1}}'), 400, "not_json"),
+    Case("half a pair for a name, twice", _with(r'"market":{"prices":{"\ud800":1,"\ud800":1}}'), 400, "not_json"),
+    Case("two entries refused", _with('"market":{"prices":{"A":1,"B":0,"C":-1}}'), 422, "invalid_value",
+         "/market/prices/B"),
+    Case("entries refused for two reasons", _with('"market":{"assets":{"A":{},"B":{"haircut":[]}},"prices":{"B":0}}'),
+         422, "invalid_value", "/market/assets/B/haircut"),
+    Case("an entry before another refusal", _with('"market":{"prices":{"A":1,"B":1,"C":0}},"as_of":1'), 422,
+         "invalid_value", "/market/prices/C"),
+]  # fmt: skip
+"""Names and values that look like what the decoder says of a path."""
 NOT_JSON = [
     Case("not JSON", b"positions=1", 400, "not_json"),
     Case("empty", b"", 400, "not_json"),
@@ -199,6 +225,8 @@ MEANING = [
     Case("expiry in the year 9999", _option(expiry="9999-12-31T23:59:59Z"), 422, "expiry_too_far", EXPIRY),
     Case("expiry past the year 9999", _option(expiry="9999-12-31T23:59:59-10:00"), 422, "expiry_too_far", EXPIRY),
     Case("expiry before the year 1", _option(expiry="0001-01-01T00:00:00+10:00"), 422, "option_expired", EXPIRY),
+    Case("expiry of nothing", _option(expiry=""), 422, "invalid_value", EXPIRY),
+    Case("expiry of nothing, of a linear position", _linear("expiry", '""'), 422, "invalid_value", EXPIRY),
     Case("expiry on no day", _option(expiry="2027-02-30T00:00:00Z"), 422, "invalid_value", EXPIRY),
     Case("as_of in the year 9999", _positions(LINEAR, as_of="9999-12-31T00:00:00Z"), 422, "invalid_as_of", "/as_of"),
     Case("as_of before the year 1", _positions(LINEAR, as_of="0001-01-01T00:00:00+10:00"), 422, "invalid_as_of",
@@ -244,7 +272,7 @@ MEANING = [
          "/scenarios/0/price_move"),
 ]  # fmt: skip
 
-TABLE = [*NOT_JSON, *NUMBERS, *DUPLICATES, *REFUSED_ENTRIES, *SHAPES, *LIMITS, *MEANING]
+TABLE = [*NOT_JSON, *DOTS, *NUMBERS, *DUPLICATES, *REFUSED_ENTRIES, *SHAPES, *LIMITS, *MEANING]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)

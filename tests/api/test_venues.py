@@ -96,6 +96,24 @@ async def test_what_is_said_of_no_position_is_told(shared: Service) -> None:
     assert found["unused_inputs"] == "ETH, SOL"
 
 
+@pytest.mark.parametrize(
+    ("symbol", "others", "unused"),
+    [
+        ("SOL-PERP", {"parameters": {"price_range": 0.3}}, None),
+        ("BTC-PERP", {"parameters": {"price_range": 0.3}}, "default"),  # it has its own
+        ("SOL-PERP", {"parameters": {"price_range": 0.3}, "mmp": 1}, "default"),
+    ],
+)
+@SHARED
+async def test_parameters_of_all_others_are_used(
+    shared: Service, symbol: str, others: dict[str, Any], unused: str | None
+) -> None:
+    body = {"positions": [LINEAR | {"symbol": symbol}], "models": ["deribit"], "market": {}}
+    found = await model(shared, body, deribit={"default": others})
+    assert found.get("unused_inputs") == unused
+    assert found["parameters"][symbol[:3]]["price_range"] == (0.3 if symbol == "SOL-PERP" else 0.16)
+
+
 @SHARED
 async def test_paradex(shared: Service) -> None:
     row = {"symbol": "BTC-USD-PERP", "side": "long", "size": 1, "mark_price": 70000}
@@ -143,6 +161,8 @@ async def test_hostile_bodies(shared: Service, venues: dict[str, Any], code: str
         ("BTC-X", {"kind": "future"}, "missing_expiry", "/market/instruments/BTC-X/expiry"),
         ("BTC-X", {"kind": "future", "expiry": "soon"}, "invalid_value", "/market/instruments/BTC-X/expiry"),
         ("BTC-X", {"kind": "future", "expiry": "2300-01-01T00:00:00Z"}, "out_of_range", "/expiry"),
+        ("BTC-X", {"kind": "future", "expiry": "9999-12-31T23:59:59-10:00"}, "out_of_range", "/expiry"),
+        ("BTC-X", {"kind": "future", "expiry": "0001-01-01T00:00:00+10:00"}, "out_of_range", "/expiry"),
         ("BTC-X", {"expiry": "2030-01-01T00:00:00Z"}, "not_allowed", "/market/instruments/BTC-X/expiry"),
     ],
 )
@@ -154,6 +174,20 @@ async def test_what_lacks_is_named(
     body = {"positions": [LINEAR | {"symbol": position}], "models": ["deribit"], "market": market}
     refused = problem(await shared.post(MARGIN, json=body), 422, code)
     assert pointer in refused["errors"][0]["pointer"]
+
+
+@SHARED
+async def test_underlyings_with_scenarios_of_their_own_are_limited(shared: Service) -> None:
+    """All are shown to every underlying, so that a reply would grow as their square."""
+    rows = [LINEAR | {"symbol": f"A{k}-PERP", "mark_price": 100} for k in range(200)]
+
+    def body(first_move: float) -> dict[str, Any]:
+        units = {f"A{k}": {"parameters": {"extended_moves": [k * first_move + 1]}} for k in range(200)}
+        return {"positions": rows, "models": ["deribit"], "market": {"venues": {"deribit": units}}}
+
+    refused = problem(await shared.post(MARGIN, json=body(0.01)), 422, "too_many_items")
+    assert refused["errors"][0]["pointer"] == "/market/venues/deribit"
+    assert len((await shared.quote(**body(0)))["models"]["deribit"]["scenarios"]) == 28
 
 
 @SHARED

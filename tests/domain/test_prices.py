@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from weakref import ref
 
 import pytest
 
 from app.domain.collateral import CollateralTerms
 from app.domain.margin.result import MarginTerms
-from app.domain.prices import StoredPrice
+from app.domain.parameters import MarketParameters
+from app.domain.prices import PriceFinder, StoredPrice
 from app.domain.quote import QuoteTerms, margin_quote
+from app.domain.terms import build_portfolio
 from app.errors import InvalidError
 from tests.domain.book import NOW, Book, Holding, Row, book, columns, greeks, linear, option
 
@@ -237,3 +240,17 @@ def test_the_mark_of_a_dated_future_does_not_go_before_the_stored_price() -> Non
     made_up = linear("BTC-FOO", "long", 1e-9, mark_price=1e9)
     quote = Book(rows=(made_up,), held=(Holding("BTC", 1.0),), prices={}).quote(stored=STORED)
     assert quote.prices["BTC"].source == "stored"
+
+
+def test_a_book_on_many_markets_is_not_kept() -> None:
+    """Only its caller holds its tables, a correlation for each pair of underlyings among them."""
+    shipped = MarketParameters()
+    for count, is_kept in ((3, True), (200, False)):
+        rows = [linear(f"A{k}-PERP", "long", 1.0, mark_price=100.0) for k in range(count)]
+        terms, tables = columns(rows), []
+        for _ in range(2):
+            table = build_portfolio(terms, shipped, PriceFinder(shipped, {}, {}), NOW).underlyings
+            assert table.stress.shape == (count, count)
+            tables.append(ref(table))
+            del table
+        assert [found() is not None for found in tables] == [is_kept, is_kept]

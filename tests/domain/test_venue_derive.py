@@ -113,6 +113,16 @@ def test_short_options_net_by_strike_and_expiry(rows: Sequence[tuple[str, str, f
     assert unit_figure(result, "short_option_initial") == pytest.approx(short * 3_000.0 * 0.002)
 
 
+@pytest.mark.parametrize("rate", [-0.2, -0.05, 0.0, 0.05])
+def test_a_discount_earns_nothing(rate: float) -> None:
+    """Below a rate of 0 as above: a short option in the money takes nothing off, a long one keeps a loss of 5 %."""
+    perpetual = linear("ETH-PERP", "long", 100.0)
+    short = option("ETH", "put", "short", 1.0, 30_000.0, 365.0, 0.7, rate=rate)
+    assert margined("derive", perpetual, short).initial_margin > margined("derive", perpetual).initial_margin
+    long = margined("derive", option("ETH", "call", "long", 1.0, 300.0, 365.0, 0.7, rate=rate))
+    assert unit_figure(long, "loss") > 0.05 * unit_figure(long, "mark_to_market")
+
+
 def test_strikes_do_not_net() -> None:
     rows = option("ETH", "call", "short", 1.0, 3_100.0, 30, 0.7), option("ETH", "call", "long", 1.0, 3_200.0, 30, 0.7)
     assert unit_figure(margined("derive", *rows), "short_option") == pytest.approx(9.0)

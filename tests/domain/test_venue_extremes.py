@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from app.domain.margin.result import MarginResult
+from app.domain.margin.venues import deribit, derive, okx
 from app.domain.margin.venues.derive import DeriveParameters
 from app.domain.margin.venues.registry import VENUES
 from app.domain.margin.venues.terms import VenueInputs, VenueParameters
@@ -107,6 +108,19 @@ def test_figures_are_numbers(name: str) -> None:
         assert result.position_initial.sum() == pytest.approx(of_positions, rel=1e-6, abs=1e-9 * scale)
 
     check()
+
+
+def test_a_zero_of_either_sign_is_shown_as_the_same() -> None:
+    """Both are one set of parameters, so that whoever asks first would choose what all others are shown."""
+    for zero in (-0.0, 0.0):
+        tables = [
+            deribit.matrix(deribit.DeribitParameters(extended_moves=(zero,))).labels,
+            okx.scenarios(okx.OkxParameters(extreme_move=zero)).labels,
+            derive.scenarios(derive.DeriveParameters(edge_moves=(zero,), tails=((zero, zero),))).labels,
+        ]
+        assert all(
+            math.copysign(1.0, figure) == 1.0 for table in tables for label in table for figure in label if not figure
+        )
 
 
 def test_scenarios_of_all_underlyings_are_limited() -> None:

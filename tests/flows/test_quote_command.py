@@ -65,7 +65,7 @@ def test_what_is_no_portfolio_is_one_line(place: Home, content: bytes, word: str
 
 
 def test_files_that_can_not_be_read(place: Home) -> None:
-    for name in ("no-such.json", "."):
+    for name in ("no-such.json", ".", "/dev/zero"):
         done = place.run("quote", name)
         assert (done.returncode, done.stderr.decode().count("\n")) == (1, 1), done.stderr.decode()
         assert name in done.stderr.decode()

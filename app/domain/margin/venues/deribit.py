@@ -99,14 +99,14 @@ def matrix(p: DeribitParameters) -> Matrix:
     The extended table is valued as if the market stopped at the edge of the range, in the coin of there.
     """
     steps = np.arange(-p.price_buckets, p.price_buckets + 1) / p.price_buckets
-    beyond = np.array(p.extended_moves)
+    beyond = np.array(p.extended_moves) + 0.0  # -0 is 0 to the cache
     within = len(steps) * len(_VOLATILITY_SIDES)
     size, edge = np.abs(beyond), 1.0 + np.sign(beyond) * p.price_range
     share = np.minimum(1.0, p.price_range / np.maximum(size, p.price_range))
     labels = [Label(float(step), side, in_range=True) for step in steps for side in _VOLATILITY_SIDES]
     extended = [
         Label(move, 1.0, float(p.extended_factor * part))
-        for move, part in zip(p.extended_moves, share.tolist(), strict=True)
+        for move, part in zip(beyond.tolist(), share.tolist(), strict=True)
     ]
     return Matrix(
         moves=floored(np.concatenate([np.repeat(steps * p.price_range, len(_VOLATILITY_SIDES)), beyond])),

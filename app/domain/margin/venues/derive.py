@@ -145,7 +145,7 @@ def scenarios(parameters: DeriveParameters) -> Scenarios:
     inner = [(move, vol, 1.0) for move in parameters.moves for vol in (_DOWN, _SAME, _UP)]
     tails = [(move, _UP, weight) for move, weight in parameters.tails]
     skews = [(0.0, _LINEAR, 1.0), (0.0, _ABSOLUTE, 1.0)]
-    moves, vols, weights = np.array([*edges[:1], *inner, *edges[1:], *tails, *skews]).T
+    moves, vols, weights = np.array([*edges[:1], *inner, *edges[1:], *tails, *skews]).T + 0.0  # -0 is 0 to the cache
     return Scenarios(floored(moves), vols.astype(np.intp), weights)
 
 

@@ -128,7 +128,7 @@ def scenarios(parameters: OkxParameters) -> Scenarios:
     vols = parameters.volatility_up, 0.0, -parameters.volatility_down
     grid = [(price, vol, 1.0) for price in prices for vol in vols]
     extremes = [(sign * parameters.extreme_move, 0.0, parameters.extreme_weight) for sign in (-1.0, 1.0)]
-    moves, vol_moves, weights = np.array(grid + extremes).T
+    moves, vol_moves, weights = np.array(grid + extremes).T + 0.0  # -0 is 0 to the cache
     return Scenarios(floored(moves), vol_moves, weights)
 
 

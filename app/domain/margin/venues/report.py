@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from app.domain.black76 import Floats
 from app.domain.margin.result import Figure, MarginResult, MarginTerms, ScenarioTable, Worst
 from app.domain.margin.venues.unit import Unit
 from app.domain.margin.venues.venue import Venue
+from app.domain.parameters import DEFAULT_ASSET
 from app.domain.portfolio import Portfolio
 from app.domain.record import record
 from app.errors import invalid, pointer_to
@@ -95,7 +98,7 @@ def report(
         maintenance_share[margin.unit.rows] = margin.maintenance_share
     columns = _columns(portfolio, margins)
     table, by_unit, binding = _scenarios(venue.name, portfolio, margins, in_vol_ranges=layout.in_vol_ranges)
-    absent = sorted(terms.venues.get(venue.name, {}).keys() - {m.unit.name for m in margins}.union(account.of))
+    absent = _unused(venue, terms, {m.unit.name for m in margins}, account.of)
     return MarginResult(
         model=venue.name,
         initial_margin=sum(m.initial for m in margins) + account.initial,
@@ -110,6 +113,15 @@ def report(
         notes={**notes, **({"unused_inputs": ", ".join(absent)} if absent else {})},
         not_modelled=tuple(dict.fromkeys(name for m in margins for name in m.not_modelled)),
     )
+
+
+def _unused(venue: Venue[Any, Any], terms: MarginTerms, units: AbstractSet[str], used: Collection[str]) -> list[str]:
+    """Return of what the request says something that is not used; of all others, `default`, it can say parameters."""
+    given = terms.venues.get(venue.name, {})
+    others = given.get(DEFAULT_ASSET)
+    has_inputs = others is not None and len(others.missing) < len(fields(others))
+    is_followed = not has_inputs and any(venue.follows_default(terms.parameters, name) for name in units)
+    return sorted(given.keys() - units - {*used, *((DEFAULT_ASSET,) if is_followed else ())})
 
 
 def _worst(margins: Sequence[UnitMargin], rule: str, binding: Floats) -> Worst | None:

@@ -35,8 +35,16 @@ class Venue(Generic[P, I]):
 
     def known(self, market: MarketParameters, underlying: str) -> P | None:
         """Return an underlying's parameters, those for all others where it has none of its own, None without any."""
-        listed = self.listed(market)
-        return listed.get(underlying, listed.get(DEFAULT_ASSET))
+        found = self._own(market, underlying)
+        return self._own(market, DEFAULT_ASSET) if found is None else found
+
+    def _own(self, market: MarketParameters, underlying: str) -> P | None:
+        stored = cast("Mapping[str, P]", market.venues.get(self.name, {}))
+        return stored.get(underlying, self.published.get(underlying))
+
+    def follows_default(self, market: MarketParameters, underlying: str) -> bool:
+        """Whether an underlying has no parameters of its own."""
+        return self._own(market, underlying) is None
 
     def parameters_of(self, market: MarketParameters, underlying: str) -> P:
         """Return an underlying's parameters. Raises InvalidError `missing_parameters` for one without any."""
