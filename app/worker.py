@@ -39,8 +39,15 @@ from app.telemetry import Metrics
 log = logging.getLogger(__name__)
 
 DUE_AT_ONCE_MAX = 200
+DUE_PAUSE, DUE_PAUSE_SECONDS_MAX = 4.0, 2.0
+"""How long that question rests after an answer that took long, as a multiple of it: of 100,000 due it takes .6 s."""
 DECISIONS_AT_ONCE = 4
 OUTAGE_PAUSE_SECONDS = 1.0
+LONG_SECONDS, REST, REST_SECONDS_MAX = 0.2, 2.0, 2.0
+"""From when on a look at a fleet's call that changed nothing took long, and how much longer it is then left alone.
+
+All that happens to its members names its master, and of 1,000 to judge their pool takes .6 s.
+"""
 RETRY_SECONDS, RETRY_SECONDS_MAX = 0.5, 60.0
 """How long an account on which deciding has failed is left alone, at first and at most."""
 TURN_RETRY_SECONDS = 10.0
@@ -86,6 +93,7 @@ class Agenda:
 
     One that is named while it is decided on comes again afterwards. One on which deciding has failed is left alone for
     a while, twice as long after each failure in a row, and then comes by itself: no price may come that would name it.
+    One that has a rest comes after it, if it is named meanwhile.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -96,6 +104,7 @@ class Agenda:
         self._under_way: dict[str, bool | None] = {}
         self._failures: dict[str, int] = {}
         self._again_at: dict[str, float] = {}
+        self._rests: dict[str, float] = {}
         self._any = asyncio.Event()
 
     def __len__(self) -> int:
@@ -108,6 +117,8 @@ class Agenda:
                 self._masters[agent] = master
             if agent in self._under_way:
                 self._under_way[agent] = urgent or bool(self._under_way[agent])
+            elif agent in self._rests:
+                self._again_at[agent] = self._rests[agent]
             elif agent not in self._again_at and (agent not in self._waiting or urgent > self._waiting[agent]):
                 self._waiting[agent] = urgent
                 self._lines[not urgent].append(agent, self._masters.get(agent))
@@ -126,10 +137,12 @@ class Agenda:
             self._any.clear()
             await self._any.wait()
 
-    def done(self, agent: str) -> None:
-        """Note a decision."""
+    def done(self, agent: str, rest: float = 0.0) -> None:
+        """Note a decision, and for how many seconds the account is left alone, whoever names it."""
         self._failures.pop(agent, None)
         named_again = self._under_way.pop(agent)
+        if rest > 0.0:
+            self._rests[agent] = self._clock() + rest
         if named_again is None:
             self._masters.pop(agent, None)
         else:
@@ -148,10 +161,16 @@ class Agenda:
     def recall(self) -> None:
         """Put those on the agenda again who have been left alone for long enough."""
         now = self._clock()
+        self._rests = {agent: moment for agent, moment in self._rests.items() if moment > now}
         again = [agent for agent, moment in self._again_at.items() if moment <= now]
         for agent in again:
             del self._again_at[agent]
         self.add(again, urgent=True)
+
+
+def _rest_after(took: float) -> float:
+    """Return for how long a fleet's call is left alone, a look at which took so many seconds and changed nothing."""
+    return min(REST_SECONDS_MAX, REST * took) if took >= LONG_SECONDS else 0.0
 
 
 class Worker:
@@ -235,10 +254,12 @@ class Worker:
     async def _fire_timers(self) -> None:
         """Name the accounts of this worker whose calls are due."""
         while True:
+            began = time.monotonic()
             async with self._database.transaction(self.id) as tx:
                 due = await calls.due(tx, DUE_AT_ONCE_MAX, self._shards)
+            took = time.monotonic() - began
             self._agenda.add(due, urgent=True, masters=due)
-            await asyncio.sleep(self._settings.worker_poll_seconds)
+            await asyncio.sleep(max(self._settings.worker_poll_seconds, min(DUE_PAUSE_SECONDS_MAX, DUE_PAUSE * took)))
 
     async def _clear(self) -> None:
         """Time out the escrows of this worker's shards, and settle its agreements."""
@@ -305,8 +326,9 @@ class Worker:
                 await self._decide_if_possible(agent_id)
 
     async def _decide_if_possible(self, agent_id: str) -> None:
+        began = time.monotonic()
         try:
-            await self._decide(agent_id)
+            stands_still = await self._decide(agent_id)
         except DatabaseUnavailableError as error:
             log.warning("no decision on an account now: %s", error.code)
             self._agenda.put_off(agent_id, outage=True)
@@ -315,7 +337,8 @@ class Worker:
             log.exception("no decision on %s", agent_id)
             await self._leave_alone(agent_id)
         else:
-            self._agenda.done(agent_id)
+            took = time.monotonic() - began
+            self._agenda.done(agent_id, _rest_after(took) if stands_still else 0.0)
 
     async def _leave_alone(self, agent_id: str) -> None:
         """Put off an account, in the database too: its timer would be due for ever."""
@@ -324,12 +347,15 @@ class Worker:
             async with self._database.transaction(self.id) as tx:
                 await calls.put_off(tx, agent_id, seconds)
 
-    async def _decide(self, agent_id: str) -> None:
+    async def _decide(self, agent_id: str) -> bool:
+        """Decide on an account, and on whose turn it is then; return whether a fleet's call is where it was."""
         decided, is_more = await self._decided(agent_id, None), False
         if decided.turns:
             is_more = await self._take_turns(decided.turns, agent_id)
         if is_more or "liquidation.executed" in decided.told:
             self._agenda.add([agent_id], urgent=True)  # what is next is closed without waiting for the timer
+        is_fleets = decided.call is not None and decided.call.cause == "fleet"
+        return is_fleets and not decided.told and not is_more
 
     async def _take_turns(self, agents: Sequence[str], master_id: str) -> bool:
         """Decide on members under their fleet's call: whether that told of something.

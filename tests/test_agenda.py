@@ -110,3 +110,22 @@ async def test_alone_or_in_a_fleet_all_come_in_their_order() -> None:
     agenda.add("pqr", urgent=True, masters=dict.fromkeys("pqr", "lead"))
     agenda.add("uv", urgent=False, masters={"u": "lead", "v": None})
     assert await _all(agenda) == list("apbqcrdvu")
+
+
+async def test_who_has_a_rest_comes_after_it_if_named_meanwhile() -> None:
+    now = [100.0]
+    agenda = Agenda(lambda: now[0])
+    agenda.add("abc", urgent=True)
+    assert await _all(agenda) == list("abc")
+    agenda.add("b", urgent=False)  # while it is decided on
+    for agent in "abc":
+        agenda.done(agent, rest=2.0)
+    agenda.add("ad", urgent=True)
+    agenda.recall()
+    assert await _all(agenda) == ["d"]
+    now[0] += 2.0
+    agenda.recall()
+    assert sorted(await _all(agenda)) == ["a", "b"], "c was named by nobody"
+    agenda.done("a")
+    agenda.add("ac", urgent=True)
+    assert await _all(agenda) == ["a", "c"]

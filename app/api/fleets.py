@@ -185,8 +185,8 @@ async def patch_fleet(request: Request, led: Leader, fleet_id: str) -> Response:
     fleet = await _fleet(request, led, fleet_id)
 
     async def deed(tx: Tx) -> Reply:
-        allowed = fleet.over_delegation if asked.over_delegation is None else asked.over_delegation
-        return Reply(await _shown(tx, await fleets.allow_over_delegation(tx, fleet, allowed=allowed)))
+        changed = await fleets.allow_over_delegation(tx, fleet, allowed=asked.over_delegation)
+        return Reply(await _shown(tx, changed))
 
     return await once_in(request, led.owner(fleet), deed)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -266,13 +267,21 @@ async def _has_waited(tx: Tx, case: Case, master_id: str) -> bool:
     call = case.call
     if call is None or not call.is_own or call.deadline_at is None or case.scene.now < call.deadline_at:
         return False
-    return await calls.has_ended_since(tx, master_id, call.deadline_at)
+    return await calls.has_waited(tx, call, master_id)
+
+
+def drags_on(call: StoredCall, rules: Rules, now: datetime) -> bool:
+    """Whether a venue fills slice after slice at leisure: past as much time as the rules have for all its requests."""
+    enough = rules.venue_attempts * rules.venue_patience
+    return call.slices > 0 and call.expired_at is not None and now >= call.expired_at + enough
 
 
 async def _goes_first(tx: Tx, case: Case, rules: Rules) -> bool:
     """Whether a master's own call is finished before its fleet's takes its place: while something of it is closed."""
     call = case.call
     if call is None or case.in_doubt or not case.held.settings.auto_liquidate or call.attempts > rules.venue_attempts:
+        return False
+    if case.held.settings.execution == "venue" and drags_on(call, rules, case.scene.now):
         return False
     return (bool(case.targets) or case.waits) and await _has_waited(tx, case, case.held.agent_id)
 

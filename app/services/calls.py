@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Text, bindparam, case, exists, func, insert, null, select, text, union_all, update
+from sqlalchemy import Text, bindparam, case, exists, func, insert, null, or_, select, text, union_all, update
 
 from app.db.fleet_tables import fleet_members, fleets
 from app.db.session import Tx
@@ -143,11 +143,16 @@ async def stands(tx: Tx, master_id: str) -> bool:
     return (await tx.connection.execute(_STANDS, {"master": master_id})).first() is not None
 
 
-async def has_ended_since(tx: Tx, master_id: str, moment: datetime) -> bool:
-    """Tell whether a call of the fleet that an agent leads has ended at a moment or after it."""
-    columns = margin_calls.c
-    ended = (columns.agent_id == master_id, columns.cause == "fleet", columns.ended_at >= moment)
-    return (await tx.connection.execute(select(columns.id).where(*ended).limit(1))).first() is not None
+async def has_waited(tx: Tx, call: StoredCall, master_id: str) -> bool:
+    """Tell whether a call of the fleet that an agent leads has ended at a call's deadline or after it.
+
+    One that began as a turn under the fleet's ended goes on with the deadline that it had before.
+    """
+    fleet, turn = margin_calls.alias().c, margin_calls.alias().c
+    of_turn = turn.fleet_call_id == fleet.id, turn.agent_id == call.agent_id, turn.ended_at == call.noticed_at
+    was_due = fleet.ended_at >= call.deadline_at, exists().where(*of_turn, turn.own_deadline_at <= fleet.ended_at)
+    query = select(fleet.id).where(fleet.agent_id == master_id, fleet.cause == "fleet", or_(*was_due)).limit(1)
+    return (await tx.connection.execute(query)).first() is not None
 
 
 async def turns(tx: Tx, agents: Collection[str]) -> dict[str, StoredCall]:

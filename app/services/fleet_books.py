@@ -6,7 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 
-from sqlalchemy import select
+from sqlalchemy import Text, any_, bindparam, select
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.db.fleet_tables import fleet_members
 from app.db.fleet_tables import fleets as known_fleets
@@ -48,10 +49,14 @@ async def load(tx: Tx, fleet: Fleet) -> FleetBooks:
 
 
 async def masters_of(tx: Tx, agents: Collection[str]) -> dict[str, str]:
-    """Return, of these agents, those that are members of a fleet, each with who leads it."""
+    """Return, of these agents, those that are members of a fleet, each with who leads it.
+
+    They are one argument: in a crash they may be more than a statement has arguments.
+    """
     of_member, of_fleet = fleet_members.c, known_fleets.c
+    named = bindparam("agents", list(agents), ARRAY(Text))
     query = select(of_member.agent_id, of_fleet.master_id).join(known_fleets, of_fleet.id == of_member.fleet_id)
-    joined = query.where(of_member.agent_id.in_(agents), of_member.joined_at.is_not(None))
+    joined = query.where(of_member.agent_id == any_(named), of_member.joined_at.is_not(None))
     return {row.agent_id: row.master_id for row in await tx.connection.execute(joined)}
 
 

@@ -7,7 +7,8 @@ look at once tell once, and one that is killed in between has done nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Collection
+import time
+from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 1.0
 FLEETS_A_LOOK_MAX = 200
+STAND_BY_SECONDS_MAX = 2.0
+"""How long members of one fleet are stood by in one look; then others come, and the next look goes on from there."""
 CALM = ("GREEN", "YELLOW")
 
 
@@ -53,6 +56,9 @@ class FleetWatch:
     returns: Returns = field(init=False)
     after: str = ""
     """The fleet that was looked at last: where there are many, the next look goes on from it."""
+    stand_by_seconds_max: float = STAND_BY_SECONDS_MAX
+    _reached: dict[str, str] = field(default_factory=dict)
+    """By fleet, the member with whom the next look begins, where one look was not enough."""
 
     def __post_init__(self) -> None:
         self.drift = DriftWatch(self.worker_id, self.database, self.metrics)
@@ -95,8 +101,12 @@ class FleetWatch:
         What the fleet could not spare for one it can't for who needs as much: they wait for the next look.
         """
         known = [(member, held) for member, held in books.members if _can_be_judged(scene, held)]
-        needs, left = needy(scene, replace(books, members=known)), _Left()
-        for agent_id, amount in needs.items():
+        line = _from(self._reached.pop(fleet.id, ""), needy(scene, replace(books, members=known)))
+        until, left = time.monotonic() + self.stand_by_seconds_max, _Left()
+        for place, (agent_id, amount) in enumerate(line):
+            if place > 0 and time.monotonic() > until:
+                self._reached[fleet.id] = agent_id
+                return
             if left.below is None or amount < left.below:
                 await self._unless_it_fails(fleet, self._stand_by(fleet.master_id, agent_id, amount, left))
 
@@ -154,6 +164,13 @@ def _can_be_judged(scene: Scene, held: Book) -> bool:
     except (ConflictError, InvalidError):
         return False
     return True
+
+
+def _from(first: str, needs: Mapping[str, Decimal]) -> list[tuple[str, Decimal]]:
+    """Return who lacks how much, from one of them on, and then those before; in their order where that one is none."""
+    line = list(needs.items())
+    start = next((k for k, (agent_id, _) in enumerate(line) if agent_id == first), 0)
+    return line[start:] + line[:start]
 
 
 def needy(scene: Scene, books: FleetBooks) -> dict[str, Decimal]:

@@ -109,14 +109,15 @@ async def create(
     return fleet
 
 
-async def allow_over_delegation(tx: Tx, fleet: Fleet, *, allowed: bool) -> Fleet:
+async def allow_over_delegation(tx: Tx, fleet: Fleet, *, allowed: bool | None) -> Fleet:
     """Let delegations add up to more than is within reach, or no more: those that do stay. The master is locked here.
 
+    None leaves it as it is, whatever another request has made of it meanwhile.
     Raises NotFoundError where the fleet was ended meanwhile.
     """
     await accounts.lock_account(tx, fleet.master_id)
     known = await get(tx, fleet.id, fleet.master_id)
-    if known.over_delegation == allowed:
+    if allowed in (None, known.over_delegation):
         return known
     statement = update(fleets).where(fleets.c.id == fleet.id).values(over_delegation=allowed).returning(fleets)
     changed = Fleet(**(await tx.connection.execute(statement)).mappings().one())

@@ -472,9 +472,8 @@ async def _ask(tx: Tx, case: Case, call: StoredCall, rules: Rules, attempt: int,
 
     It escalates after as many requests as the rules have, or as much time, if slice after slice is filled at leisure.
     """
-    until, enough = case.scene.now + rules.venue_patience, rules.venue_attempts * rules.venue_patience
-    drags_on = call.slices > 0 and call.expired_at is not None and case.scene.now >= call.expired_at + enough
-    escalated = attempt > rules.venue_attempts or drags_on
+    until = case.scene.now + rules.venue_patience
+    escalated = attempt > rules.venue_attempts or call_case.drags_on(call, rules, case.scene.now)
     moved = replace(call, attempts=attempt, respond_by=until, next_action_at=until)
     told = {
         "attempt": attempt,

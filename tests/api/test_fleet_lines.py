@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
+from app.db.session import Database
+from app.services import fleets
 from tests.api.service import Agent, Service, exact, problem
 from tests.api.test_fleets import Led, code, crowd, led
 
@@ -73,6 +75,26 @@ async def test_a_fleet_may_say_that_it_delegates_more(service: Service) -> None:
     assert (await fleet.lead.send("PATCH", f"/fleets/{fleet.id}", json={})).status_code == 200
     audited = [r for r in (await fleet.lead.get("/audit"))["records"] if r["action"] == "fleet.changed"]
     assert [record["detail"] for record in audited] == [{"over_delegation": False}, {"over_delegation": True}]
+
+
+async def test_a_patch_of_nothing_undoes_no_other(service: Service) -> None:
+    """It has read the fleet before the other one is committed, and waits for it."""
+    fleet, database = await led(service), service.app.state.parts.database
+    async with database.transaction("test") as tx:
+        known = await fleets.get(tx, fleet.id, fleet.lead.id)
+        await fleets.allow_over_delegation(tx, known, allowed=True)
+        asked = asyncio.create_task(fleet.lead.send("PATCH", f"/fleets/{fleet.id}", json={}))
+        async with asyncio.timeout(5):
+            while not await _waits_for_a_lock(database):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert exact(await asked)["over_delegation"] is True
+    assert (await fleet.get())["over_delegation"] is True
+
+
+async def _waits_for_a_lock(database: Database) -> bool:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with database.transaction("test") as tx:
+        return bool((await tx.connection.execute(text(waiting))).scalar_one())
 
 
 async def test_lines_stay_when_the_wallet_falls(service: Service) -> None:

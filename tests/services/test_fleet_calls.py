@@ -466,7 +466,10 @@ async def test_a_turn_at_a_venue_waits_for_its_fills_and_no_longer_than_it_may(s
 
 
 async def test_a_turn_ends_with_its_call_whatever_is_called_next(squadron: Squadron) -> None:
-    """The fleet's call is over, and before the member is looked at there is another: its deadline is yet to come."""
+    """The fleet's call is over, and before the member is looked at there is another: its deadline is yet to come.
+
+    Nothing is sold by that one; the member's own call is past its deadline, and has waited for the first.
+    """
     muster = await Muster.gathered(squadron)
     desk, master, first = squadron.desk, muster.fleet.master_id, muster.pooled[0]
     await desk.rows("UPDATE accounts SET execution = 'venue' WHERE agent_id = :agent RETURNING 1", agent=first)
@@ -479,7 +482,10 @@ async def test_a_turn_ends_with_its_call_whatever_is_called_next(squadron: Squad
     assert "margin_call.opened" in (await muster.decide(master)).told
     await muster.calls.pass_time(first, 31)
     assert (await muster.decide(first)).told == ("liquidation.completed", "margin_call.opened")
-    assert "liquidation.requested" not in (await muster.decide(first)).told
+    assert (await muster.decide(first)).told == ("margin_call.expired", "liquidation.requested")
+    own = (await muster.calls.calls(first))[0]
+    assert (own.cause, own.fleet_call_id) == ("maintenance", None)
+    assert (await muster.calls.calls(master))[0].state == "open"
     [ended] = [call for call in await muster.calls.calls(first) if call.id == turn.id]
     assert (ended.state, ended.slices) == ("completed", 0)
 

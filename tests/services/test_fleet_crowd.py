@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from app.screening import Watchman
-from app.services import calls
+from app.services import calls, fleet_books
 from app.services.shards import ALL
 from tests.services.desk import ACTOR
 from tests.services.muster import FALLEN, Muster
@@ -46,3 +46,12 @@ async def test_the_screen_names_members_with_who_leads_them(muster: Muster) -> N
     named = await Watchman(ACTOR, desk.database, desk.market, timedelta(hours=1)).look(ALL)
     assert set(named.urgent) == {other, *muster.members}
     assert named.masters == dict.fromkeys(muster.members, master)
+
+
+async def test_in_a_crash_of_all_markets_everybody_is_named(squadron: Squadron) -> None:
+    """More are in breach at once than a statement has arguments, 32,767."""
+    fleet = await squadron.fleet(1_000)
+    member = await squadron.member(fleet, 1)
+    everybody = [*(f"agent_{k}" for k in range(40_000)), member]
+    async with squadron.desk.database.transaction(ACTOR) as tx:
+        assert await fleet_books.masters_of(tx, everybody) == {member: fleet.master_id}

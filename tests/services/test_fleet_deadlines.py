@@ -24,6 +24,7 @@ from tests.services.calls import RULES
 from tests.services.desk import ACTOR
 from tests.services.muster import FALLEN, PRICES, Muster
 from tests.services.squadron import Squadron
+from tests.services.test_venue import Venue
 
 
 async def test_a_hole_is_not_filled_by_standing_by(squadron: Squadron) -> None:
@@ -300,6 +301,48 @@ async def test_a_venue_that_fills_nothing_of_its_master_holds_up_no_fleet(muster
         told += (await muster.decide(master)).told
     assert told == [*["liquidation.requested"] * RULES.venue_attempts, "margin_call.opened"]
     assert (await muster.calls.calls(master))[0].cause == "fleet"
+
+
+async def test_a_venue_that_fills_its_master_at_leisure_holds_up_no_fleet(muster: Muster) -> None:
+    """Slice after slice is met, each within its own time; after 90 s of them all the fleet is called all the same."""
+    squadron, master = muster.squadron, muster.fleet.master_id
+    await _overdue_once(muster)
+    await muster.set(master, execution="venue")
+    await squadron.desk.prices(SAVED)
+    assert (await muster.decide(master)).told[-1] == "liquidation.requested"
+    await squadron.desk.prices(FALLEN)
+    venue = Venue(muster.calls)
+    [asked] = await venue.live(master)
+    await venue.fill(master, asked.id, "whole", asked.size, FALLEN["ETH"])
+    for seconds, attempt in ((0, 1), (31, 2)):
+        await muster.calls.pass_time(master, seconds)
+        assert (await muster.decide(master)).told == ("liquidation.requested",)
+        call = (await muster.calls.calls(master))[0]
+        assert (call.cause, call.attempts) == ("utilization", attempt)
+    await muster.calls.pass_time(master, 60)
+    assert (await muster.decide(master)).told == ("margin_call.opened",)
+    assert (await muster.calls.calls(master))[0].cause == "fleet"
+
+
+async def test_a_member_that_has_had_its_turn_waits_for_no_other_call(squadron: Squadron) -> None:
+    """The pool is cured by a price while its turn goes on at its venue, and in breach again before it is looked at."""
+    muster = await Muster.gathered(squadron, grace=200)
+    master, first = muster.fleet.master_id, muster.pooled[0]
+    await muster.set(first, execution="venue")
+    await muster.crash()
+    await muster.calls.pass_time(first, 301)
+    await muster.settle([first])
+    await muster.calls.pass_time(master, 301)
+    decided = await muster.decide(master)
+    await muster.take_turns(decided.turns[:1])
+    assert (await muster.calls.only(first)).cause == "fleet"
+    await squadron.desk.prices(SAVED | {"SOL": "3000"})
+    assert (await muster.decide(master)).told[-1] in ("margin_call.cured", "liquidation.completed")
+    await squadron.desk.prices(FALLEN)
+    assert (await muster.decide(first)).told == ("liquidation.completed", "margin_call.opened")
+    assert (await muster.decide(master)).told == ("margin_call.opened",)
+    assert (await muster.calls.calls(master))[0].cause == "fleet"
+    assert (await muster.decide(first)).told == ("margin_call.expired", "liquidation.requested")
 
 
 async def test_a_master_that_has_waited_for_no_fleets_call_gives_way_to_it(muster: Muster) -> None:

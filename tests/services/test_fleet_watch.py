@@ -297,6 +297,28 @@ async def test_what_a_fleet_cannot_spare_is_not_asked_for_by_each_of_a_crowd(
     assert {agent for agent in after if after[agent] > before[agent]} == {small}
 
 
+async def test_a_crowd_is_stood_by_in_as_many_looks_as_it_takes(watched: Watched) -> None:
+    """Two are at their caps and are refused at each look; the two after them get what they lack all the same."""
+    squadron = watched.squadron
+    fleet = await squadron.fleet(100_000, "0")
+    capped = [await squadron.member(fleet, 4_500, liquidation_priority=2) for _ in range(2)]
+    others = [await squadron.member(fleet, 9_000, liquidation_priority=1) for _ in range(2)]
+    for member in (*capped, *others):
+        await squadron.order(member, "buy", "0.2")
+    await squadron.desk.prices({"BTC": "54000"})
+    for member in (*capped, *others):
+        await watched.decide(member)
+    before, watch = await squadron.drawn(fleet), watched.watches[0]
+    watch.stand_by_seconds_max = 0.0  # one a look
+    served = []
+    for _ in range(4):
+        await watch.look(EVERYTHING)
+        after = await squadron.drawn(fleet)
+        served.append({agent for agent in after if after[agent] > before[agent]})
+    assert [len(one) for one in served] == [0, 0, 1, 2]
+    assert served[-1] == set(others)
+
+
 async def test_one_fleet_at_fault_is_no_others(watched: Watched) -> None:
     """The zone of the first fleet can't be written: the second one's is told all the same."""
     squadron = watched.squadron
