@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -73,8 +73,8 @@ class AccountCurve(Protocol):
         """Return the figures where every non-stable price makes the same move (K,)."""
         ...
 
-    def point(self, move: float) -> Point:
-        """Return the figures where every non-stable price makes the move."""
+    def points(self, moves: Sequence[float]) -> list[Point]:
+        """Return the figures, one by one, where every non-stable price makes the moves."""
         ...
 
     def single(self, underlying: int) -> Line:
@@ -220,16 +220,17 @@ class AdditiveCurve:
             pool.reserved + lanes.maintenance.sum(axis=0),
         )
 
-    def point(self, move: float) -> Point:
-        """See AccountCurve."""
+    def points(self, moves: Sequence[float]) -> list[Point]:
+        """See AccountCurve. Of straight lines, without the arrays, which cost more than a few points do."""
         if not self.pool.portfolio.is_linear:
-            return _point(self, move)
+            return _points(self, moves)
         now, slope = self.lines
-        return Point(
-            now.equity + slope.equity * move,
-            now.initial + slope.initial * move,
-            now.maintenance + slope.maintenance * move,
-        )
+        return [
+            Point(
+                now.equity + slope.equity * m, now.initial + slope.initial * m, now.maintenance + slope.maintenance * m
+            )
+            for m in moves
+        ]
 
     @property
     def has_options(self) -> bool:
@@ -266,9 +267,9 @@ class AdditiveCurve:
         return AdditiveCurve(pool, self.initial_weight[alone], self.maintenance_weight[alone])
 
 
-def _point(curve: AccountCurve, move: float) -> Point:
-    figures = curve.common(np.array([move]))
-    return Point(float(figures.equity[0]), float(figures.initial[0]), float(figures.maintenance[0]))
+def _points(curve: AccountCurve, moves: Sequence[float]) -> list[Point]:
+    columns = _columns(curve.common(np.array(moves)))
+    return list(map(Point, *(column.tolist() for column in columns)))
 
 
 def _columns(figures: Figures) -> tuple[Floats, Floats, Floats]:
@@ -325,9 +326,9 @@ class PortfolioCurve:
         loose = np.where(self.pool.portfolio.underlyings.stable, 0.0, 1.0)
         return self._at(moves, loose, 1.0)
 
-    def point(self, move: float) -> Point:
+    def points(self, moves: Sequence[float]) -> list[Point]:
         """See AccountCurve."""
-        return _point(self, move)
+        return _points(self, moves)
 
     def single(self, underlying: int) -> Line:
         """See AccountCurve."""

@@ -150,9 +150,7 @@ def _ratio(numerator: float, equity: float, insolvent: bool) -> float | None:
 def stress_survival(curve: AccountCurve, move: float) -> float | None:
     """Return the smaller, over a fall and a rise, of equity after / maintenance after; None: nothing to keep."""
     ratios = [
-        after.equity / after.maintenance
-        for after in (curve.point(-move), curve.point(move))
-        if after.maintenance > MAINTENANCE_MIN
+        after.equity / after.maintenance for after in curve.points((-move, move)) if after.maintenance > MAINTENANCE_MIN
     ]
     return min(ratios, default=None)
 
