@@ -62,10 +62,10 @@ def _unit_type(venue: Venue[Any, Any]) -> type[Struct]:
     )
 
 
-_UNITS: dict[str, Any] = {name: _unit_type(venue) for name, venue in VENUES.items()}
+_UNIT_TYPES: dict[str, Any] = {name: _unit_type(venue) for name, venue in VENUES.items()}
 VenuesIn = msgspec.defstruct(
     "VenuesIn",
-    [(name, GenericAlias(dict, (Underlying, unit)) | None, None) for name, unit in _UNITS.items()],
+    [(name, GenericAlias(dict, (Underlying, unit)) | None, None) for name, unit in _UNIT_TYPES.items()],
     bases=(Request,),
     namespace={"__doc__": "What a quote says of underlyings, by venue."},
 )
@@ -96,9 +96,8 @@ def venue_parameters(market: MarketParameters, given: Struct | None) -> Mapping[
     """Return the venues' parameters with the request's own. Raises InvalidError with pointers."""
     changed = {name: dict(rows) for name, rows in market.venues.items()}
     for name, underlying, unit in _units(given):
-        own = getattr(unit, "parameters")  # noqa: B009  a field of a struct that is made from the venue's parameters
-        if own is not None:
-            merged = merged_parameters(VENUES[name], market, underlying, parameters_given(own))
+        if unit.parameters is not None:
+            merged = merged_parameters(VENUES[name], market, underlying, parameters_given(unit.parameters))
             with pointers_under(pointer_to("market", "venues", name, underlying, "parameters")):
                 market_rules.refuse(merged.faults())
             changed.setdefault(name, {})[underlying] = merged
@@ -119,8 +118,8 @@ def merged_parameters(
     return cast("VenueParameters", replace(known, **change))
 
 
-def _units(given: Struct | None) -> list[tuple[str, str, Struct]]:
-    """Return (venue, underlying, what is said of it) of all units of the request."""
+def _units(given: Struct | None) -> list[tuple[str, str, Any]]:
+    """Return (venue, underlying, what is said of it) of all units of the request; of the last the type is made here."""
     if given is None:
         return []
     return [(name, key, unit) for name in VENUES for key, unit in (getattr(given, name) or {}).items()]

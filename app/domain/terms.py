@@ -90,7 +90,7 @@ class PositionTerms:
 
     @computed
     def full(self) -> frozenset[str]:
-        """The columns that every row gives, those aside whose first look leaves a doubt: a size of 0 is one."""
+        """The columns in which every row has a value other than 0: surely none of them is left out."""
         return frozenset([name for name in self.given if all(getattr(self, name))])
 
     @computed

@@ -51,10 +51,7 @@ class Change:
 
 async def lock_parameters(tx: Tx) -> int:
     """Take the writers' lock, and return the last writer's version: nothing changes until this one commits."""
-    state = market_state.c
-    query = select(state.version).where(state.name == PARAMETERS).with_for_update()
-    version: int = (await tx.connection.execute(query)).scalar_one()
-    return version
+    return await hold_version(tx, PARAMETERS)
 
 
 async def next_version(tx: Tx, kind: ChangeKind, name: str) -> int:

@@ -13,11 +13,11 @@ from app.domain.portfolio import Portfolio
 from app.errors import invalid, pointer_to
 
 P = TypeVar("P", bound=VenueParameters)
-I = TypeVar("I", bound=VenueInputs)  # noqa: E741  parameters and inputs
+Q = TypeVar("Q", bound=VenueInputs)
 
 
 @dataclass(frozen=True, slots=True)
-class Venue(Generic[P, I]):
+class Venue(Generic[P, Q]):
     """A venue's name, its model, the types of its parameters and inputs, and its published parameters.
 
     `published` holds them by underlying; what stands under `default` holds for every other one.
@@ -26,7 +26,7 @@ class Venue(Generic[P, I]):
     name: str
     model: Callable[[Portfolio, MarginTerms], MarginResult]
     parameters: type[P]
-    inputs: type[I]
+    inputs: type[Q]
     published: Mapping[str, P]
 
     def listed(self, market: MarketParameters) -> Mapping[str, P]:
@@ -54,7 +54,7 @@ class Venue(Generic[P, I]):
             raise invalid(pointer, "missing_parameters", f"{self.name} has no parameters for {underlying}")
         return found
 
-    def inputs_of(self, terms: MarginTerms, underlying: str) -> I:
+    def inputs_of(self, terms: MarginTerms, underlying: str) -> Q:
         """Return what the caller knows of an underlying, nothing where it says nothing."""
-        given = cast("Mapping[str, I]", terms.venues.get(self.name, {}))
+        given = cast("Mapping[str, Q]", terms.venues.get(self.name, {}))
         return given.get(underlying) or self.inputs()
