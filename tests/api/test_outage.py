@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+import asyncpg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import make_url, text
@@ -107,6 +108,9 @@ CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON {table} FOR EACH STATEMENT E
 _READ_ONLY = """
 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$
 """
+_CUT_ALL_OTHERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ async def test_a_database_that_can_not_write(
         async with database.transaction("test") as tx:
             for statement in statements:
                 await tx.connection.execute(text(statement))
-        await database.engine.dispose()  # what is set for the database holds for new connections
+        await _cut_all(database_url)  # what is set for the database holds for new connections
         for _ in range(2):
             answer = await service.post("/api/market/prices", key="market", json={"prices": {"BTC": 1}})
             document = problem(answer, 503, "database_error")
@@ -133,6 +137,13 @@ async def test_a_database_that_can_not_write(
         assert said in logged[0].getMessage()
         assert (await service.post(MARGIN, json=WORKED)).status_code == 200
         assert await _gauge(service.client, "primerisk_database_up") == 1
+
+
+async def _cut_all(url: URL) -> None:
+    """End every connection to the database but that of this function."""
+    connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+    await connection.execute(_CUT_ALL_OTHERS)
+    await connection.close()
 
 
 async def _gauge(client: httpx.AsyncClient, name: str) -> float:
